@@ -1,0 +1,170 @@
+"""Perplexity by the convention of the pruning papers.
+
+The text is tokenized in one call with the tokenizer's default special tokens and cut into windows that do not
+overlap; the tail is dropped. A window's loss is the mean cross-entropy of its length - 1 targets; the perplexity is
+the exponential of the windows' mean loss, weighted by their lengths.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmprune import data as documents
+from llmprune.calibration import Tokens, batches, check, text_tokens
+from llmprune.checkpoint import Source
+from llmprune.documents import Documents
+from llmprune.errors import DataError, NumericalError, RecipeError, did_you_mean
+from llmprune.locate import DEMO, locate
+from llmprune.model import load_causal_lm, load_tokenizer
+from llmprune.plan import context_length, window_length
+from llmprune.progress import Progress
+from llmprune.recipe import DTYPES, resolve_device
+
+DEFAULT_DATA = "wikitext2"
+_LOGIT_BYTES = 256 << 20  # of fp32 logits at a time
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A perplexity and all that is needed to compare it with another one.
+
+    Attributes:
+        tokens: in all windows together; each window of n tokens has n - 1 targets.
+        bits_per_byte: cross-entropy per byte of the text; None where the data came as token ids.
+        seconds: of the forward passes.
+    """
+
+    model: str
+    data: str
+    perplexity: float
+    bits_per_byte: float | None
+    windows: int
+    length: int
+    tokens: int
+    dtype: str
+    device: str
+    convention: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return (
+            f"{self.model} on {self.data}: perplexity {self.perplexity:.4f}{bits}\n"
+            f"  {self.windows} windows of {self.length} tokens ({self.tokens} tokens), {self.dtype} on {self.device}, "
+            f"{self.seconds:.1f} s\n  {self.convention}"
+        )
+
+
+def evaluate(
+    model: Any,
+    data: Any = None,
+    *,
+    length: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Measure the perplexity of a model.
+
+    Args:
+        model: a folder, a Hub id, `demo`, or a loaded `PreTrainedModel` (then `device` and `dtype` are its own).
+        data: what `llmprune.data.read` reads; None is `wikitext2`, or the shipped excerpt for `demo`.
+        length: tokens a window; None is 2048, or the model's context where that is shorter.
+        batch_size: windows a forward; None sizes it to the vocabulary.
+        tokenizer: for a loaded model and text.
+
+    Raises:
+        LlmpruneError: one of its kinds.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise RecipeError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
+    text = documents.read(data if data is not None else DEMO if model == DEMO else DEFAULT_DATA, "evaluation")
+    if isinstance(model, str | Path):
+        source = Source.open(locate(model, revision))
+        network = load_causal_lm(source, resolve_device(device), DTYPES.get(dtype), trust_remote_code)
+        tokenizer = None if text.kind == "input_ids" else load_tokenizer(source.folder, trust_remote_code)
+    else:
+        network = model
+    context = context_length(network.config)
+    windows = _windows(text, tokenizer, window_length(length, context))
+    vocabulary = network.get_input_embeddings().weight.shape[0]
+    check(windows, vocabulary=vocabulary, context=context)
+    started = time.perf_counter()
+    loss = mean_loss(network, batches(windows, batch_size or _fitting_batch(windows, vocabulary)))
+    return Evaluation(
+        model=str(model) if isinstance(model, str | Path) else network.name_or_path or type(network).__name__,
+        data=windows.name,
+        perplexity=math.exp(loss),
+        bits_per_byte=_bits_per_byte(loss, text, tokenizer),
+        windows=len(windows.rows),
+        length=max(len(row) for row in windows.rows),
+        tokens=sum(len(row) for row in windows.rows),
+        dtype=str(network.dtype).removeprefix("torch."),
+        device=str(network.device),
+        convention=windows.note,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@torch.no_grad()
+def mean_loss(network: Any, batches_BL: list[Tensor]) -> float:
+    """Return the windows' mean cross-entropy in nats, weighted by their lengths.
+
+    Raises:
+        NumericalError: the model's outputs are not finite.
+    """
+    total, tokens = 0.0, 0
+    with Progress(sum(len(batch) for batch in batches_BL), "evaluating", "window") as bar:
+        for batch_BL in batches_BL:
+            ids_BL = batch_BL.to(network.device)
+            logits_BLV = network(input_ids=ids_BL, use_cache=False).logits
+            for logits_LV, ids_L in zip(logits_BLV, ids_BL, strict=True):
+                loss = functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:].to(logits_LV.device))
+                total += loss.item() * len(ids_L)
+                tokens += len(ids_L)
+            bar.step(len(batch_BL))
+    if not math.isfinite(total):
+        raise NumericalError(f"{type(network).__name__} gives NaN or infinite outputs: try --dtype float32")
+    return total / tokens
+
+
+def _windows(text: Documents, tokenizer: Any, length: int) -> Tokens:
+    if text.kind == "input_ids":
+        rows = [torch.tensor(row, dtype=torch.int64) for row in text.rows]
+        if any(len(row) < 2 for row in rows):
+            raise DataError(f"{text.name} has a row of fewer than 2 tokens, which leaves nothing to predict")
+        return Tokens(rows, text.name, "", "each row of token ids is one window, used as given")
+    ids = text_tokens(text, tokenizer)
+    rows = list(ids[: len(ids) // length * length].view(-1, length))
+    if not rows:
+        raise DataError(f"{text.name} has {len(ids)} tokens, less than one window of {length}: use --length {len(ids)}")
+    joined = f"rows joined with {text.separator!r}" if len(text.rows) > 1 else "text as it stands"
+    note = f"{joined}, one tokenizer call, windows of {length} that do not overlap, tail of {len(ids) % length} dropped"
+    return Tokens(rows, text.name, "", note)
+
+
+def _bits_per_byte(loss: float, text: Documents, tokenizer: Any) -> float | None:
+    """Spread the loss per token over the bytes of the whole text, the dropped tail included."""
+    if text.kind == "input_ids":
+        return None
+    size = len(text.separator.join(text.rows).encode())
+    return loss / math.log(2) * len(text_tokens(text, tokenizer)) / size
+
+
+def _fitting_batch(windows: Tokens, vocabulary: int) -> int:
+    length = max(len(row) for row in windows.rows)
+    return max(1, min(_BATCH_TOKENS, _LOGIT_BYTES // (4 * vocabulary)) // length)

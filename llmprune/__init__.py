@@ -1,0 +1,55 @@
+"""llmprune: prune Hugging Face causal language models after training, prove what it cost, write them out.
+
+    report = llmprune.prune("org/model", "out", method="sparsegpt", pattern="2:4")
+    result = llmprune.evaluate("out", data="wikitext2")
+    solution = llmprune.solve(weight, inputs, method="wanda", pattern="50%")
+
+Importing this package is cheap; torch and transformers are imported when they are first needed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmprune_eval.perplexity import evaluate as evaluate
+
+    from llmprune import methods as methods
+    from llmprune.errors import LlmpruneError as LlmpruneError
+    from llmprune.inspection import inspect as inspect
+    from llmprune.patterns import NM as NM
+    from llmprune.patterns import Unstructured as Unstructured
+    from llmprune.pruning import prune as prune
+    from llmprune.recipe import Recipe as Recipe
+    from llmprune.report import Report as Report
+    from llmprune.solving import solve as solve
+    from llmprune.statistics import ColumnNorm as ColumnNorm
+    from llmprune.statistics import Gram as Gram
+
+_HOMES = {
+    "ColumnNorm": "llmprune.statistics",
+    "Gram": "llmprune.statistics",
+    "LlmpruneError": "llmprune.errors",
+    "NM": "llmprune.patterns",
+    "Recipe": "llmprune.recipe",
+    "Report": "llmprune.report",
+    "Unstructured": "llmprune.patterns",
+    "evaluate": "llmprune_eval.perplexity",
+    "inspect": "llmprune.inspection",
+    "prune": "llmprune.pruning",
+    "solve": "llmprune.solving",
+}
+
+__all__ = [*_HOMES, "methods"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public when it is first asked for."""
+    if name == "methods":
+        return import_module("llmprune.methods")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmprune' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

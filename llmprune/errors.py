@@ -1,0 +1,43 @@
+"""What llmprune raises when a user, a file or the numbers are at fault.
+
+Every message is one line that names the thing, the cause and the way out. The command line prints it and exits
+with status 2; anything that is not an `LlmpruneError` is a bug of llmprune.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LlmpruneError(Exception):
+    """Base of all errors that llmprune raises on purpose."""
+
+
+class RecipeError(LlmpruneError):
+    """An option is unknown, out of range, or contradicts another one."""
+
+
+class PatternError(LlmpruneError):
+    """A sparsity pattern cannot be read, or does not fit a weight matrix."""
+
+
+class CheckpointError(LlmpruneError):
+    """A checkpoint is missing, incomplete, damaged, or not of a kind that can be pruned."""
+
+
+class UnsupportedModelError(LlmpruneError):
+    """The model is not a causal language model whose decoder blocks llmprune can find and stream."""
+
+
+class DataError(LlmpruneError):
+    """Calibration or evaluation data cannot be read, or does not fit the model."""
+
+
+class NumericalError(LlmpruneError):
+    """A weight, an activation or a statistic is not finite, or a solve failed at every damping."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that offers the nearest known name, or lists them all when none is near."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"

@@ -1,0 +1,33 @@
+"""From what a user calls a model to a folder on disk."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from llmprune import hub
+from llmprune.checkpoint.source import DOWNLOADED
+from llmprune.errors import CheckpointError
+
+DEMO = "demo"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def locate(model: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a model given as a folder, a Hub id, or the word `demo`.
+
+    Raises:
+        CheckpointError: there is no such folder, or the Hub does not have it, or cannot be reached.
+    """
+    if model == DEMO:
+        return demo_folder()
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise CheckpointError(f"{model}: no such folder; give a folder, a Hub id such as 'org/name', or '{DEMO}'")
+    return hub.fetch_model(model, revision, list(DOWNLOADED))
+
+
+def demo_folder() -> Path:
+    """Return the folder of the model that ships with llmprune."""
+    return Path(str(files("llmprune") / "demo"))

@@ -1,0 +1,98 @@
+"""Pruning methods, one file each: the file's name is the method's name.
+
+A method is a frozen dataclass: its fields are the hyper-parameters, `needs` is the statistic it wants of a site's
+inputs, `comparison_group` the paper's own, and `solve` is pure tensor maths on one weight matrix.
+"""
+
+import dataclasses
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import RecipeError, did_you_mean
+from llmprune.patterns import ComparisonGroup, Pattern
+from llmprune.statistics import ColumnNorm, Gram
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned matrix: its weights, the mask they obey (True stays), and what the solver has to say about it."""
+
+    weight_OI: Tensor
+    keep_OI: Tensor
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def masked(cls, weight_OI: Tensor, keep_OI: Tensor) -> "Solution":
+        """Return the solution that leaves the surviving weights as they are."""
+        return cls(weight_OI.masked_fill(~keep_OI, 0), keep_OI)
+
+
+class Method(Protocol):
+    """What a file in this folder defines."""
+
+    needs: ClassVar[type[ColumnNorm] | type[Gram] | None]
+    comparison_group: ClassVar[ComparisonGroup]
+    comparison_groups: ClassVar[tuple[ComparisonGroup, ...]]
+
+    def solve(self, weight_OI: Tensor, statistic: Any, pattern: Pattern, generator: torch.Generator) -> Solution:
+        """Prune `weight_OI` [outputs, inputs] to `pattern`.
+
+        Args:
+            weight_OI: finite weights, any floating dtype; not modified.
+            statistic: an instance of `needs` fed with the matrix's inputs, or None where `needs` is None.
+            pattern: what may stay.
+            generator: the only source of randomness.
+        """
+
+
+def names() -> list[str]:
+    """Return the names of all methods."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str, options: dict[str, Any] | None = None) -> Method:
+    """Return the method called `name` with its hyper-parameters set from `options`.
+
+    Raises:
+        RecipeError: there is no such method, or it has no such hyper-parameter, or a value is not of its type.
+    """
+    if name not in names():
+        raise RecipeError(f"unknown method '{name}': {did_you_mean(name, names())}")
+    method_class = _method_class(name)
+    fields = {field.name: field for field in dataclasses.fields(method_class)}
+    values = {}
+    for option, value in (options or {}).items():
+        if option not in fields:
+            raise RecipeError(f"method '{name}' has no option '{option}': {_options_hint(option, list(fields))}")
+        values[option] = _convert(name, option, value, fields[option].default)
+    method: Method = method_class(**values)
+    return method
+
+
+def name_of(method: Method) -> str:
+    """Return the name under which `get` finds this method."""
+    return type(method).__module__.rpartition(".")[2]
+
+
+def _method_class(name: str) -> Any:
+    module = import_module(f"{__name__}.{name}")
+    classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    (method_class,) = [c for c in classes if dataclasses.is_dataclass(c) and "solve" in vars(c)]
+    return method_class
+
+
+def _options_hint(option: str, known: list[str]) -> str:
+    return did_you_mean(option, known) if known else "it takes none"
+
+
+def _convert(name: str, option: str, value: Any, default: Any) -> Any:
+    try:
+        return type(default)(value)
+    except (TypeError, ValueError):
+        raise RecipeError(f"method '{name}': {option}={value!r} is not a {type(default).__name__}") from None

@@ -1,0 +1,158 @@
+"""Lanes: every calibration batch runs the model's own forward, suspended at each block.
+
+Capturing the first block's arguments and reusing them for all blocks is silently wrong wherever blocks differ
+(sliding and full attention, per-layer inputs, shared keys). A lane instead is a greenlet inside the model's forward:
+it parks at a block, the coordinator runs that block for all lanes when the block is loaded, and hands each lane its
+output. Masks, rotary tables and residual streams are the model's own, so no architecture needs code here.
+
+Greenlets rather than threads: they share one OS thread, so gradient mode, the current device and OpenMP's pool are
+the same everywhere, and an error in a lane surfaces in the coordinator by itself.
+"""
+
+import contextvars
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from llmprune.errors import UnsupportedModelError
+from llmprune.model.sites import Stage
+
+
+class Arrival(NamedTuple):
+    """A lane waits at a stage with these arguments for the stage's forward."""
+
+    stage: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Lanes:
+    """Context manager: one suspended forward per batch, all waiting at the same stage.
+
+    Args:
+        model: its forward is run once per batch, piecewise.
+        stages: where lanes park, in the order of the forward.
+        batches: token ids [sequences, length] each.
+        home: device of the model's glue (embeddings, masks) and of the hidden states between stages.
+        device_of: device of a stage's weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        batches: Sequence[Tensor],
+        home: torch.device,
+        device_of: Callable[[Stage], torch.device],
+    ) -> None:
+        self._model, self._stages, self._batches = model, stages, batches
+        self._home, self._device_of = home, device_of
+        self._passing = False
+        self._arrivals: list[Arrival | None] = []
+        self._results: list[Any] = []
+        self._lanes: list[greenlet] = []
+        self._restore: list[Callable[[], None]] = []
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> "Lanes":
+        self._no_grad.__enter__()
+        self._coordinator = getcurrent()
+        for index, stage in enumerate(self._stages):
+            self._restore.append(_replace_forward(stage.module, self._parking(index, stage.module.forward)))
+        try:
+            for batch in self._batches:
+                self._start(batch)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def sequences(self, lane: int) -> int:
+        """Return the number of sequences in a lane's batch."""
+        return len(self._batches[lane])
+
+    def run(self, index: int, lane: int) -> Any:
+        """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is."""
+        arrival = self._arrivals[lane]
+        if arrival is None or arrival.stage != index:
+            raise UnsupportedModelError(
+                f"{self._stages[index].name}: the model does not visit its blocks once each and in order"
+            )
+        device = self._device_of(self._stages[index])
+        args, kwargs = send_to_device((arrival.args, arrival.kwargs), device)
+        self._passing = True
+        try:
+            return self._stages[index].module(*args, **kwargs)
+        finally:
+            self._passing = False
+
+    def advance(self, index: int) -> None:
+        """Run stage `index` for every lane and let each go on to the next stage, or to the end of the forward."""
+        for lane in range(len(self._lanes)):
+            output = send_to_device(self.run(index, lane), self._home)
+            self._arrivals[lane] = None
+            self._arrivals[lane] = self._resume(lane, output)
+
+    def outputs(self) -> list[Any]:
+        """Return what the model's forward returned for each batch, once all stages are behind."""
+        return self._results
+
+    def _start(self, batch: Tensor) -> None:
+        ids = batch.to(self._home)
+        lane = greenlet(lambda: self._model(input_ids=ids, use_cache=False))
+        lane.gr_context = contextvars.copy_context()
+        self._lanes.append(lane)
+        self._arrivals.append(None)
+        self._arrivals[-1] = self._resume(len(self._lanes) - 1)
+
+    def _resume(self, lane: int, *output: Any) -> Arrival | None:
+        reached = self._lanes[lane].switch(*output)
+        if isinstance(reached, Arrival):
+            return reached
+        self._results.append(reached)
+        return None
+
+    def _parking(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def park(*args: Any, **kwargs: Any) -> Any:
+            if self._passing:
+                return forward(*args, **kwargs)
+            return self._coordinator.switch(Arrival(index, args, kwargs))
+
+        return park
+
+    def _release(self) -> None:
+        """End every suspended forward and give the stages their own forward back."""
+        for lane in self._lanes:
+            if not lane.dead:
+                lane.throw(GreenletExit)
+        for restore in self._restore:
+            restore()
+        self._arrivals.clear()
+        self._no_grad.__exit__(None, None, None)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Shadow a module's forward on the instance and return what undoes it (accelerate shadows it too)."""
+    had, previous = "forward" in vars(module), module.forward
+    module.forward = forward
+
+    def restore() -> None:
+        if had:
+            module.forward = previous
+        else:
+            del module.forward
+
+    return restore

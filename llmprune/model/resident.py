@@ -1,0 +1,66 @@
+"""A model that is already in memory: its blocks stay where they lie and are pruned in place."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.errors import UnsupportedModelError
+from llmprune.model.blocks import find_blocks, find_ends
+from llmprune.model.sites import Site, Stage
+
+
+class Resident:
+    """The same interface as `Streamed`, for a loaded `PreTrainedModel`, also one that accelerate dispatched."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config, self.dtype = model.config, model.dtype
+        self.blocks_name, blocks = find_blocks(model)
+        self.blocks = [Stage(f"{self.blocks_name}.{index}", block) for index, block in enumerate(blocks)]
+        self.embedding, self.head = find_ends(model)
+        self._offloaded = _offloaded_weights(model)
+        self.home = self.device_of(self.embedding)
+
+    def device_of(self, stage: Stage) -> torch.device:
+        """Return where a stage's arguments are expected; accelerate's hooks move them on from there."""
+        hook = getattr(stage.module, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None) or next(stage.module.parameters()).device
+        return torch.device(device) if torch.device(device).type != "meta" else torch.device("cpu")
+
+    def load(self, stage: Stage) -> None:
+        """Nothing to do: the block is there."""
+
+    def free(self, stage: Stage) -> None:
+        """Nothing to do: the block stays."""
+
+    def weight(self, site: Site) -> Tensor:
+        """Return the site's stored parameter; writing to it changes the model."""
+        return self._offloaded.get(site.name, site.module.get_parameter("weight").data)
+
+
+def _offloaded_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that accelerate keeps in CPU memory while their module's own are on the meta device."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            weights: Mapping[str, Tensor] | None = getattr(part, "weights_map", None)
+            if weights is None:
+                continue
+            for name, parameter in module.named_parameters(recurse=bool(part.place_submodules)):
+                if parameter.device.type == "meta":
+                    _require_in_memory(weights, name)
+                    found[f"{path}.{name}".lstrip(".")] = weights[name]
+    return found
+
+
+def _require_in_memory(weights: Any, name: str) -> None:
+    """Weights offloaded to disk come as fresh copies: writing to those would be lost."""
+    from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+
+    while isinstance(weights, PrefixedDataset):
+        name, weights = weights.prefix + name, weights.dataset
+    if isinstance(weights, OffloadedWeightsLoader) and name not in weights.state_dict:
+        raise UnsupportedModelError(f"{name} is offloaded to disk: prune the checkpoint's folder or Hub id instead")

@@ -1,0 +1,181 @@
+"""A transformers model without weights, and the functions of transformers that fill parts of it.
+
+This is the one module that uses semi-private functions of transformers (5.17 to 5.23): what `from_pretrained` does
+for a whole model, done for a few tensors at a time.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, initialization
+from transformers import logging as transformers_logging
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from llmprune.checkpoint import Source
+from llmprune.errors import CheckpointError, UnsupportedModelError
+
+
+def read_config(source: Source, trust_remote_code: bool) -> Any:
+    """Return the checkpoint's configuration as transformers reads it.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized.
+        UnsupportedModelError: it is not a causal language model, or needs code of its own and that is not allowed.
+    """
+    if "quantization_config" in source.config or "compression_config" in source.config:
+        raise CheckpointError(f"{source.folder} is already quantized: prune the original checkpoint, then quantize")
+    if "auto_map" in source.config and not trust_remote_code and source.config.get("model_type") not in _known_types():
+        raise UnsupportedModelError(
+            f"{source.folder} runs code of its own; read it, then allow it with --trust-remote-code"
+        )
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UnsupportedModelError(f"{source.folder}/config.json is not understood: {_first_line(error)}") from None
+    _require_causal(source, config, trust_remote_code)
+    return config
+
+
+def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model with its parameters on the meta device and its computed buffers in CPU memory."""
+    with quiet(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    _fill_buffers(model)
+    model.eval()
+    return model
+
+
+class Loader:
+    """Reads tensors of a source into an empty model, a few at a time, and names them back."""
+
+    def __init__(self, source: Source, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self._source, self._model, self._dtype = source, model, dtype
+        self._mapping = get_model_conversion_mapping(model)
+        self.parameter_of = self._map_names()
+
+    def load(self, names: list[str], device: torch.device) -> None:
+        """Read the tensors called `names` in the source into the model, on `device`.
+
+        Raises:
+            CheckpointError: they do not fit the model.
+        """
+        if not names:
+            return
+        config = LoadStateDictConfig(
+            dtype=self._dtype,
+            dtype_plan=self._model._get_dtype_plan(self._dtype),
+            weight_mapping=copy.deepcopy(self._mapping),  # type: ignore[arg-type]
+            device_map={"": str(device)},
+        )
+        with quiet(), self._source.slices(names) as opened:
+            info, _ = convert_and_load_state_dict_in_model(self._model, opened, config)
+        faults = [*info.mismatched_keys, *info.conversion_errors]
+        if faults:
+            raise CheckpointError(f"{self._source.folder}: {_first_line(faults[0])} does not fit the model's config")
+
+    def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return parameters of the model as the tensors, and under the names, that the source has for them."""
+        return dict(revert_weight_conversion(self._model, tensors))
+
+    def _map_names(self) -> dict[str, str]:
+        """Return, for each tensor of the source that the model uses, the parameter or buffer it goes to."""
+        known = self._model.state_dict()
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        prefix = self._model.base_model_prefix
+        mapped = {}
+        for key in self._source.entries:
+            name, _ = rename_source_key(key, renamings, converters, prefix, known)
+            name = name if name in known else key
+            if name in known:
+                mapped[key] = name
+        if not converters:
+            self._require_fit(known, mapped)
+        return mapped
+
+    def _require_fit(self, known: dict[str, Tensor], mapped: dict[str, str]) -> None:
+        for key, name in mapped.items():
+            stored, expected = self._source.entries[key].shape, tuple(known[name].shape)
+            if stored != expected:
+                raise CheckpointError(f"{key} has shape {list(stored)}, the config asks for {list(expected)}")
+        missing = known.keys() - set(mapped.values()) - set(self._model.all_tied_weights_keys)
+        if missing:
+            raise CheckpointError(f"{self._source.folder} lacks the tensor {min(missing)} that its config asks for")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own bars and notices off the terminal: ours tell how far a run is."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint stores (rotary tables, masks), as `from_pretrained` does."""
+    with torch.no_grad(), initialization.guard_torch_init_functions():
+        for module in model.modules():
+            for name in module._non_persistent_buffers_set:
+                buffer = module._buffers.get(name)
+                if buffer is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        for module, init_weights in _with_owner(model, model._init_weights):
+            init_weights(module)
+
+
+def _with_owner(
+    module: nn.Module, owner: Callable[[nn.Module], None]
+) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
+    """Yield every module with the initialiser of the innermost transformers model that holds it."""
+    if isinstance(module, PreTrainedModel):
+        owner = module._init_weights
+    yield module, owner
+    for child in module.children():
+        yield from _with_owner(child, owner)
+
+
+def _require_causal(source: Source, config: Any, trust_remote_code: bool) -> None:
+    mapping = AutoModelForCausalLM._model_mapping
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and type(config) not in mapping:
+        raise UnsupportedModelError(f"{source.folder} is a '{config.model_type}' model, not a causal language model")
+    architectures = source.config.get("architectures") or []
+    known = {cls.__name__ for cls in _flat(mapping[type(config)])} if not remote else set(architectures)
+    if architectures and not known & set(architectures):
+        raise UnsupportedModelError(
+            f"{source.folder} is a {architectures[0]}, not a causal language model ({', '.join(sorted(known))})"
+        )
+
+
+def _flat(classes: Any) -> tuple[Any, ...]:
+    return classes if isinstance(classes, tuple) else (classes,)
+
+
+def _known_types() -> set[str]:
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,160 @@
+"""A model on disk of which one block at a time is in memory."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.checkpoint import Source
+from llmprune.errors import CheckpointError
+from llmprune.model.blocks import find_blocks, find_ends
+from llmprune.model.lanes import Lanes
+from llmprune.model.sites import Site, Stage, require_finite
+from llmprune.model.skeleton import Loader, empty_model, quiet, read_config
+
+_OUTER = ""  # what belongs to no stage: embeddings, final norm
+
+
+class Streamed:
+    """Loads and frees the blocks and the head of a checkpoint's model; the rest of it stays in memory.
+
+    Args:
+        source: the checkpoint.
+        device: where stages are loaded.
+        dtype: None for the dtype that the checkpoint's matrices are stored in.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.source, self._device = source, device
+        self.config = read_config(source, trust_remote_code)
+        self.dtype = dtype or stored_dtype(source)
+        self.model = empty_model(self.config, self.dtype, trust_remote_code)
+        self.blocks_name, blocks = find_blocks(self.model)
+        self.blocks = [Stage(f"{self.blocks_name}.{index}", block) for index, block in enumerate(blocks)]
+        self.embedding, self.head = find_ends(self.model)
+        self._loader = Loader(source, self.model, self.dtype)
+        self._names = self._names_by_stage()
+
+    def open(self, home: torch.device) -> None:
+        """Load what belongs to no stage, for the model's glue to run on `home`.
+
+        Raises:
+            NumericalError: one of these tensors is not finite.
+        """
+        self._loader.load(self._names[_OUTER], home)
+        with quiet():
+            self.model.tie_weights()
+        stage_modules = {id(module) for stage in [*self.blocks, self.head] for module in stage.module.modules()}
+        for path, module in self.model.named_modules():
+            if id(module) not in stage_modules:
+                _move_buffers(module, home)
+                for name, parameter in module.named_parameters(path, recurse=False):
+                    require_finite(name, parameter)
+
+    def load(self, stage: Stage) -> None:
+        """Read a stage's tensors from disk.
+
+        Raises:
+            CheckpointError: one is missing or does not fit.
+            NumericalError: one is not finite.
+        """
+        self._loader.load(self._names[stage.name], self._device)
+        for module in stage.module.modules():
+            _move_buffers(module, self._device)
+        for name, parameter in stage.module.named_parameters(stage.name):
+            if parameter.is_meta:
+                raise CheckpointError(f"{self.source.folder} lacks the tensor {name} that its config asks for")
+            require_finite(name, parameter)
+
+    def free(self, stage: Stage) -> None:
+        """Drop a stage's weights from memory."""
+        for module in stage.module.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def device_of(self, stage: Stage) -> torch.device:
+        """Return where a stage's weights are."""
+        return self._device
+
+    def weight(self, site: Site) -> Tensor:
+        """Return the site's parameter as the model stores it; writing to it changes what `stored` returns."""
+        return site.module.get_parameter("weight").data
+
+    def parameter_of(self, key: str) -> str:
+        """Return the parameter that a tensor of the source goes to; its own name where the model has no use for it."""
+        return self._loader.parameter_of.get(key, key)
+
+    def tied_to(self, parameter: str) -> str:
+        """Return the parameter under whose name a tied parameter is stored; its own name where it is not tied."""
+        stored = set(self._loader.parameter_of.values())
+        return parameter if parameter in stored else self.model.all_tied_weights_keys.get(parameter, parameter)
+
+    def stored(self, stage: Stage, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return the source's tensors, by their names there, that hold these sites of a loaded stage."""
+        state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
+        tied = self.model.all_tied_weights_keys
+        state |= {tied[name]: state[name] for name in list(state) if name in tied}
+        wanted = {name for site in sites for name in (site.name, tied.get(site.name))}
+        return {
+            key: tensor
+            for key, tensor in self._loader.stored(state).items()
+            if self._loader.parameter_of.get(key) in wanted
+        }
+
+    def _names_by_stage(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = defaultdict(list)
+        for key, parameter in self._loader.parameter_of.items():
+            names[self._stage_name(parameter)].append(key)
+        return names
+
+    def _stage_name(self, parameter: str) -> str:
+        if parameter.startswith(f"{self.blocks_name}."):
+            index = parameter[len(self.blocks_name) + 1 :].partition(".")[0]
+            return f"{self.blocks_name}.{index}"
+        return self.head.name if parameter.startswith(f"{self.head.name}.") else _OUTER
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """Return the floating dtype in which most of a checkpoint's weights are stored.
+
+    Raises:
+        CheckpointError: a tensor's dtype is one that only quantized checkpoints have.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in source.entries.values():
+        sizes[entry.torch_dtype] += entry.count
+    dtype = sizes.most_common(1)[0][0] if sizes else torch.int8
+    if not dtype.is_floating_point:
+        raise CheckpointError(f"{source.folder} is quantized (most of it is {dtype}): prune the original checkpoint")
+    return dtype
+
+
+def streamed_logits(folder: str | Path, input_ids: Tensor, device: str = "cpu") -> Tensor:
+    """Return the logits [sequences, length, vocabulary] of a checkpoint, with one block in memory at a time."""
+    place = torch.device(device)
+    host = Streamed(Source.open(folder), place)
+    stages = [*host.blocks, host.head]
+    host.open(place)
+    with Lanes(host.model, stages, [input_ids], place, host.device_of) as lanes:
+        for index, stage in enumerate(stages):
+            host.load(stage)
+            lanes.advance(index)
+            host.free(stage)
+        logits: Tensor = lanes.outputs()[0].logits
+    return logits
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for name, buffer in module._buffers.items():
+        if buffer is not None and not buffer.is_meta:
+            module._buffers[name] = buffer.to(device)

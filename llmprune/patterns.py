@@ -1,0 +1,214 @@
+"""Which weights of a matrix may stay: unstructured sparsity and N:M.
+
+Shape suffixes: O outputs, I inputs, R rows of a selection, C candidates in a row. `keep` is boolean, True stays.
+N:M always means N kept of every M consecutive inputs; some tools mean N removed.
+
+A comparison group is the set of weights that compete for the same budget: `row` (one output), `layer` (the whole
+matrix), `block` (128 input columns, all outputs) or `model` (all matrices together).
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmprune.errors import PatternError
+
+ComparisonGroup = Literal["row", "layer", "block", "model"]
+COMPARISON_GROUPS: tuple[ComparisonGroup, ...] = get_args(ComparisonGroup)
+BLOCK_COLUMNS = 128
+_CHUNK_ELEMENTS = 1 << 24  # selection copies its scores; a chunk of rows bounds the copy to 64 MiB
+
+
+class Pattern(Protocol):
+    """What every pattern can do."""
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights to remove."""
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        """Say why a matrix of this shape cannot hold the pattern, or return None."""
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        """Return the mask that keeps the highest scores: exactly as many as the pattern asks for.
+
+        Among equal scores the ones with the lowest index are removed first.
+        """
+
+    def check(self, keep_OI: Tensor) -> None:
+        """Raise PatternError unless the mask satisfies the pattern exactly."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Remove `int(count * sparsity)` weights of every comparison group, wherever they are."""
+
+    sparsity: float
+    group: ComparisonGroup = "layer"
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        return None
+
+    def block_budget(self, rows: int, start: int, stop: int) -> int:
+        """Return how many weights to remove in columns [start, stop) so that the running total is exact."""
+        return int(rows * stop * self.sparsity) - int(rows * start * self.sparsity)
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        rows, columns = score_OI.shape
+        if self.group == "row":
+            return ~lowest(score_OI, int(columns * self.sparsity))
+        if self.group == "block":
+            return torch.cat([self.keep_block(score_OI[:, s:e], s) for s, e in column_blocks(columns)], dim=1)
+        return ~lowest(score_OI.reshape(1, -1), int(rows * columns * self.sparsity)).view(rows, columns)
+
+    def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
+        """Return the mask of one block of columns that begins at column `start` of the matrix."""
+        rows, width = score_OB.shape
+        if self.group == "row":
+            return ~lowest(score_OB, self.block_budget(1, start, start + width))
+        budget = self.block_budget(rows, start, start + width)
+        return ~lowest(score_OB.reshape(1, -1), budget).view(rows, width)
+
+    def check(self, keep_OI: Tensor) -> None:
+        rows, columns = keep_OI.shape
+        removed_OI = ~keep_OI
+        if self.group == "row":
+            asked, found = int(columns * self.sparsity), removed_OI.sum(1)
+        else:
+            asked, found = int(rows * columns * self.sparsity), removed_OI.sum()
+        if not bool((found == asked).all()):
+            raise PatternError(f"{self} asked for {asked} zeros per {self.group}, the mask has {found.tolist()}")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.6g}"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Remove exactly `removed` of the `total` weights of a matrix: one site's part of a budget over the model."""
+
+    removed: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.removed / self.total
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        return None if rows * columns == self.total else f"has {rows * columns} weights, not {self.total}"
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        return ~lowest(score_OI.reshape(1, -1), self.removed).view(score_OI.shape)
+
+    def check(self, keep_OI: Tensor) -> None:
+        found = int((~keep_OI).sum())
+        if found != self.removed:
+            raise PatternError(f"asked for {self.removed} zeros, the mask has {found}")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.6g}"
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep `n` of every `m` consecutive inputs of each output."""
+
+    n: int
+    m: int
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        return f"has {columns} inputs, not divisible by {self.m}" if columns % self.m else None
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        return ~lowest(score_OI.reshape(-1, self.m), self.m - self.n).view(score_OI.shape)
+
+    def check(self, keep_OI: Tensor) -> None:
+        kept = keep_OI.reshape(-1, self.m).sum(1)
+        if not bool((kept == self.n).all()):
+            raise PatternError(f"{self} is violated in {int((kept != self.n).sum())} groups of {self.m}")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def parse(text: str | float) -> Unstructured | NM:
+    """Read `50%`, `0.5` or `N:M` (N kept of M).
+
+    Raises:
+        PatternError: the text is none of these, or asks for nothing or for everything to be removed.
+    """
+    text = str(text).strip()
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        n, m = int(match[1]), int(match[2])
+        if not 0 < n < m:
+            raise PatternError(f"pattern '{text}': N:M keeps N of every M weights, so 0 < N < M; for example 2:4")
+        return NM(n, m)
+    if match := re.fullmatch(r"(\d*\.?\d+(?:[eE][-+]?\d+)?)\s*(%?)", text):
+        sparsity = float(match[1]) / (100 if match[2] else 1)
+        if not 0 < sparsity < 1:
+            hint = f"; did you mean '{text}%'?" if not match[2] and 1 < sparsity < 100 else ""
+            raise PatternError(f"pattern '{text}': the sparsity must lie between 0 and 1, both excluded{hint}")
+        return Unstructured(sparsity)
+    raise PatternError(f"pattern '{text}' is not a sparsity such as '50%' or '0.5', nor N:M such as '2:4'")
+
+
+def in_group(pattern: Unstructured | NM, group: ComparisonGroup) -> Unstructured | NM:
+    """Return the pattern with its comparison group set; N:M always compares within its M inputs."""
+    return replace(pattern, group=group) if isinstance(pattern, Unstructured) else pattern
+
+
+def column_blocks(columns: int, width: int = BLOCK_COLUMNS) -> list[tuple[int, int]]:
+    """Return the [start, stop) of every block of `width` columns; the last may be narrower."""
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def lowest(score_RC: Tensor, count: int) -> Tensor:
+    """Mark the `count` lowest scores of every row: exactly that many, among equals the lowest index first.
+
+    A selection, not a sort: O(C) per row, in chunks of rows so that the extra memory stays bounded.
+    """
+    rows, candidates = score_RC.shape
+    if count == 0:
+        return torch.zeros_like(score_RC, dtype=torch.bool)
+    step = max(1, _CHUNK_ELEMENTS // candidates)
+    if rows <= step:
+        return _lowest(score_RC, count)
+    return torch.cat([_lowest(chunk, count) for chunk in score_RC.split(step)])
+
+
+def _lowest(score_RC: Tensor, count: int) -> Tensor:
+    kth_R1 = _kth_smallest(score_RC, count)
+    marked_RC = score_RC <= kth_R1
+    excess_R = _count_true(marked_RC) - count
+    if bool((excess_R == 0).all()):
+        return marked_RC
+    tied = excess_R.nonzero().squeeze(1)  # only the rows in which equal scores straddle the threshold
+    marked_RC[tied] = _break_ties(score_RC[tied], kth_R1[tied], count)
+    return marked_RC
+
+
+def _break_ties(score_RC: Tensor, kth_R1: Tensor, count: int) -> Tensor:
+    below_RC, equal_RC = score_RC < kth_R1, score_RC == kth_R1
+    missing_R1 = count - _count_true(below_RC).unsqueeze(1)
+    return below_RC | (equal_RC & (equal_RC.cumsum(1, dtype=torch.int32) <= missing_R1))
+
+
+def _kth_smallest(score_RC: Tensor, count: int) -> Tensor:
+    if score_RC.device.type == "cpu":  # numpy's vectorised partition: three times torch's kthvalue here
+        rows = np.partition(score_RC.float().numpy(), count - 1, axis=1)
+        return torch.from_numpy(rows[:, count - 1 : count].copy())
+    return score_RC.float().kthvalue(count, dim=1, keepdim=True).values
+
+
+def _count_true(mask_RC: Tensor) -> Tensor:
+    if mask_RC.device.type == "cpu":
+        return torch.from_numpy(np.count_nonzero(mask_RC.numpy(), axis=1))
+    return mask_RC.sum(1)

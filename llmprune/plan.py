@@ -1,0 +1,131 @@
+"""What a run will do, decided and checked before any work: which sites, which pattern, which calibration tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmprune import calibration, data, methods
+from llmprune.calibration import Tokens
+from llmprune.errors import DataError, PatternError, RecipeError
+from llmprune.model.sites import Selection, Site, Stage, is_router, sites_of
+from llmprune.patterns import NM, Unstructured
+from llmprune.recipe import Recipe
+
+DEFAULT_CALIBRATION = "c4"
+DEFAULT_LENGTH = 2048  # the papers'
+
+
+class Host(Protocol):
+    """A model whose stages can be had one at a time: on disk (`Streamed`) or in memory (`Resident`)."""
+
+    model: Any
+    config: Any
+    dtype: torch.dtype
+    blocks: list[Stage]
+    embedding: Stage
+    head: Stage
+
+    def load(self, stage: Stage) -> None: ...
+    def free(self, stage: Stage) -> None: ...
+    def device_of(self, stage: Stage) -> torch.device: ...
+    def weight(self, site: Site) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages that calibration visits, the sites to prune in each, and why other matrices stay dense."""
+
+    stages: list[Stage]
+    sites: dict[str, list[Site]]
+    pattern: Unstructured | NM
+    left_dense: dict[str, str]
+    tokens: Tokens | None
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """The calibration sequences, int64 [length] each."""
+        return self.tokens.rows if self.tokens else []
+
+    def all_sites(self) -> list[Site]:
+        """Return the sites of all stages."""
+        return [site for sites in self.sites.values() for site in sites]
+
+
+def make_plan(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Plan:
+    """Choose the sites and draw the calibration tokens; `tokenizer` is called only if there is text to tokenize.
+
+    Raises:
+        RecipeError: nothing is left to prune, a glob matches nothing, or an embedding is to be pruned by a method
+            that needs to see inputs.
+        PatternError: the pattern does not fit a site.
+        DataError: the calibration data cannot be read or does not fit the model.
+    """
+    selection = Selection(recipe.include, recipe.exclude)
+    every = {stage.name: sites_of(stage) for stage in [host.embedding, *host.blocks, host.head]}
+    selection.require_matches([site.name for sites in every.values() for site in sites])
+    ends = {host.embedding.name: "embedding", host.head.name: "output head"}
+    chosen: dict[str, list[Site]] = {}
+    left_dense = {}
+    for stage, sites in every.items():
+        for site in sites:
+            reason = ends.get(stage) or ("router" if is_router(site.name) else None)
+            if selection.takes(site.name, by_default=reason is None):
+                chosen.setdefault(stage, []).append(site)
+            else:
+                left_dense[site.name] = reason or "excluded"
+    sites = [site for chosen_here in chosen.values() for site in chosen_here]
+    _require_sense(host, recipe, chosen, sites)
+    stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)
+    return Plan(stages, chosen, recipe.target(), left_dense, _draw_tokens(host, recipe, tokenizer))
+
+
+def context_length(config: Any) -> int | None:
+    """Return the longest sequence a model was made for, where its configuration says so."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def window_length(asked: int | None, context: int | None) -> int:
+    """Return the window length that was asked for, or the papers' 2048, or the context where that is shorter.
+
+    Raises:
+        DataError: more was asked for than the model's context.
+    """
+    if asked is None:
+        return min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+    if context is not None and asked > context:
+        raise DataError(f"length {asked} is more than the model's context of {context} tokens: use --length {context}")
+    return asked
+
+
+def _draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tokens | None:
+    if recipe.solver().needs is None:
+        return None
+    context = context_length(host.config)
+    length = window_length(recipe.length, context)
+    documents = data.read(DEFAULT_CALIBRATION if recipe.calibration is None else recipe.calibration, "calibration")
+    reader = None if documents.kind == "input_ids" else tokenizer()
+    tokens = calibration.sample(documents, reader, samples=recipe.samples, length=length, seed=recipe.seed)
+    calibration.check(tokens, vocabulary=host.embedding.module.get_parameter("weight").shape[0], context=context)
+    return tokens
+
+
+def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
+    solver, pattern = recipe.solver(), recipe.target()
+    if not sites:
+        raise RecipeError("nothing is left to prune: --exclude takes every matrix away")
+    if host.embedding.name in chosen and solver.needs is not None:
+        raise RecipeError(
+            f"{chosen[host.embedding.name][0].name} is an embedding, for which {methods.name_of(solver)} has no "
+            "inputs to see: use --method magnitude, or do not include it"
+        )
+    for site in sites:
+        if why := pattern.misfit(*site.shape):
+            raise PatternError(f"{site.name} {why}: use a pattern such as 50%, or --exclude '{site.name}'")

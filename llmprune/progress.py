@@ -1,0 +1,34 @@
+"""Progress bars on stderr: what is being done, how far it is, time left, memory in use."""
+
+from types import TracebackType
+
+import psutil
+from tqdm import tqdm
+
+GIB = 2**30
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process occupies now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+class Progress:
+    """A bar of `total` steps that also shows memory; silent where stderr is not a terminal."""
+
+    def __init__(self, total: int, description: str, unit: str) -> None:
+        self._bar: tqdm = tqdm(total=total, desc=description, unit=unit, disable=None, dynamic_ncols=True)  # type: ignore[type-arg]
+
+    def step(self, count: int = 1) -> None:
+        """Move the bar on by `count` steps."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"{resident_bytes() / GIB:.2f} GiB", refresh=False)
+        self._bar.update(count)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,173 @@
+"""The line of a run: a checkpoint in, one block at a time through memory, a pruned checkpoint out."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune.allocation import global_magnitude
+from llmprune.calibration import batches
+from llmprune.checkpoint import Sink, Source
+from llmprune.checkpoint.sink import require_place
+from llmprune.errors import RecipeError
+from llmprune.locate import locate
+from llmprune.model import Lanes, Resident, Streamed, load_tokenizer
+from llmprune.model.collect import Group, collect, find_groups, sum_groups
+from llmprune.model.memory import batch_size, home_device
+from llmprune.model.sites import Site, Stage
+from llmprune.patterns import Pattern, Unstructured
+from llmprune.plan import Host, Plan, make_plan
+from llmprune.progress import Progress
+from llmprune.recipe import Recipe
+from llmprune.report import Report, SiteReport
+from llmprune.solving import checked_solution, relative_error
+from llmprune.statistics import ColumnNorm, Gram
+
+Fed = tuple[Site, ColumnNorm | Gram | None]  # a site and what is known of its inputs
+
+
+def prune(
+    model: Any, out: str | Path | None = None, *, tokenizer: Any = None, overwrite: bool = False, **options: Any
+) -> Report:
+    """Prune a causal language model.
+
+    Args:
+        model: a folder, a Hub id or `demo`: streamed block by block into the folder `out`. Or a loaded
+            `PreTrainedModel`: pruned in place, where its blocks lie.
+        out: the output folder; loads with plain `AutoModelForCausalLM.from_pretrained`.
+        tokenizer: for a loaded model and calibration text.
+        overwrite: replace `out` if it is a model folder.
+        options: the fields of `llmprune.Recipe`.
+
+    Raises:
+        LlmpruneError: one of its kinds, before any work wherever that is possible; `out` then does not exist.
+    """
+    recipe = Recipe.of(options)
+    if not isinstance(model, str | Path):
+        return _prune_in_place(model, tokenizer, recipe)
+    if out is None:
+        raise RecipeError("an output folder is needed: prune(model, out, ...)")
+    return _prune_checkpoint(model, Path(out), recipe, overwrite)
+
+
+def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: bool) -> Report:
+    source = Source.open(locate(model, recipe.revision))
+    require_place(source, out, overwrite)
+    recipe = recipe.for_model(model)
+    host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
+    plan = make_plan(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
+    report = Report.begin(str(model), recipe.to_json(), host, plan)
+    home = home_device(recipe.place(), plan.rows, host.config, host.dtype)
+    with report.clock.phase("load"):
+        host.open(home)
+    with Sink(source, out) as sink:
+        with report.clock.phase("copy"):
+            sink.copy_source()
+
+        def store(stage: Stage, sites: list[Site]) -> None:
+            for name, tensor in host.stored(stage, sites).items():
+                sink.write(name, tensor)
+
+        _run(host, plan, recipe, home, report, store)
+        sink.commit(report.to_json())
+    return report
+
+
+def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
+    host = Resident(model)
+    plan = make_plan(host, recipe, lambda: tokenizer)
+    report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan)
+    _run(host, plan, recipe, host.home, report, lambda stage, sites: None)
+    return report
+
+
+def _run(
+    host: Host,
+    plan: Plan,
+    recipe: Recipe,
+    home: torch.device,
+    report: Report,
+    store: Callable[[Stage, list[Site]], None],
+) -> None:
+    """Visit the stages in order: load, collect statistics, solve, run on with the pruned weights, store, free."""
+    patterns, clock = _patterns(host, plan), report.clock
+    if embedding := plan.sites.get(host.embedding.name):
+        _prune_sites(host, [(site, None) for site in embedding], patterns, recipe, report)
+        store(host.embedding, embedding)
+    with _lanes(host, plan, recipe, home) as lanes, Progress(len(plan.stages), "pruning", "block") as bar:
+        for index, stage in enumerate(plan.stages):
+            with clock.phase("load"):
+                host.load(stage)
+            sites = plan.sites.get(stage.name, [])
+            _prune_sites(host, _fed(lanes, index, sites, recipe, report), patterns, recipe, report)
+            if lanes and index + 1 < len(plan.stages):
+                with clock.phase("forward"):
+                    lanes.advance(index)
+            with clock.phase("write"):
+                store(stage, sites)
+            host.free(stage)
+            bar.step()
+    report.close(plan)
+
+
+def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> AbstractContextManager[Lanes | None]:
+    if plan.tokens is None:
+        return nullcontext()
+    longest = max(len(row) for row in plan.rows)
+    size = recipe.batch_size or batch_size(longest, host.config, host.dtype, recipe.place())
+    return Lanes(host.model, plan.stages, batches(plan.tokens, size), home, host.device_of)
+
+
+def _fed(lanes: Lanes | None, index: int, sites: list[Site], recipe: Recipe, report: Report) -> Iterator[Fed]:
+    """Yield the sites of a stage with their statistics: all collected first, or, true-sequentially, group by group."""
+    needs = recipe.solver().needs
+    if lanes is None or needs is None:
+        yield from ((site, None) for site in sites)
+    elif sites and not recipe.true_sequential:
+        with report.clock.phase("statistics"):
+            groups = collect(lanes, index, sites, needs)
+        yield from _members(groups)
+    elif sites:
+        with report.clock.phase("statistics"):
+            groups = find_groups(lanes, index, sites)
+        for group in groups:
+            with report.clock.phase("statistics"):
+                sum_groups(lanes, index, [group], needs)
+            yield from _members([group])
+
+
+def _members(groups: list[Group]) -> Iterator[Fed]:
+    """Yield every group's sites with their statistic, and let go of each statistic after its last site."""
+    for group in groups:
+        for site in group.sites:
+            yield site, group.statistic
+        group.statistic = None
+
+
+def _prune_sites(host: Host, fed: Iterable[Fed], patterns: dict[str, Pattern], recipe: Recipe, report: Report) -> None:
+    method = recipe.solver()
+    for site, statistic in fed:
+        with report.clock.phase("solve"):
+            weight_OI, pattern = site.view(host.weight(site)), patterns[site.name]
+            solution = checked_solution(site.name, method, weight_OI, statistic, pattern, recipe.seed)
+            error = relative_error(weight_OI, solution.weight_OI, statistic)
+            weight_OI.copy_(solution.weight_OI)
+            report.sites.append(SiteReport.of(site.name, solution, pattern, error, statistic))
+
+
+def _patterns(host: Host, plan: Plan) -> dict[str, Pattern]:
+    """Return every site's pattern; a budget over the whole model is split by one look at all weights."""
+    sites = plan.all_sites()
+    if not (isinstance(plan.pattern, Unstructured) and plan.pattern.group == "model"):
+        return {site.name: plan.pattern for site in sites}
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for stage in [host.embedding, *plan.stages]:
+            if stage.name in plan.sites:
+                host.load(stage)
+                yield from ((site.name, host.weight(site)) for site in plan.sites[stage.name])
+                host.free(stage)
+
+    return dict(global_magnitude(weights, plan.pattern.sparsity))

@@ -1,0 +1,180 @@
+"""What the user asked for, checked as far as that is possible without a model."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune import methods, patterns
+from llmprune.errors import RecipeError, did_you_mean
+from llmprune.locate import DEMO
+from llmprune.methods import Method
+from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All options of a run; the names are those of the command line and of recipe files.
+
+    Attributes:
+        method: name of a file in `llmprune/methods/`, or a method object.
+        pattern: `50%` or `0.5` (unstructured), or `N:M`: N kept of every M.
+        comparison_group: `row`, `layer`, `block` or `model`; None is the method's own. N:M takes none.
+        method_options: hyper-parameters of the method, by name.
+        calibration: what `llmprune.data.read` reads; None is `c4`, or the shipped excerpt for `demo`.
+        samples: calibration sequences; None is 128, or all rows of an `input_ids` column.
+        length: tokens a sequence; None is 2048, or the model's context where that is shorter.
+        seed: of sampling and of the random method.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `auto` (as the checkpoint is stored), `float32`, `float16` or `bfloat16`.
+        batch_size: sequences a forward; None sizes it to the memory.
+        true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
+        include, exclude: globs on tensor names, added to and taken from what is pruned by default.
+        revision: branch, tag or commit of a Hub model.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    method: str | Method = "sparsegpt"
+    pattern: str | float = "50%"
+    comparison_group: str | None = None
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Any = None
+    samples: int | None = None
+    length: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
+    true_sequential: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe with these options set.
+
+        Raises:
+            RecipeError: an option is unknown or out of range, or two contradict each other.
+            PatternError: the pattern cannot be read.
+        """
+        known = [item.name for item in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise RecipeError(f"unknown option '{name}': {did_you_mean(name, known)}")
+        values = dict(options)
+        for name in ("include", "exclude"):
+            if isinstance(values.get(name), str):
+                values[name] = (values[name],)
+            elif name in values:
+                values[name] = tuple(values[name] or ())
+        recipe = cls(**values)
+        recipe.require_valid()
+        return recipe
+
+    def require_valid(self) -> None:
+        """Raise RecipeError or PatternError for what is wrong whatever the model is."""
+        for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        if self.dtype not in ("auto", *DTYPES):
+            raise RecipeError(f"unknown dtype '{self.dtype}': {did_you_mean(self.dtype, ['auto', *DTYPES])}")
+        self.solver()
+        self.target()
+        self.place()
+
+    def solver(self) -> Method:
+        """Return the method with its hyper-parameters set."""
+        if not isinstance(self.method, str):
+            return self.method
+        if not isinstance(self.method_options, Mapping):
+            raise RecipeError(f"method_options must map names to values, not {self.method_options!r}")
+        return methods.get(self.method, dict(self.method_options))
+
+    def target(self) -> Unstructured | NM:
+        """Return the pattern, with its comparison group."""
+        solver, pattern = self.solver(), patterns.parse(self.pattern)
+        if self.comparison_group is None:
+            return patterns.in_group(pattern, solver.comparison_group)
+        group = self.group(solver)
+        if isinstance(pattern, NM):
+            raise RecipeError(f"comparison_group '{group}' has no meaning for {pattern}: N:M compares M neighbours")
+        return patterns.in_group(pattern, group)
+
+    def group(self, solver: Method) -> ComparisonGroup:
+        """Return the comparison group that was asked for, if the method can follow it."""
+        for group in solver.comparison_groups:
+            if group == self.comparison_group:
+                return group
+        if self.comparison_group not in COMPARISON_GROUPS:
+            hint = did_you_mean(str(self.comparison_group), COMPARISON_GROUPS)
+            raise RecipeError(f"unknown comparison_group '{self.comparison_group}': {hint}")
+        allowed = ", ".join(solver.comparison_groups)
+        raise RecipeError(f"{methods.name_of(solver)} cannot compare per {self.comparison_group}: it takes {allowed}")
+
+    def for_model(self, model: str | Path) -> "Recipe":
+        """Return the recipe with the defaults that depend on the model: `demo` calibrates on its own excerpt."""
+        return dataclasses.replace(self, calibration=DEMO) if model == DEMO and self.calibration is None else self
+
+    def place(self) -> torch.device:
+        """Return the device to run on."""
+        return resolve_device(self.device)
+
+    def compute_dtype(self) -> torch.dtype | None:
+        """Return the dtype to compute in, None for that of the checkpoint."""
+        return DTYPES.get(self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as plain values, the method spelled out with all its hyper-parameters."""
+        solver = self.solver()
+        fields: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        fields["method"] = methods.name_of(solver)
+        fields["method_options"] = {item.name: getattr(solver, item.name) for item in dataclasses.fields(solver)}  # type: ignore[arg-type]
+        fields["pattern"] = str(self.pattern)
+        pattern = self.target()
+        fields["comparison_group"] = pattern.group if isinstance(pattern, Unstructured) else None
+        if not isinstance(self.calibration, str | None):
+            fields["calibration"] = str(self.calibration) if isinstance(self.calibration, Path) else "in memory"
+        return fields
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Return the options of a YAML recipe file.
+
+    Raises:
+        RecipeError: the file is missing or is not a YAML mapping.
+    """
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise RecipeError(f"recipe {path} must map option names to values, such as 'method: wanda'")
+    return options
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise RecipeError(f"device '{name}' is not available here; use --device cpu or --device auto") from None
+    return device

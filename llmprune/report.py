@@ -1,0 +1,178 @@
+"""What a run leaves behind: which weights were pruned, at what cost, from what, in what time and memory."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from llmprune.methods import Solution
+from llmprune.patterns import Pattern
+from llmprune.plan import Host, Plan
+from llmprune.statistics import ColumnNorm, Gram
+
+_PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One pruned matrix.
+
+    Attributes:
+        error: squared change of the outputs relative to the squared outputs, summed over the calibration tokens.
+        error_norm: what `error` was measured with: `gram` (the true outputs), `column_norm` (inputs taken as
+            uncorrelated) or `weights` (all inputs taken as equal).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    zeros: int
+    sparsity: float
+    error: float
+    error_norm: str
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, name: str, solution: Solution, pattern: Pattern, error: float, statistic: ColumnNorm | Gram | None
+    ) -> "SiteReport":
+        """Return the report on a solved site."""
+        weight_OI = solution.weight_OI
+        zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
+        norm = {ColumnNorm: "column_norm", Gram: "gram"}.get(type(statistic), "weights")
+        tokens = statistic.tokens if statistic else 0
+        shape = (weight_OI.shape[0], weight_OI.shape[1])
+        return cls(name, shape, str(pattern), zeros, zeros / weight_OI.numel(), error, norm, tokens, solution.notes)
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside the block to the phase called `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class Report:
+    """The whole run; `to_json` is what `llmprune.json` holds. Times are in seconds."""
+
+    model: str
+    recipe: dict[str, Any]
+    blocks: int
+    parameters: int
+    calibration: dict[str, Any] | None = None
+    sites: list[SiteReport] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
+
+    @classmethod
+    def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan) -> "Report":
+        """Return the report of a run that is about to start."""
+        parameters = sum(parameter.numel() for parameter in host.model.parameters())
+        report = cls(model, recipe, len(host.blocks), parameters, left_dense=dict(plan.left_dense))
+        if plan.tokens is not None:
+            report.calibration = {
+                "data": plan.tokens.name,
+                "fingerprint": plan.tokens.fingerprint,
+                "sequences": len(plan.rows),
+                "tokens": sum(len(row) for row in plan.rows),
+                "note": plan.tokens.note,
+            }
+        return report
+
+    def close(self, plan: Plan) -> None:
+        """Note which sites no calibration input ever reached."""
+        pruned = {site.name for site in self.sites}
+        self.left_dense |= {s.name: "never given an input" for s in plan.all_sites() if s.name not in pruned}
+
+    @property
+    def site_parameters(self) -> int:
+        """Weights in all pruned matrices."""
+        return sum(site.shape[0] * site.shape[1] for site in self.sites)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in all pruned matrices."""
+        return sum(site.zeros for site in self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        return {
+            "model": self.model,
+            "recipe": self.recipe,
+            "seed": self.recipe["seed"],
+            "calibration": self.calibration,
+            "sparsity": {
+                "sites": self.zeros / max(self.site_parameters, 1),
+                "all_parameters": self.zeros / self.parameters,
+            },
+            "parameters": {"sites": self.site_parameters, "all": self.parameters, "blocks": self.blocks},
+            "sites": [asdict(site) for site in self.sites],
+            "left_dense": self.left_dense,
+            "notes": self.notes,
+            "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},
+            "peak_memory_bytes": peak_memory(),
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+
+    def __str__(self) -> str:
+        sites, worst = len(self.sites), max(self.sites, key=lambda site: site.error)
+        mean = sum(site.error for site in self.sites) / sites
+        seconds = self.clock.seconds
+        lines = [
+            f"{self.model}: {self.recipe['method']} {self.recipe['pattern']}, {sites} matrices in {self.blocks} blocks",
+            f"  zeros         {self.zeros / self.site_parameters:.4%} of the pruned matrices, "
+            f"{self.zeros / self.parameters:.4%} of all parameters",
+            f"  output error  mean {mean:.4g}, largest {worst.error:.4g} ({worst.name}), by {worst.error_norm}",
+            f"  left dense    {len(self.left_dense)} matrices beside embeddings and norms",
+            "  time          " + ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items()),
+            f"  peak memory   {peak_memory()['host'] / 2**30:.2f} GiB",
+        ]
+        return "\n".join(lines + [f"  note          {note}" for note in self.all_notes()])
+
+    def all_notes(self) -> list[str]:
+        """Return the run's notes, then the sites'."""
+        return self.notes + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
+
+
+def peak_memory() -> dict[str, int]:
+    """Return the most memory the process has occupied so far, in bytes, on the host and on the GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host": host, "device": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide the result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the run ran on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}

@@ -1,0 +1,61 @@
+"""Slow, plain forms of what llmprune computes, written from the papers: the truth that the tests compare with."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def sparsegpt(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    sparsity: float = 0.0,
+    n: int = 0,
+    m: int = 0,
+    damp: float = 0.01,
+    block: int = 128,
+) -> Tensor:
+    """SparseGPT as in algorithm 1 of arXiv:2301.00774, one column at a time, with three factorisations."""
+    weight, hessian = weight_OI.clone().float(), hessian_II.clone()
+    columns = weight.shape[1]
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    weight[:, dead] = 0
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = torch.zeros_like(weight[:, start:stop])
+        drop = torch.zeros_like(errors, dtype=torch.bool)
+        if not m:
+            score = (weight[:, start:stop] / upper.diagonal()[start:stop]) ** 2
+            budget = int(weight.shape[0] * stop * sparsity) - int(weight.shape[0] * start * sparsity)
+            drop.view(-1)[score.flatten().argsort(stable=True)[:budget]] = True
+        for j in range(start, stop):
+            if m and (j - start) % m == 0:
+                score = (weight[:, j : j + m] / upper.diagonal()[j : j + m]) ** 2
+                drop[:, j - start : j - start + m].scatter_(1, score.argsort(dim=1, stable=True)[:, : m - n], True)
+            pruned = weight[:, j].masked_fill(drop[:, j - start], 0)
+            errors[:, j - start] = (weight[:, j] - pruned) / upper[j, j]
+            weight[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]
+            weight[:, j] = pruned
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return weight
+
+
+def best_removal(weight_I: Tensor, hessian_II: Tensor, remove: int) -> float:
+    """The smallest possible error of removing `remove` weights of one row, survivors re-fitted: all subsets tried."""
+    best = float("inf")
+    for dropped in itertools.combinations(range(len(weight_I)), remove):
+        rows = list(dropped)
+        inverse = torch.linalg.inv(hessian_II)[rows][:, rows]
+        error = weight_I[rows] @ torch.linalg.solve(inverse, weight_I[rows])
+        best = min(best, float(error))
+    return best
+
+
+def remove_lowest(score: list[float], count: int) -> list[bool]:
+    """Mark the `count` lowest scores, the earliest first among equals."""
+    order = sorted(range(len(score)), key=lambda index: (score[index], index))
+    return [index in order[:count] for index in range(len(score))]
