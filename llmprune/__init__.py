@@ -11,8 +11,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmprune_eval.perplexity import evaluate as evaluate
-
     from llmprune import methods as methods
     from llmprune.errors import LlmpruneError as LlmpruneError
     from llmprune.inspection import inspect as inspect
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from llmprune.solving import solve as solve
     from llmprune.statistics import ColumnNorm as ColumnNorm
     from llmprune.statistics import Gram as Gram
+    from llmprune_eval.perplexity import evaluate as evaluate
 
 _HOMES = {
     "ColumnNorm": "llmprune.statistics",

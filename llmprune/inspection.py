@@ -114,7 +114,7 @@ def _tensor_report(source: Source, key: str, site: Site | None) -> TensorReport:
     inputs = 0 if site is not None and site.transposed else 1
     zeros = negative = 0
     tightest = {m: 0 for m in GROUP_SIZES if len(entry.shape) == 2 and entry.shape[inputs] % m == 0}
-    for chunk in source.chunks(key):
+    for chunk in source.chunks(key, 1 if inputs else max(GROUP_SIZES)):
         empty = chunk == 0
         zeros += int(empty.sum())
         if chunk.is_floating_point():

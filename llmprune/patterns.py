@@ -203,9 +203,14 @@ def _break_ties(score_RC: Tensor, kth_R1: Tensor, count: int) -> Tensor:
 
 def _kth_smallest(score_RC: Tensor, count: int) -> Tensor:
     if score_RC.device.type == "cpu":  # numpy's vectorised partition: three times torch's kthvalue here
-        rows = np.partition(score_RC.float().numpy(), count - 1, axis=1)
+        rows = np.partition(_exact(score_RC).numpy(), count - 1, axis=1)
         return torch.from_numpy(rows[:, count - 1 : count].copy())
-    return score_RC.float().kthvalue(count, dim=1, keepdim=True).values
+    return _exact(score_RC).kthvalue(count, dim=1, keepdim=True).values
+
+
+def _exact(score_RC: Tensor) -> Tensor:
+    """Return the scores, unchanged in value, in a dtype that numpy knows."""
+    return score_RC if score_RC.dtype == torch.float64 else score_RC.float()
 
 
 def _count_true(mask_RC: Tensor) -> Tensor:

@@ -68,11 +68,15 @@ def make_plan(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Plan:
     selection.require_matches([site.name for sites in every.values() for site in sites])
     ends = {host.embedding.name: "embedding", host.head.name: "output head"}
     chosen: dict[str, list[Site]] = {}
-    left_dense = {}
+    left_dense, taken = {}, set[str]()
     for stage, sites in every.items():
         for site in sites:
             reason = ends.get(stage) or ("router" if is_router(site.name) else None)
-            if selection.takes(site.name, by_default=reason is None):
+            twin = host.model.all_tied_weights_keys.get(site.name)
+            if twin in taken:
+                left_dense[site.name] = f"one with {twin}"
+            elif selection.takes(site.name, by_default=reason is None):
+                taken.add(site.name)
                 chosen.setdefault(stage, []).append(site)
             else:
                 left_dense[site.name] = reason or "excluded"

@@ -46,6 +46,8 @@ def prune(
     """
     recipe = Recipe.of(options)
     if not isinstance(model, str | Path):
+        if out is not None:
+            raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
         return _prune_in_place(model, tokenizer, recipe)
     if out is None:
         raise RecipeError("an output folder is needed: prune(model, out, ...)")

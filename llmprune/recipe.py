@@ -70,10 +70,8 @@ class Recipe:
                 raise RecipeError(f"unknown option '{name}': {did_you_mean(name, known)}")
         values = dict(options)
         for name in ("include", "exclude"):
-            if isinstance(values.get(name), str):
-                values[name] = (values[name],)
-            elif name in values:
-                values[name] = tuple(values[name] or ())
+            if name in values:
+                values[name] = _globs(name, values[name])
         recipe = cls(**values)
         recipe.require_valid()
         return recipe
@@ -84,18 +82,21 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name in ("true_sequential", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.dtype not in ("auto", *DTYPES):
-            raise RecipeError(f"unknown dtype '{self.dtype}': {did_you_mean(self.dtype, ['auto', *DTYPES])}")
+            raise RecipeError(f"unknown dtype '{self.dtype}': {did_you_mean(str(self.dtype), ['auto', *DTYPES])}")
         self.solver()
         self.target()
         self.place()
 
     def solver(self) -> Method:
         """Return the method with its hyper-parameters set."""
-        if not isinstance(self.method, str):
-            return self.method
         if not isinstance(self.method_options, Mapping):
             raise RecipeError(f"method_options must map names to values, not {self.method_options!r}")
+        if not isinstance(self.method, str):
+            return _method_object(self.method, self.method_options)
         return methods.get(self.method, dict(self.method_options))
 
     def target(self) -> Unstructured | NM:
@@ -137,7 +138,7 @@ class Recipe:
         fields: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         fields["method"] = methods.name_of(solver)
         fields["method_options"] = {item.name: getattr(solver, item.name) for item in dataclasses.fields(solver)}  # type: ignore[arg-type]
-        fields["pattern"] = str(self.pattern)
+        fields["pattern"], fields["device"] = str(self.pattern), str(self.device)
         pattern = self.target()
         fields["comparison_group"] = pattern.group if isinstance(pattern, Unstructured) else None
         if not isinstance(self.calibration, str | None):
@@ -154,14 +155,43 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        options = yaml.safe_load(Path(path).read_text("utf-8"))
+        options = yaml.load(Path(path).read_text("utf-8"), _loader())
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise RecipeError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise RecipeError(f"recipe {path} must map option names to values, such as 'method: wanda'")
     return options
+
+
+def _loader() -> Any:
+    """Return a safe YAML loader that takes `2:4` for the text that it is; YAML 1.1 has it as 124, in base 60."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def whole_number(loader: Loader, node: yaml.ScalarNode) -> str | int:
+        return node.value if ":" in node.value else int(loader.construct_yaml_int(node))
+
+    Loader.add_constructor("tag:yaml.org,2002:int", whole_number)
+    return Loader
+
+
+def _globs(name: str, value: Any) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else () if value is None else value
+    if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
+        raise RecipeError(f"{name} must be a glob or a list of globs, not {value!r}")
+    return tuple(globs)
+
+
+def _method_object(method: Method, options: Mapping[str, Any]) -> Method:
+    if not dataclasses.is_dataclass(method) or isinstance(method, type):
+        raise RecipeError(f"method must be a name or a method object, not {method!r}")
+    if options:
+        raise RecipeError(f"method_options go with a method's name; set them in {methods.name_of(method)} itself")
+    return method
 
 
 def resolve_device(name: str) -> torch.device:
@@ -174,7 +204,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.empty(0, device=device).tolist()  # where nothing can be read back, as from `meta`, nothing can be run
+    except (RuntimeError, AssertionError, TypeError):
         raise RecipeError(f"device '{name}' is not available here; use --device cpu or --device auto") from None
     return device

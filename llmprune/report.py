@@ -135,19 +135,24 @@ class Report:
         }
 
     def __str__(self) -> str:
-        sites, worst = len(self.sites), max(self.sites, key=lambda site: site.error)
-        mean = sum(site.error for site in self.sites) / sites
-        seconds = self.clock.seconds
+        sites, seconds = len(self.sites), self.clock.seconds
         lines = [
             f"{self.model}: {self.recipe['method']} {self.recipe['pattern']}, {sites} matrices in {self.blocks} blocks",
-            f"  zeros         {self.zeros / self.site_parameters:.4%} of the pruned matrices, "
+            f"  zeros         {self.zeros / max(self.site_parameters, 1):.4%} of the pruned matrices, "
             f"{self.zeros / self.parameters:.4%} of all parameters",
-            f"  output error  mean {mean:.4g}, largest {worst.error:.4g} ({worst.name}), by {worst.error_norm}",
+            f"  output error  {self._errors()}",
             f"  left dense    {len(self.left_dense)} matrices beside embeddings and norms",
             "  time          " + ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items()),
             f"  peak memory   {peak_memory()['host'] / 2**30:.2f} GiB",
         ]
         return "\n".join(lines + [f"  note          {note}" for note in self.all_notes()])
+
+    def _errors(self) -> str:
+        if not self.sites:
+            return "none, as no matrix was pruned"
+        mean = sum(site.error for site in self.sites) / len(self.sites)
+        worst = max(self.sites, key=lambda site: site.error)
+        return f"mean {mean:.4g}, largest {worst.error:.4g} ({worst.name}), by {worst.error_norm}"
 
     def all_notes(self) -> list[str]:
         """Return the run's notes, then the sites'."""

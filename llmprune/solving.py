@@ -13,7 +13,10 @@ from llmprune.patterns import Pattern
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, Gram
 
+_ROW_CHUNK = 1 << 22  # weights that are held in fp32 at once while errors are summed
 
+
+@torch.no_grad()
 def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, **options: Any) -> Solution:
     """Prune one matrix with the maths that `prune` uses.
 
@@ -25,13 +28,15 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, *
 
     Raises:
         RecipeError: an option is wrong, or the statistic is missing or of the wrong kind.
-        PatternError: the pattern does not fit the matrix.
+        PatternError: the pattern does not fit the matrix, or it is no matrix of floating point numbers.
         NumericalError: a weight or the statistic is not finite.
     """
     recipe = Recipe.of(options)
     method, pattern = recipe.solver(), recipe.target()
     if weight.ndim != 2:
         raise PatternError(f"a matrix [outputs, inputs] is needed, not a tensor of {weight.ndim} dimensions")
+    if not weight.is_floating_point():
+        raise PatternError(f"a matrix of floating point numbers is needed, not one of {weight.dtype}")
     if why := pattern.misfit(*weight.shape):
         raise PatternError(f"the matrix {why}")
     require_finite("the matrix", weight)
@@ -51,12 +56,18 @@ def checked_solution(
 
 def relative_error(weight_OI: Tensor, pruned_OI: Tensor, statistic: ColumnNorm | Gram | None) -> float:
     """Return the squared output change over the squared outputs, as far as the statistic can tell."""
-    change_OI = weight_OI.float() - pruned_OI.float()
-    if statistic is None:
-        error, scale = float(change_OI.square().sum()), float(weight_OI.float().square().sum())
-    else:
-        error, scale = statistic.energy(change_OI), statistic.energy(weight_OI)
+    energy = statistic.energy if statistic else _square
+    error = scale = 0.0
+    step = max(1, _ROW_CHUNK // weight_OI.shape[1])
+    for dense, pruned in zip(weight_OI.split(step), pruned_OI.split(step), strict=True):
+        dense = dense.float()
+        error += energy(dense - pruned.float())
+        scale += energy(dense)
     return error / scale if scale else 0.0
+
+
+def _square(weight_OI: Tensor) -> float:
+    return float(weight_OI.square().sum())
 
 
 def _fed(method: Method, statistic: Tensor | ColumnNorm | Gram | None, weight: Tensor) -> ColumnNorm | Gram | None:
@@ -70,6 +81,8 @@ def _fed(method: Method, statistic: Tensor | ColumnNorm | Gram | None, weight: T
         statistic.add(inputs.to(weight.device), 1)
     if not isinstance(statistic, needs):
         raise RecipeError(f"{type(method).__name__} needs calibration inputs or a {needs.__name__} as its statistic")
+    if statistic.inputs != weight.shape[1]:
+        raise RecipeError(f"the statistic is of {statistic.inputs} inputs, the matrix has {weight.shape[1]}")
     statistic.require_finite("the matrix")
     return statistic
 

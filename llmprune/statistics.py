@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericalError
+from llmprune.patterns import column_blocks
 
 _GRAM_TILE = 512  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
 _DAMPING_STEPS = 6  # each ten times the one before
-_ROW_CHUNK = 1 << 24  # elements of a weight matrix that are held in fp32 at once while its energy is summed
 
 S = TypeVar("S", bound="Statistic")
 
@@ -26,6 +26,10 @@ class Statistic(Protocol):
     tokens: int
 
     def __init__(self, inputs: int, device: torch.device) -> None: ...
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs of the matrices that it describes."""
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
         """Add the inputs of `sequences` calibration sequences, flattened to [tokens, inputs]."""
@@ -47,7 +51,12 @@ class ColumnNorm:
         self.sum_I = torch.zeros(inputs, dtype=torch.float32, device=device)
         self.sequences = self.tokens = 0
 
+    @property
+    def inputs(self) -> int:
+        return len(self.sum_I)
+
     def add(self, x_TI: Tensor, sequences: int) -> None:
+        x_TI = x_TI.float() if x_TI.dtype == torch.float64 else x_TI  # vector_norm widens, but does not narrow
         self.sum_I += torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
         self.sequences += sequences
         self.tokens += x_TI.shape[0]
@@ -65,41 +74,53 @@ class ColumnNorm:
     def energy(self, weight_OI: Tensor) -> float:
         """As `Statistic.energy`, taking the inputs as uncorrelated: only the diagonal of the Gram is known."""
         mean_I = self.sum_I / max(self.sequences, 1)
-        return sum(float((rows.float().square() @ mean_I).sum()) for rows in _row_chunks(weight_OI))
+        return float((weight_OI.float().square() @ mean_I).sum())
 
     def require_finite(self, name: str) -> None:
         _require_finite(self.sum_I, name)
 
 
 class Gram:
-    """Sum of x xᵀ over the calibration tokens."""
+    """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
+
+    The operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit.
+    """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
-        self._lower_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self._mean_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self._mirrored = True  # whether the tiles above the diagonal are filled in
         self._factors: dict[float, Factor] = {}
         self.sequences = self.tokens = 0
 
+    @property
+    def inputs(self) -> int:
+        return len(self._mean_II)
+
     def add(self, x_TI: Tensor, sequences: int) -> None:
-        x_TI = x_TI.float()
-        for start in range(0, x_TI.shape[1], _GRAM_TILE):  # tiles on and below the diagonal
-            stop = start + _GRAM_TILE
-            self._lower_II[start:stop, :stop].addmm_(x_TI[:, start:stop].T, x_TI[:, :stop])
-        self._factors.clear()
-        self.sequences += sequences
+        total = self.sequences + sequences
+        x_IT = x_TI.float().T * math.sqrt(2 / total)
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
+            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
+            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
+        self._changed()
+        self.sequences = total
         self.tokens += x_TI.shape[0]
 
     def merge(self, other: "Gram") -> None:
-        self._lower_II += other._lower_II
-        self._factors.clear()
+        total = max(self.sequences + other.sequences, 1)
+        self._mean_II.mul_(self.sequences / total).add_(other._mean_II, alpha=other.sequences / total)
+        self._changed()
         self.sequences += other.sequences
         self.tokens += other.tokens
 
     @property
     def hessian_II(self) -> Tensor:
         """H = 2/n · X Xᵀ with n the number of sequences (Frantar & Alistarh, 2023, arXiv:2301.00774)."""
-        hessian_II = self._lower_II * (2 / max(self.sequences, 1))
-        mirrored_II = hessian_II.tril(-1).T
-        return hessian_II.tril_().add_(mirrored_II)
+        if not self._mirrored:
+            for start, stop in column_blocks(self.inputs, _GRAM_TILE):
+                self._mean_II[start:stop, stop:] = self._mean_II[stop:, start:stop].T
+            self._mirrored = True
+        return self._mean_II
 
     def factor(self, damp: float) -> "Factor":
         """Return the factor of the damped Hessian; sites that share this Gram share the work.
@@ -112,21 +133,20 @@ class Gram:
         return self._factors[damp]
 
     def energy(self, weight_OI: Tensor) -> float:
-        gram_II = self.hessian_II.div_(2)
-        return sum(float((rows.float() @ gram_II).mul_(rows).sum()) for rows in _row_chunks(weight_OI))
+        weight_OI = weight_OI.float()
+        return float((weight_OI @ self.hessian_II).mul_(weight_OI).sum()) / 2
 
     def require_finite(self, name: str) -> None:
-        _require_finite(self._lower_II.diagonal(), name)
+        _require_finite(self._mean_II.diagonal(), name)
+
+    def _changed(self) -> None:
+        self._mirrored = False
+        self._factors.clear()
 
 
 @dataclass(frozen=True)
 class Factor:
-    """H + damping = R Rᵀ with R upper triangular.
-
-    The inverse U = R⁻¹ is the upper Cholesky factor of H⁻¹ that SparseGPT's recursion uses: with J the reversal of
-    rows and columns, J H J = L Lᵀ gives R = J L J, so one factorisation does the work of three and no inverse of
-    full size is formed.
-    """
+    """Upper Cholesky factor U of the inverse of the damped Hessian: H⁻¹ = Uᵀ U."""
 
     upper_II: Tensor
     dead_I: Tensor
@@ -135,30 +155,37 @@ class Factor:
 
 
 def factorize(hessian_II: Tensor, damp: float) -> Factor:
-    """Factor H with `damp` x mean(diag H) added to its diagonal; overwrites `hessian_II`.
+    """Factor the inverse of H with `damp` x mean(diag H) added to its diagonal.
 
     Inputs that are always zero get a one on the diagonal, before the damping, as in the paper's code. When the
     matrix is not positive definite in fp32 the damping grows tenfold, and a note says so.
+
+    Raises:
+        NumericalError: no step of the ladder helps.
     """
-    diagonal_I = hessian_II.diagonal()
-    dead_I = diagonal_I == 0
-    diagonal_I[dead_I] = 1
-    mean, added = float(diagonal_I.mean()), 0.0
+    dead_I = hessian_II.diagonal() == 0
+    diagonal_I = hessian_II.diagonal().masked_fill(dead_I, 1)
     notes: list[str] = []
     for step in range(_DAMPING_STEPS):
         tried = damp * 10**step
-        diagonal_I += tried * mean - added
-        added = tried * mean
-        lower_II, failed = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
-        if not failed.item() and math.isfinite(float(lower_II.diagonal().sum())):
-            return Factor(lower_II.flip(0, 1), dead_I, tried, tuple(notes))
+        damped_II = hessian_II.clone()
+        damped_II.diagonal().copy_(diagonal_I + tried * diagonal_I.mean())
+        upper_II = _inverse_factor(damped_II)
+        if upper_II is not None:
+            return Factor(upper_II, dead_I, tried, tuple(notes))
         notes.append(f"not positive definite at damping {tried:g}, raised to {tried * 10:g}")
     raise NumericalError(f"the Gram matrix is not positive definite even at damping {tried:g}: use more calibration")
 
 
-def _row_chunks(weight_OI: Tensor) -> tuple[Tensor, ...]:
-    chunks: tuple[Tensor, ...] = weight_OI.split(max(1, _ROW_CHUNK // weight_OI.shape[1]))
-    return chunks
+def _inverse_factor(damped_II: Tensor) -> Tensor | None:
+    """Return U with H⁻¹ = Uᵀ U, or None if H or its inverse is not positive definite in fp32; overwrites H."""
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    if failed.item():
+        return None
+    torch.cholesky_inverse(lower_II, out=damped_II)
+    upper_II, failed = torch.linalg.cholesky_ex(damped_II, upper=True)
+    healthy = not failed.item() and math.isfinite(float(upper_II.diagonal().sum()))
+    return upper_II if healthy else None
 
 
 def _require_finite(sums: Tensor, name: str) -> None:

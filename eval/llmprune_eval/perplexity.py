@@ -90,6 +90,9 @@ def evaluate(
     Raises:
         LlmpruneError: one of its kinds.
     """
+    for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise RecipeError(f"{name} must be a whole number of at least {least}, not {value}")
     if dtype not in ("auto", *DTYPES):
         raise RecipeError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
     text = documents.read(data if data is not None else DEMO if model == DEMO else DEFAULT_DATA, "evaluation")
@@ -108,7 +111,7 @@ def evaluate(
     return Evaluation(
         model=str(model) if isinstance(model, str | Path) else network.name_or_path or type(network).__name__,
         data=windows.name,
-        perplexity=math.exp(loss),
+        perplexity=_perplexity(loss),
         bits_per_byte=_bits_per_byte(loss, text, tokenizer),
         windows=len(windows.rows),
         length=max(len(row) for row in windows.rows),
@@ -120,14 +123,26 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 def mean_loss(network: Any, batches_BL: list[Tensor]) -> float:
-    """Return the windows' mean cross-entropy in nats, weighted by their lengths.
+    """Return the windows' mean cross-entropy in nats, weighted by their lengths; dropout is off meanwhile.
 
     Raises:
         NumericalError: the model's outputs are not finite.
     """
-    total, tokens = 0.0, 0
+    training = network.training
+    network.eval()
+    try:
+        total = _summed_loss(network, batches_BL)
+    finally:
+        network.train(training)
+    if not math.isfinite(total):
+        raise NumericalError(f"{type(network).__name__} gives NaN or infinite outputs: try --dtype float32")
+    return total / sum(batch.numel() for batch in batches_BL)
+
+
+@torch.no_grad()
+def _summed_loss(network: Any, batches_BL: list[Tensor]) -> float:
+    total = 0.0
     with Progress(sum(len(batch) for batch in batches_BL), "evaluating", "window") as bar:
         for batch_BL in batches_BL:
             ids_BL = batch_BL.to(network.device)
@@ -135,11 +150,17 @@ def mean_loss(network: Any, batches_BL: list[Tensor]) -> float:
             for logits_LV, ids_L in zip(logits_BLV, ids_BL, strict=True):
                 loss = functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:].to(logits_LV.device))
                 total += loss.item() * len(ids_L)
-                tokens += len(ids_L)
             bar.step(len(batch_BL))
-    if not math.isfinite(total):
-        raise NumericalError(f"{type(network).__name__} gives NaN or infinite outputs: try --dtype float32")
-    return total / tokens
+    return total
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise NumericalError(
+            f"the mean loss of {loss:.4g} nats is too large for a perplexity: the model is broken"
+        ) from None
 
 
 def _windows(text: Documents, tokenizer: Any, length: int) -> Tokens:

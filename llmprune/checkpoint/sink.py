@@ -27,9 +27,9 @@ class Sink:
     """Context manager: `copy_source`, `write` tensors, then `commit`; leaving without a commit removes the work."""
 
     def __init__(self, source: Source, out: Path) -> None:
-        self.out = out
+        self.out = out.resolve()  # `.` has no name of its own
         self._source = source
-        self._partial = out.with_name(out.name + ".partial")
+        self._partial = self.out.with_name(self.out.name + ".partial")
         self._entries: dict[str, TensorEntry] = {}
 
     def __enter__(self) -> "Sink":

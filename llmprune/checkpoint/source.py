@@ -69,14 +69,14 @@ class Source:
                 opened[name] = files[path].get_slice(name)
             yield opened
 
-    def chunks(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield the tensor called `name` in pieces along its first dimension (a scalar as it is)."""
+    def chunks(self, name: str, multiple: int = 1) -> Iterator[torch.Tensor]:
+        """Yield the tensor called `name` in pieces of a multiple of `multiple` rows (a scalar as it is)."""
         entry = self.entries[name]
         with self.slices([name]) as opened:
             if not entry.shape or entry.count <= _CHECK_ELEMENTS:
                 yield opened[name][...]
                 return
-            step = max(1, _CHECK_ELEMENTS * entry.shape[0] // entry.count)
+            step = max(1, _CHECK_ELEMENTS * entry.shape[0] // (entry.count * multiple)) * multiple
             for start in range(0, entry.shape[0], step):
                 yield opened[name][start : start + step]
 

@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,9 +36,17 @@ class Solution:
 class Method(Protocol):
     """What a file in this folder defines."""
 
-    needs: ClassVar[type[ColumnNorm] | type[Gram] | None]
-    comparison_group: ClassVar[ComparisonGroup]
-    comparison_groups: ClassVar[tuple[ComparisonGroup, ...]]
+    @property
+    def needs(self) -> type[ColumnNorm] | type[Gram] | None:
+        """The statistic that `solve` takes; None where it looks at the weights only."""
+
+    @property
+    def comparison_group(self) -> ComparisonGroup:
+        """The paper's own."""
+
+    @property
+    def comparison_groups(self) -> tuple[ComparisonGroup, ...]:
+        """All that it can follow."""
 
     def solve(self, weight_OI: Tensor, statistic: Any, pattern: Pattern, generator: torch.Generator) -> Solution:
         """Prune `weight_OI` [outputs, inputs] to `pattern`.
@@ -93,6 +101,9 @@ def _options_hint(option: str, known: list[str]) -> str:
 
 def _convert(name: str, option: str, value: Any, default: Any) -> Any:
     try:
-        return type(default)(value)
-    except (TypeError, ValueError):
-        raise RecipeError(f"method '{name}': {option}={value!r} is not a {type(default).__name__}") from None
+        converted = type(default)(value)
+    except (TypeError, ValueError, OverflowError):
+        converted = None
+    if converted is None or (isinstance(value, float) and converted != value):  # 64.5 is no int, NaN nothing at all
+        raise RecipeError(f"method '{name}': {option}={value!r} is not a {type(default).__name__}")
+    return converted

@@ -76,7 +76,8 @@ def _first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[G
         lanes.run(index, 0)
     groups: dict[tuple[Any, ...], Group] = {}
     for site, seen in inputs.items():
-        key = tuple((x.data_ptr(), x.shape, x.stride(), x._version) for x in seen)
+        # An empty tensor has no address: it is told apart by its identity.
+        key = tuple((x.data_ptr() or id(x), x.shape, x.stride(), x._version) for x in seen)
         groups.setdefault(key, Group([], len(seen))).sites.append(site)
     return list(groups.values()), inputs
 

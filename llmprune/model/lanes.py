@@ -57,11 +57,13 @@ class Lanes:
         self._results: list[Any] = []
         self._lanes: list[greenlet] = []
         self._restore: list[Callable[[], None]] = []
+        self._training = [module for module in model.modules() if module.training]
         self._no_grad = torch.no_grad()
 
     def __enter__(self) -> "Lanes":
         self._no_grad.__enter__()
         self._coordinator = getcurrent()
+        self._model.eval()  # no dropout
         for index, stage in enumerate(self._stages):
             self._restore.append(_replace_forward(stage.module, self._parking(index, stage.module.forward)))
         try:
@@ -140,6 +142,8 @@ class Lanes:
                 lane.throw(GreenletExit)
         for restore in self._restore:
             restore()
+        for module in self._training:
+            module.training = True
         self._arrivals.clear()
         self._no_grad.__exit__(None, None, None)
 

@@ -6,19 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HOST_ACTIVATIONS = 128 << 20  # bytes of one block's activations on a CPU: beyond its caches, more gains nothing
-_DEVICE_SHARE = 0.04  # of a GPU's free memory, for the same
+_HOST_TOKENS = 256  # a forward on a CPU: its matrix products gain nothing from more, and memory is saved
+_DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
 
 
 def batch_size(length: int, config: Any, dtype: torch.dtype, device: torch.device) -> int:
     """Return how many sequences of `length` tokens go through a block at once."""
+    if device.type != "cuda":
+        return max(1, _HOST_TOKENS // length)
     text = config.get_text_config()
     hidden = getattr(text, "hidden_size", 1024)
     widest = getattr(text, "intermediate_size", None)
     widest = widest if isinstance(widest, int) else 4 * hidden
     token_bytes = (6 * hidden + 3 * widest) * dtype.itemsize
-    return max(1, int(_activation_budget(device) // (token_bytes * length)))
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, int(_DEVICE_SHARE * free // (token_bytes * length)))
 
 
 def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype: torch.dtype) -> torch.device:
@@ -29,10 +32,3 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
     needed = sum(len(row) for row in rows) * hidden * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     return device if needed < _HIDDEN_SHARE * free else torch.device("cpu")
-
-
-def _activation_budget(device: torch.device) -> float:
-    if device.type != "cuda":
-        return _HOST_ACTIVATIONS
-    free, _ = torch.cuda.mem_get_info(device)
-    return _DEVICE_SHARE * free

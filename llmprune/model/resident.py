@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.blocks import find_blocks, find_ends
@@ -15,6 +16,11 @@ class Resident:
     """The same interface as `Streamed`, for a loaded `PreTrainedModel`, also one that accelerate dispatched."""
 
     def __init__(self, model: Any) -> None:
+        if not isinstance(model, PreTrainedModel):
+            name = type(model).__name__
+            raise UnsupportedModelError(f"'{name}' is no transformers model: give a folder, a Hub id or a loaded model")
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise UnsupportedModelError(f"{type(model).__name__} is quantized: prune the original checkpoint instead")
         self.model = model
         self.config, self.dtype = model.config, model.dtype
         self.blocks_name, blocks = find_blocks(model)

@@ -65,6 +65,7 @@ class Loader:
     def __init__(self, source: Source, model: PreTrainedModel, dtype: torch.dtype) -> None:
         self._source, self._model, self._dtype = source, model, dtype
         self._mapping = get_model_conversion_mapping(model)
+        self._renamed: dict[str, str] = {}  # parameters that are one tensor of the source as it stands: its name there
         self.parameter_of = self._map_names()
 
     def load(self, names: list[str], device: torch.device) -> None:
@@ -89,7 +90,9 @@ class Loader:
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters of the model as the tensors, and under the names, that the source has for them."""
-        return dict(revert_weight_conversion(self._model, tensors))
+        plain = {self._renamed[name]: tensor for name, tensor in tensors.items() if name in self._renamed}
+        converted = {name: tensor for name, tensor in tensors.items() if name not in self._renamed}
+        return plain | dict(revert_weight_conversion(self._model, converted))
 
     def _map_names(self) -> dict[str, str]:
         """Return, for each tensor of the source that the model uses, the parameter or buffer it goes to."""
@@ -99,19 +102,24 @@ class Loader:
         prefix = self._model.base_model_prefix
         mapped = {}
         for key in self._source.entries:
-            name, _ = rename_source_key(key, renamings, converters, prefix, known)
-            name = name if name in known else key
+            name, converter = rename_source_key(key, renamings, converters, prefix, known)
+            name, converter = (name, converter) if name in known else (key, None)
             if name in known:
                 mapped[key] = name
-        if not converters:
-            self._require_fit(known, mapped)
+                if converter is None:
+                    self._renamed[name] = key
+        self._require_shapes(known)
+        if not converters:  # they make parameters that no tensor of the source is named after
+            self._require_all(known, mapped)
         return mapped
 
-    def _require_fit(self, known: dict[str, Tensor], mapped: dict[str, str]) -> None:
-        for key, name in mapped.items():
+    def _require_shapes(self, known: dict[str, Tensor]) -> None:
+        for name, key in self._renamed.items():
             stored, expected = self._source.entries[key].shape, tuple(known[name].shape)
             if stored != expected:
                 raise CheckpointError(f"{key} has shape {list(stored)}, the config asks for {list(expected)}")
+
+    def _require_all(self, known: dict[str, Tensor], mapped: dict[str, str]) -> None:
         missing = known.keys() - set(mapped.values()) - set(self._model.all_tied_weights_keys)
         if missing:
             raise CheckpointError(f"{self._source.folder} lacks the tensor {min(missing)} that its config asks for")

@@ -47,7 +47,8 @@ class Streamed:
         """Load what belongs to no stage, for the model's glue to run on `home`.
 
         Raises:
-            NumericalError: one of these tensors is not finite.
+            CheckpointError: one of these tensors is missing or does not fit.
+            NumericalError: one is not finite.
         """
         self._loader.load(self._names[_OUTER], home)
         with quiet():
@@ -57,7 +58,7 @@ class Streamed:
             if id(module) not in stage_modules:
                 _move_buffers(module, home)
                 for name, parameter in module.named_parameters(path, recurse=False):
-                    require_finite(name, parameter)
+                    self._require_sound(name, parameter)
 
     def load(self, stage: Stage) -> None:
         """Read a stage's tensors from disk.
@@ -70,15 +71,16 @@ class Streamed:
         for module in stage.module.modules():
             _move_buffers(module, self._device)
         for name, parameter in stage.module.named_parameters(stage.name):
-            if parameter.is_meta:
-                raise CheckpointError(f"{self.source.folder} lacks the tensor {name} that its config asks for")
-            require_finite(name, parameter)
+            self._require_sound(name, parameter)
 
     def free(self, stage: Stage) -> None:
-        """Drop a stage's weights from memory."""
-        for module in stage.module.modules():
+        """Drop from memory the weights that `load` reads again: not the embedding, nor a head that is tied to it."""
+        if not self._names[stage.name]:
+            return
+        tied = self.model.all_tied_weights_keys.keys() - self._loader.parameter_of.values()
+        for path, module in stage.module.named_modules(prefix=stage.name):
             for name, parameter in list(module._parameters.items()):
-                if parameter is not None:
+                if parameter is not None and f"{path}.{name}" not in tied:
                     empty = torch.empty_like(parameter, device="meta")
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
@@ -104,12 +106,17 @@ class Streamed:
         state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
         tied = self.model.all_tied_weights_keys
         state |= {tied[name]: state[name] for name in list(state) if name in tied}
-        wanted = {name for site in sites for name in (site.name, tied.get(site.name))}
+        wanted = {site.name for site in sites} | {tied[site.name] for site in sites if site.name in tied}
         return {
-            key: tensor
+            key: _positive_zeros(tensor.to(self.source.entries[key].torch_dtype))
             for key, tensor in self._loader.stored(state).items()
             if self._loader.parameter_of.get(key) in wanted
         }
+
+    def _require_sound(self, name: str, parameter: Tensor) -> None:
+        if parameter.is_meta:
+            raise CheckpointError(f"{self.source.folder} lacks the tensor {name} that its config asks for")
+        require_finite(name, parameter)
 
     def _names_by_stage(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = defaultdict(list)
@@ -152,6 +159,11 @@ def streamed_logits(folder: str | Path, input_ids: Tensor, device: str = "cpu") 
             host.free(stage)
         logits: Tensor = lanes.outputs()[0].logits
     return logits
+
+
+def _positive_zeros(tensor: Tensor) -> Tensor:
+    """Turn -0.0 into +0.0: small negative numbers become it when they are rounded to a narrower dtype."""
+    return tensor + 0.0 if tensor.is_floating_point() else tensor
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

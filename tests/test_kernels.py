@@ -1,0 +1,129 @@
+"""The optimal-brain-surgeon kernels against the paper's loop, one column at a time."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmprune import kernels
+
+# N:M patterns whose groups are of many sizes, also such as do not divide the usual block of 128.
+NM_PATTERNS = [(2, 4), (1, 3), (4, 8), (3, 5), (8, 16), (5, 17), (8, 24), (16, 32), (64, 128)]
+
+
+def problem(columns: int, outputs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Weights, and the upper Cholesky factor of a random inverse Hessian."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TB = torch.randn(2 * columns + 4, columns, generator=generator)
+    inverse_BB = torch.linalg.inv(x_TB.T @ x_TB / len(x_TB) + 0.1 * torch.eye(columns))
+    block_BO = torch.randn(columns, outputs, generator=generator)
+    return block_BO, torch.linalg.cholesky((inverse_BB + inverse_BB.T) / 2, upper=True).contiguous()
+
+
+def random_keep(columns: int, outputs: int, sparsity: float, seed: int) -> Tensor:
+    return torch.rand(columns, outputs, generator=torch.Generator().manual_seed(seed)) >= sparsity
+
+
+def compensate(block_BO: Tensor, upper_BB: Tensor, keep_O: Tensor, column: int) -> Tensor:
+    error_O = (block_BO[column] / upper_BB[column, column]).masked_fill(keep_O, 0)
+    block_BO[column + 1 :] -= upper_BB[column, column + 1 :, None] * error_O
+    block_BO[column] = block_BO[column].masked_fill(~keep_O, 0)
+    return error_O
+
+
+def slow_masked(block_BO: Tensor, upper_BB: Tensor, keep_BO: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the pruned block and its errors, in fp64."""
+    block_BO, upper_BB = block_BO.double(), upper_BB.double()
+    errors = [compensate(block_BO, upper_BB, keep_BO[column], column) for column in range(len(block_BO))]
+    return block_BO, torch.stack(errors)
+
+
+def slow_nm(block_BO: Tensor, upper_BB: Tensor, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pruned block, its errors and its mask, in fp64."""
+    block_BO, upper_BB = block_BO.double(), upper_BB.double()
+    keep_BO = torch.ones_like(block_BO, dtype=torch.bool)
+    errors = []
+    for column in range(len(block_BO)):
+        if column % m == 0:
+            group = slice(column, column + m)
+            score_MO = (block_BO[group] / upper_BB.diagonal()[group, None]) ** 2
+            removed_MO = score_MO.argsort(dim=0, stable=True)[: m - n]
+            keep_BO[group] = keep_BO[group].scatter(0, removed_MO, False)
+        errors.append(compensate(block_BO, upper_BB, keep_BO[column], column))
+    return block_BO, torch.stack(errors), keep_BO
+
+
+def assert_near(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for found_BO, expected_BO in zip(found, expected, strict=True):
+        torch.testing.assert_close(found_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(columns=st.integers(1, 80), outputs=st.integers(1, 12), sparsity=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
+def test_obs_masked_is_the_column_loop(columns: int, outputs: int, sparsity: float, seed: int) -> None:
+    block_BO, upper_BB = problem(columns, outputs, seed)
+    keep_BO = random_keep(columns, outputs, sparsity, seed)
+    expected = slow_masked(block_BO, upper_BB, keep_BO)
+    error_BO = kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    assert_near((block_BO, error_BO), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    nm=st.sampled_from(NM_PATTERNS),
+    groups=st.integers(1, 6),
+    outputs=st.integers(1, 12),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_obs_nm_is_the_column_loop(nm: tuple[int, int], groups: int, outputs: int, seed: int) -> None:
+    n, m = nm
+    columns = m * min(groups, max(1, 96 // m))
+    block_BO, upper_BB = problem(columns, outputs, seed)
+    expected_BO, expected_error_BO, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
+    error_BO, keep_BO = kernels.obs_nm(block_BO, upper_BB, n, m)
+    assert keep_BO.reshape(-1, m, outputs).sum(1).eq(n).all()
+    assert not block_BO[~keep_BO].any()
+    same_O = (keep_BO == expected_keep_BO).all(0)  # two scores within rounding of each other may swap, once in many
+    assert same_O.float().mean() > 0.8 or outputs < 6
+    expected = expected_BO[:, same_O], expected_error_BO[:, same_O]
+    assert_near((block_BO[:, same_O], error_BO[:, same_O]), expected)
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 33, 100, 127, 128])
+def test_obs_masked_at_ragged_widths(columns: int) -> None:
+    block_BO, upper_BB = problem(columns, 5, 0)
+    keep_BO = random_keep(columns, 5, 0.5, 1)
+    expected = slow_masked(block_BO, upper_BB, keep_BO)
+    error_BO = kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    assert_near((block_BO, error_BO), expected)
+
+
+@pytest.mark.parametrize(("n", "m"), NM_PATTERNS)
+def test_obs_nm_finds_the_masks_of_the_column_loop(n: int, m: int) -> None:
+    block_BO, upper_BB = problem(m * max(1, 128 // m), 5, 0)
+    expected_BO, expected_error_BO, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
+    error_BO, keep_BO = kernels.obs_nm(block_BO, upper_BB, n, m)
+    assert torch.equal(keep_BO, expected_keep_BO)
+    assert_near((block_BO, error_BO), (expected_BO, expected_error_BO))
+
+
+def test_the_factor_is_only_read() -> None:
+    block_BO, upper_BB = problem(32, 5, 0)
+    before_BB = upper_BB.clone()
+    kernels.obs_masked(block_BO, upper_BB, random_keep(32, 5, 0.5, 1))
+    kernels.obs_nm(block_BO, upper_BB, 2, 4)
+    assert torch.equal(upper_BB, before_BB)
+
+
+def test_among_equal_scores_the_lowest_index_goes_first() -> None:
+    block_BO = torch.ones(8, 3)
+    _, keep_BO = kernels.obs_nm(block_BO, torch.eye(8), 2, 4)
+    assert keep_BO.T.tolist() == [[False, False, True, True] * 2] * 3
+
+
+def test_nothing_removed_changes_nothing() -> None:
+    block_BO, upper_BB = problem(40, 3, 0)
+    before_BO = block_BO.clone()
+    error_BO = kernels.obs_masked(block_BO, upper_BB, torch.ones_like(block_BO, dtype=torch.bool))
+    assert torch.equal(block_BO, before_BO) and not error_BO.any()

@@ -1,0 +1,218 @@
+"""Recipes: every option is checked before any work, and a wrong one is named with the way out."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmprune.errors import LlmpruneError, PatternError, RecipeError
+from llmprune.locate import DEMO
+from llmprune.methods.magnitude import Magnitude
+from llmprune.methods.sparsegpt import SparseGPT
+from llmprune.methods.wanda import Wanda
+from llmprune.patterns import NM, Unstructured
+from llmprune.recipe import Recipe, read_recipe, resolve_device
+
+GOOD: dict[str, Any] = {
+    "method": "wanda",
+    "pattern": "2:4",
+    "comparison_group": None,
+    "method_options": {},
+    "calibration": "c4",
+    "samples": 3,
+    "length": 64,
+    "seed": 7,
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "batch_size": 2,
+    "true_sequential": True,
+    "include": ("lm_head.weight",),
+    "exclude": ("*.0.*",),
+    "revision": "main",
+    "trust_remote_code": True,
+}
+
+
+def message(options: dict[str, Any], kind: type[LlmpruneError] = RecipeError) -> str:
+    with pytest.raises(kind) as error:
+        Recipe.of(options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def recipe_file(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_every_field_is_heard() -> None:
+    recipe = Recipe.of(GOOD)
+    assert {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)} == GOOD
+    assert GOOD.keys() == {field.name for field in dataclasses.fields(recipe)}
+
+
+def test_nothing_asked_for_is_sparsegpt_at_half() -> None:
+    recipe = Recipe.of({})
+    assert recipe == Recipe()
+    assert (recipe.solver(), recipe.target()) == (SparseGPT(), Unstructured(0.5, "block"))
+    assert recipe.compute_dtype() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("metod", "method"), ("patern", "pattern"), ("sample", "samples"), ("batchsize", "batch_size")],
+)
+def test_an_unknown_option_gets_the_nearest_name(name: str, near: str) -> None:
+    assert message({name: 1}) == f"unknown option '{name}': did you mean '{near}'?"
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"samples": 0}, "samples must be a whole number of at least 1, not 0"),
+        ({"samples": "8"}, "samples must be a whole number of at least 1, not '8'"),
+        ({"samples": True}, "not True"),
+        ({"length": 1}, "length must be a whole number of at least 2, not 1"),
+        ({"batch_size": 0.5}, "batch_size must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
+        ({"dtype": "float8"}, "unknown dtype 'float8': did you mean 'float"),
+        ({"dtype": None}, "unknown dtype 'None'"),
+        ({"dtype": torch.float16}, "unknown dtype 'torch.float16': did you mean 'float16'"),
+        ({"true_sequential": "no"}, "true_sequential must be true or false, not 'no'"),
+        ({"trust_remote_code": "no"}, "trust_remote_code must be true or false, not 'no'"),
+        ({"include": 5}, "include must be a glob or a list of globs, not 5"),
+        ({"exclude": ["a", 1]}, "exclude must be a glob or a list of globs"),
+        ({"method_options": ["damp"]}, "method_options must map names to values"),
+        ({"method": "wand"}, "unknown method 'wand': did you mean 'wanda'"),
+        ({"method": 5}, "method must be a name or a method object, not 5"),
+        ({"method": Wanda}, "method must be a name or a method object"),
+        ({"method": Wanda(), "method_options": {"damp": 1}}, "set them in wanda itself"),
+        ({"method_options": {"dampp": 1}}, "method 'sparsegpt' has no option 'dampp'"),
+        ({"comparison_group": "rows"}, "unknown comparison_group 'rows': did you mean 'row'"),
+        ({"comparison_group": 5}, "unknown comparison_group '5'"),
+        ({"comparison_group": "layer"}, "sparsegpt cannot compare per layer: it takes row, block"),
+        (
+            {"comparison_group": "model", "method": "wanda"},
+            "wanda cannot compare per model: it takes row, layer, block",
+        ),
+        ({"comparison_group": "row", "pattern": "2:4"}, "'row' has no meaning for 2:4"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], part: str) -> None:
+    assert part in message(options)
+
+
+def test_a_wrong_pattern_is_named() -> None:
+    assert "4:2" in message({"pattern": "4:2"}, PatternError)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", None, 99])
+def test_a_device_that_is_not_here_is_named(device: Any) -> None:
+    assert message({"device": device}) == f"device '{device}' is not available here; use --device cpu or --device auto"
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_a_device_by_name_or_as_torch_has_it(device: Any) -> None:
+    recipe = Recipe.of({"device": device})
+    assert recipe.place() == torch.device("cpu") and recipe.to_json()["device"] == "cpu"
+
+
+@pytest.mark.parametrize(("here", "found"), [(False, "cpu"), (True, "cuda")])
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, here: bool, found: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    assert resolve_device("auto") == torch.device(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        ({"method": "magnitude"}, Unstructured(0.5, "layer")),
+        ({"method": "wanda"}, Unstructured(0.5, "row")),
+        ({"method": "sparsegpt"}, Unstructured(0.5, "block")),
+        ({"method": "sparsegpt", "comparison_group": "row"}, Unstructured(0.5, "row")),
+        ({"method": "magnitude", "comparison_group": "model", "pattern": 0.7}, Unstructured(0.7, "model")),
+        ({"method": "wanda", "pattern": "4:8"}, NM(4, 8)),
+    ],
+)
+def test_the_comparison_group_is_the_methods_own_unless_asked_for(options: dict[str, Any], target: Any) -> None:
+    assert Recipe.of(options).target() == target
+
+
+def test_a_method_object_is_taken_as_it_is() -> None:
+    recipe = Recipe.of({"method": SparseGPT(damp=0.5)})
+    assert recipe.solver() == SparseGPT(damp=0.5)
+    assert recipe.to_json()["method"] == "sparsegpt"
+    assert recipe.to_json()["method_options"] == {"damp": 0.5, "block_size": 128}
+    assert Recipe.of({"method": Magnitude()}).target() == Unstructured(0.5, "layer")
+
+
+@pytest.mark.parametrize(("given", "globs"), [("a*", ("a*",)), (["a", "b"], ("a", "b")), (None, ()), ((), ())])
+def test_globs_may_be_one_many_or_none(given: Any, globs: tuple[str, ...]) -> None:
+    assert Recipe.of({"include": given}).include == globs
+
+
+@pytest.mark.parametrize(
+    ("calibration", "told"), [(None, None), ("c4", "c4"), (Path("a.txt"), "a.txt"), (["a text"], "in memory")]
+)
+def test_the_json_of_a_recipe_is_json(calibration: Any, told: str | None) -> None:
+    fields = Recipe.of({"calibration": calibration, "pattern": 0.5}).to_json()
+    assert json.loads(json.dumps(fields))["calibration"] == told
+    assert fields["comparison_group"] == "block" and fields["pattern"] == "0.5"
+
+
+def test_the_json_of_a_recipe_is_a_recipe() -> None:
+    fields = Recipe.of(GOOD).to_json()
+    assert Recipe.of(fields).to_json() == fields
+
+
+def test_demo_calibrates_on_its_own_text() -> None:
+    assert Recipe().for_model(DEMO).calibration == DEMO
+    assert Recipe(calibration="c4").for_model(DEMO).calibration == "c4"
+    assert Recipe().for_model("elsewhere").calibration is None
+
+
+def test_a_file_holds_options(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "method: wanda\npattern: 50%\nsamples: 8\nexclude: ['*.0.*']\nlength:\n")
+    options = read_recipe(path)
+    assert options == {"method": "wanda", "pattern": "50%", "samples": 8, "exclude": ["*.0.*"], "length": None}
+    assert Recipe.of(options).exclude == ("*.0.*",)
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8", "8:16", "16:32", "64:128"])
+def test_an_nm_pattern_in_a_file_needs_no_quotes(tmp_path: Path, pattern: str) -> None:
+    assert read_recipe(recipe_file(tmp_path, f"pattern: {pattern}\nseed: 10\n")) == {"pattern": pattern, "seed": 10}
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- wanda\n- 50%\n", "must map option names to values"),
+        ("", "must map option names to values"),
+        ("wanda", "must map option names to values"),
+        ("1: wanda", "must map option names to values"),
+        ("method: [wanda", "is not valid YAML"),
+        ("seed: 2024-99-99", "is not valid YAML"),
+        ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, part: str) -> None:
+    path = recipe_file(tmp_path, text)
+    with pytest.raises(RecipeError) as error:
+        read_recipe(path)
+    assert str(path) in str(error.value) and part in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"method: \xff\xfe")
+    with pytest.raises(RecipeError, match="is not valid YAML"):
+        read_recipe(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml: No such file"):
+        read_recipe(tmp_path / "none.yaml")

@@ -1,0 +1,118 @@
+"""`llmprune.solve`: one matrix in, one pruned matrix out, from whatever the user has of its inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llmprune
+from llmprune import solving
+from llmprune.errors import LlmpruneError, NumericalError, PatternError, RecipeError
+from llmprune.methods.wanda import Wanda
+from llmprune.solving import relative_error
+from llmprune.statistics import ColumnNorm, Gram
+
+CPU = torch.device("cpu")
+METHODS = llmprune.methods.names()
+
+
+def matrix(outputs: int = 8, inputs: int = 32, seed: int = 0) -> Tensor:
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def fed(kind: type[ColumnNorm] | type[Gram], x_TI: Tensor) -> ColumnNorm | Gram:
+    statistic = kind(x_TI.shape[1], CPU)
+    statistic.add(x_TI, 1)
+    return statistic
+
+
+@pytest.mark.parametrize(("method", "kind"), [("wanda", ColumnNorm), ("sparsegpt", Gram)])
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_inputs_and_the_statistic_of_them_give_the_same(method: str, kind: Any, pattern: str) -> None:
+    weight, inputs = matrix(), matrix(64, seed=1)
+    from_inputs = llmprune.solve(weight, inputs, method=method, pattern=pattern)
+    from_statistic = llmprune.solve(weight, fed(kind, inputs), method=method, pattern=pattern)
+    assert torch.equal(from_inputs.weight_OI, from_statistic.weight_OI)
+    assert torch.equal(from_inputs.keep_OI, from_statistic.keep_OI)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_methods_that_look_at_weights_only_need_no_inputs(method: str) -> None:
+    weight = matrix()
+    assert int((llmprune.solve(weight, method=method).weight_OI == 0).sum()) == weight.numel() // 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_any_floating_dtype_of_weights_and_inputs(method: str, dtype: torch.dtype) -> None:
+    solution = llmprune.solve(matrix().to(dtype), matrix(64, seed=1).to(dtype), method=method)
+    assert solution.weight_OI.dtype == dtype
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_is_solved_outside_of_autograd(method: str) -> None:
+    weight = torch.nn.Parameter(matrix())
+    solution = llmprune.solve(weight, matrix(64, seed=1).requires_grad_(), method=method)
+    assert not solution.weight_OI.requires_grad
+    assert torch.equal(weight, matrix())
+
+
+def test_the_seed_and_the_options_are_heard() -> None:
+    weight = matrix()
+    first, second = (llmprune.solve(weight, method="random", seed=seed).keep_OI for seed in (0, 1))
+    assert not torch.equal(first, second)
+    per_row = llmprune.solve(weight, method="magnitude", comparison_group="row").keep_OI
+    assert per_row.sum(1).tolist() == [16] * 8
+    damped = [llmprune.solve(weight, matrix(64, seed=1), method_options={"damp": d}).weight_OI for d in (0.01, 1)]
+    assert not torch.equal(*damped)
+
+
+def test_a_method_object_will_do() -> None:
+    by_name = llmprune.solve(matrix(), matrix(64, seed=1), method="wanda")
+    by_object = llmprune.solve(matrix(), matrix(64, seed=1), method=Wanda())
+    assert torch.equal(by_name.keep_OI, by_object.keep_OI)
+
+
+@pytest.mark.parametrize(
+    ("weight", "statistic", "options", "kind", "message"),
+    [
+        (matrix(), None, {"method": "wanda"}, RecipeError, "Wanda needs calibration inputs or a ColumnNorm"),
+        (matrix(), None, {}, RecipeError, "SparseGPT needs calibration inputs or a Gram"),
+        (matrix(), fed(ColumnNorm, matrix()), {}, RecipeError, "SparseGPT needs calibration inputs or a Gram"),
+        (matrix(), fed(Gram, matrix()), {"method": "wanda"}, RecipeError, "Wanda needs"),
+        (matrix(), matrix(9, 31), {}, RecipeError, "must be [tokens, 32], not [9, 31]"),
+        (matrix(), matrix(1)[0], {}, RecipeError, "must be [tokens, 32], not [32]"),
+        (matrix(), fed(Gram, matrix(9, 16)), {}, RecipeError, "of 16 inputs, the matrix has 32"),
+        (matrix(), fed(ColumnNorm, matrix(9, 1)), {"method": "wanda"}, RecipeError, "of 1 inputs, the matrix has 32"),
+        (matrix()[0], matrix(), {}, PatternError, "not a tensor of 1 dimensions"),
+        (torch.ones(4, 8, dtype=torch.int64), None, {"method": "magnitude"}, PatternError, "not one of torch.int64"),
+        (
+            matrix(8, 30),
+            matrix(9, 30),
+            {"pattern": "2:4"},
+            PatternError,
+            "the matrix has 30 inputs, not divisible by 4",
+        ),
+        (matrix().fill_(float("nan")), matrix(), {}, NumericalError, "the matrix holds NaN or infinity"),
+        (matrix(), matrix().fill_(float("inf")), {}, NumericalError, "the matrix: its calibration inputs hold NaN"),
+        (matrix(), matrix(), {"metod": "wanda"}, RecipeError, "unknown option 'metod': did you mean 'method'"),
+    ],
+)
+def test_what_cannot_be_solved_is_refused(
+    weight: Tensor, statistic: Any, options: dict[str, Any], kind: type[LlmpruneError], message: str
+) -> None:
+    with pytest.raises(kind) as error:
+        llmprune.solve(weight, statistic, **options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
+def test_the_relative_error_is_that_of_the_outputs(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(solving, "_ROW_CHUNK", chunk)
+    weight, pruned, inputs = matrix(), llmprune.solve(matrix(), method="magnitude").weight_OI, matrix(64, seed=1)
+    truth = float(((weight - pruned) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum())
+    assert relative_error(weight, pruned, fed(Gram, inputs)) == pytest.approx(truth, rel=1e-5)
+    plain = float((weight - pruned).square().sum() / weight.square().sum())
+    assert relative_error(weight, pruned, None) == pytest.approx(plain, rel=1e-5)
+    assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2), None) == 0

@@ -1,0 +1,199 @@
+"""Statistics: sums over calibration tokens, the energies they measure, and the factor of a damped Hessian."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmprune import statistics
+from llmprune.errors import NumericalError
+from llmprune.statistics import ColumnNorm, Gram, factorize
+
+CPU = torch.device("cpu")
+KINDS = [ColumnNorm, Gram]
+Kind = type[ColumnNorm] | type[Gram]
+
+
+def inputs(tokens: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def fed(kind: Kind, *batches: Tensor, sequences: int = 1) -> ColumnNorm | Gram:
+    statistic = kind(batches[0].shape[1], CPU)
+    for batch in batches:
+        statistic.add(batch, sequences)
+    return statistic
+
+
+def gram_of(x_TI: Tensor, sequences: int = 1) -> Gram:
+    statistic = Gram(x_TI.shape[1], CPU)
+    statistic.add(x_TI, sequences)
+    return statistic
+
+
+def positive(width: int, seed: int = 0) -> Tensor:
+    x_TI = inputs(3 * width, width, seed)
+    return x_TI.T @ x_TI
+
+
+def damped(hessian_II: Tensor, damp: float) -> Tensor:
+    return hessian_II + damp * hessian_II.diagonal().mean() * torch.eye(len(hessian_II))
+
+
+def assert_undoes(upper_II: Tensor, hessian_II: Tensor) -> None:
+    """H⁻¹ = Uᵀ U, so U H Uᵀ = 1."""
+    product_II = upper_II.double() @ hessian_II.double() @ upper_II.double().T
+    torch.testing.assert_close(product_II, torch.eye(len(upper_II), dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_the_hessian_is_twice_the_mean_over_sequences() -> None:
+    first, second = inputs(40, 12), inputs(24, 12, 1)
+    statistic = Gram(12, CPU)
+    statistic.add(first, 5)
+    statistic.add(second, 3)
+    x_TI = torch.cat([first, second]).double()
+    torch.testing.assert_close(statistic.hessian_II.double(), 2 / 8 * x_TI.T @ x_TI, rtol=1e-5, atol=1e-5)
+    assert (statistic.sequences, statistic.tokens) == (8, 64)
+
+
+def test_column_norms_are_those_of_the_mean_sequence() -> None:
+    x_TI = inputs(60, 9)
+    statistic = ColumnNorm(9, CPU)
+    statistic.add(x_TI, 4)
+    torch.testing.assert_close(statistic.norm_I, (x_TI.square().sum(0) / 4).sqrt())
+    assert (statistic.sequences, statistic.tokens) == (4, 60)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 32, 33, 50])
+def test_tiles_of_a_gram_leave_no_gap(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr(statistics, "_GRAM_TILE", 16)
+    x_TI = inputs(70, width)
+    hessian_II = gram_of(x_TI).hessian_II
+    torch.testing.assert_close(hessian_II, 2 * x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
+    assert torch.equal(hessian_II, hessian_II.T)
+
+
+def test_reading_a_gram_between_additions_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_GRAM_TILE", 4)
+    batches, weight_OI = [inputs(30, 10, seed) for seed in range(3)], inputs(3, 10, 9)
+    quiet, read = Gram(10, CPU), Gram(10, CPU)
+    for batch in batches:
+        quiet.add(batch, 1)
+        read.add(batch, 1)
+        for damp in (0.01, 0.1):
+            read.factor(damp)
+        read.energy(weight_OI)
+    read_whole, merged = gram_of(inputs(30, 10, 5)), gram_of(inputs(30, 10, 5))
+    assert torch.equal(read.hessian_II, quiet.hessian_II)
+    read_whole.factor(0.01)
+    read_whole.merge(read)
+    merged.merge(quiet)
+    assert torch.equal(read_whole.hessian_II, merged.hessian_II)
+    assert read_whole.energy(weight_OI) == merged.energy(weight_OI)
+
+
+def test_the_real_tile_leaves_no_gap() -> None:
+    x_TI = inputs(8, statistics._GRAM_TILE + 3)
+    torch.testing.assert_close(gram_of(x_TI).hessian_II, 2 * x_TI.T @ x_TI)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_is_adding_all(kind: Kind) -> None:
+    a, b, c = inputs(30, 20), inputs(50, 20, 1), inputs(7, 20, 2)
+    whole, weight_OI = fed(kind, a, b, c), inputs(5, 20, 3)
+    left, right = kind(20, CPU), kind(20, CPU)
+    left.add(a, 1)
+    for batch in (b, c):
+        right.add(batch, 1)
+    left.merge(right)  # type: ignore[arg-type]
+    assert (left.sequences, left.tokens) == (whole.sequences, whole.tokens) == (3, 87)
+    assert left.energy(weight_OI) == pytest.approx(whole.energy(weight_OI), rel=1e-5)
+
+
+def test_merging_and_adding_forget_an_old_factor() -> None:
+    statistic, more = gram_of(inputs(30, 8)), inputs(30, 8, 1)
+    before = statistic.factor(0.01).upper_II
+    statistic.add(more, 1)
+    added = statistic.factor(0.01).upper_II
+    statistic.merge(gram_of(more))
+    merged = statistic.factor(0.01).upper_II
+    assert not torch.equal(before, added) and not torch.equal(added, merged)
+
+
+def test_gram_energy_is_the_squared_output_per_sequence() -> None:
+    x_TI, change_OI = inputs(90, 20), inputs(11, 20, 1)
+    truth = float((x_TI.double() @ change_OI.double().T).square().sum()) / 6
+    statistic = Gram(20, CPU)
+    statistic.add(x_TI, 6)
+    assert statistic.energy(change_OI) == pytest.approx(truth, rel=1e-5)
+
+
+def test_column_norm_energy_is_the_diagonal_of_the_grams() -> None:
+    x_TI, change_OI = inputs(90, 20), inputs(11, 20, 1)
+    truth = float((change_OI.double().square() * x_TI.double().square().sum(0)).sum()) / 6
+    statistic = ColumnNorm(20, CPU)
+    statistic.add(x_TI, 6)
+    assert statistic.energy(change_OI) == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_sums_are_fp32_whatever_the_inputs(kind: Kind, dtype: torch.dtype) -> None:
+    x_TI = (300 + inputs(4096, 6)).to(dtype)  # the sum of squares is beyond fp16, each step of it below bf16's steps
+    statistic, weight_OI = fed(kind, x_TI), torch.eye(6)
+    truth = float(x_TI.double().square().sum())
+    assert statistic.energy(weight_OI) == pytest.approx(truth, rel=1e-4)
+    assert statistic.inputs == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_require_finite_names_the_site(kind: Kind, value: float) -> None:
+    x_TI = inputs(5, 8)
+    fed(kind, x_TI).require_finite("layer.3")
+    x_TI[2, 7] = value
+    with pytest.raises(NumericalError, match=r"^layer\.3: .*NaN or infinity"):
+        fed(kind, x_TI).require_finite("layer.3")
+
+
+@pytest.mark.parametrize("damp", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("width", [1, 7, 40])
+def test_the_factor_is_upper_triangular_and_that_of_the_damped_inverse(width: int, damp: float) -> None:
+    hessian_II = positive(width)
+    factor = factorize(hessian_II.clone(), damp)
+    assert torch.equal(factor.upper_II, factor.upper_II.triu())
+    assert_undoes(factor.upper_II, damped(hessian_II, damp))
+    assert (factor.damp, factor.notes) == (damp, ()) and not factor.dead_I.any()
+
+
+def test_dead_inputs_get_a_one_before_the_damping() -> None:
+    x_TI = inputs(50, 6)
+    x_TI[:, [1, 4]] = 0
+    hessian_II = 2 * x_TI.T @ x_TI
+    factor = gram_of(x_TI).factor(0.01)
+    assert factor.dead_I.tolist() == [False, True, False, False, True, False]
+    hessian_II[[1, 4], [1, 4]] = 1
+    assert_undoes(factor.upper_II, damped(hessian_II, 0.01))
+
+
+def test_the_damping_ladder_is_climbed_and_noted() -> None:
+    indefinite_II = torch.diag(torch.tensor([10.0, 10.0, -0.5]))  # mean 6.5: 0.001 and 0.01 are too little, 0.1 does
+    factor = factorize(indefinite_II, 0.001)
+    assert factor.damp == pytest.approx(0.1)
+    assert factor.notes == (
+        "not positive definite at damping 0.001, raised to 0.01",
+        "not positive definite at damping 0.01, raised to 0.1",
+    )
+    torch.testing.assert_close(factor.upper_II.diagonal().square(), 1 / torch.tensor([10.65, 10.65, 0.15]))
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+def test_a_hopeless_matrix_is_an_error(damp: float) -> None:
+    with pytest.raises(NumericalError, match="not positive definite even at damping"):
+        factorize(torch.diag(torch.tensor([1.0, 1.0, -2.0])), damp)
+
+
+def test_a_gram_is_factored_once_for_the_sites_that_share_it() -> None:
+    statistic = gram_of(inputs(30, 8))
+    first = statistic.factor(0.01)
+    assert statistic.factor(0.01) is first
+    assert statistic.factor(0.1).damp == 0.1
