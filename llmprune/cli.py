@@ -82,7 +82,10 @@ def prune(model: str, out: Path, recipe: str | None, overwrite: bool, as_json: b
     from llmprune.pruning import prune as run
     from llmprune.recipe import read_recipe
 
-    report = run(model, out, overwrite=overwrite, **((read_recipe(recipe) if recipe else {}) | given))
+    in_file = read_recipe(recipe) if recipe else {}
+    if "method_options" in given:
+        given["method_options"] = (in_file.get("method_options") or {}) | given["method_options"]
+    report = run(model, out, overwrite=overwrite, **(in_file | given))
     if as_json:
         _print_json({"out": str(out), **report.to_json()})
     else:

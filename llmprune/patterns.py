@@ -9,7 +9,7 @@ matrix), `block` (128 input columns, all outputs) or `model` (all matrices toget
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from llmprune.errors import PatternError
 ComparisonGroup = Literal["row", "layer", "block", "model"]
 COMPARISON_GROUPS: tuple[ComparisonGroup, ...] = get_args(ComparisonGroup)
 BLOCK_COLUMNS = 128
-_CHUNK_ELEMENTS = 1 << 24  # selection copies its scores; a chunk of rows bounds the copy to 64 MiB
+_CHUNK_ELEMENTS = 1 << 22  # selection copies its scores; a chunk of rows bounds the copy to 16 MiB
 
 
 class Pattern(Protocol):
@@ -29,6 +29,10 @@ class Pattern(Protocol):
     @property
     def sparsity(self) -> float:
         """The fraction of weights to remove."""
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether each row of a mask depends on the scores of that row only."""
 
     def misfit(self, rows: int, columns: int) -> str | None:
         """Say why a matrix of this shape cannot hold the pattern, or return None."""
@@ -49,6 +53,10 @@ class Unstructured:
 
     sparsity: float
     group: ComparisonGroup = "layer"
+
+    @property
+    def row_wise(self) -> bool:
+        return self.group == "row"
 
     def misfit(self, rows: int, columns: int) -> str | None:
         return None
@@ -94,6 +102,8 @@ class Count:
     removed: int
     total: int
 
+    row_wise: ClassVar[bool] = False
+
     @property
     def sparsity(self) -> float:
         return self.removed / self.total
@@ -119,6 +129,7 @@ class NM:
 
     n: int
     m: int
+    row_wise: ClassVar[bool] = True
 
     @property
     def sparsity(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmprune import calibration, data, methods
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
-from llmprune.model.sites import Selection, Site, Stage, is_router, sites_of
+from llmprune.model.sites import Selection, Site, Stage, fused_parameters, is_router, sites_of
 from llmprune.patterns import NM, Unstructured
 from llmprune.recipe import Recipe
 
@@ -80,6 +80,7 @@ def make_plan(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Plan:
                 chosen.setdefault(stage, []).append(site)
             else:
                 left_dense[site.name] = reason or "excluded"
+    left_dense |= {name: "fused experts" for stage in host.blocks for name in fused_parameters(stage)}
     sites = [site for chosen_here in chosen.values() for site in chosen_here]
     _require_sense(host, recipe, chosen, sites)
     stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)

@@ -22,7 +22,7 @@ from llmprune.plan import Host, Plan, make_plan
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.report import Report, SiteReport
-from llmprune.solving import checked_solution, relative_error
+from llmprune.solving import prune_matrix
 from llmprune.statistics import ColumnNorm, Gram
 
 Fed = tuple[Site, ColumnNorm | Gram | None]  # a site and what is known of its inputs
@@ -69,7 +69,7 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
             sink.copy_source()
 
         def store(stage: Stage, sites: list[Site]) -> None:
-            for name, tensor in host.stored(stage, sites).items():
+            for name, tensor in host.stored(stage, sites):
                 sink.write(name, tensor)
 
         _run(host, plan, recipe, home, report, store)
@@ -153,10 +153,8 @@ def _prune_sites(host: Host, fed: Iterable[Fed], patterns: dict[str, Pattern], r
     for site, statistic in fed:
         with report.clock.phase("solve"):
             weight_OI, pattern = site.view(host.weight(site)), patterns[site.name]
-            solution = checked_solution(site.name, method, weight_OI, statistic, pattern, recipe.seed)
-            error = relative_error(weight_OI, solution.weight_OI, statistic)
-            weight_OI.copy_(solution.weight_OI)
-            report.sites.append(SiteReport.of(site.name, solution, pattern, error, statistic))
+            outcome = prune_matrix(site.name, method, weight_OI, statistic, pattern, recipe.seed)
+        report.sites.append(SiteReport.of(site, outcome, pattern, statistic))
 
 
 def _patterns(host: Host, plan: Plan) -> dict[str, Pattern]:

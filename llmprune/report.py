@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from llmprune.methods import Solution
+from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
 from llmprune.plan import Host, Plan
+from llmprune.solving import Outcome
 from llmprune.statistics import ColumnNorm, Gram
 
 _PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
@@ -41,16 +42,14 @@ class SiteReport:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls, name: str, solution: Solution, pattern: Pattern, error: float, statistic: ColumnNorm | Gram | None
-    ) -> "SiteReport":
+    def of(cls, site: Site, outcome: Outcome, pattern: Pattern, statistic: ColumnNorm | Gram | None) -> "SiteReport":
         """Return the report on a solved site."""
-        weight_OI = solution.weight_OI
-        zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
+        sparsity = outcome.zeros / (site.shape[0] * site.shape[1])
         norm = {ColumnNorm: "column_norm", Gram: "gram"}.get(type(statistic), "weights")
         tokens = statistic.tokens if statistic else 0
-        shape = (weight_OI.shape[0], weight_OI.shape[1])
-        return cls(name, shape, str(pattern), zeros, zeros / weight_OI.numel(), error, norm, tokens, solution.notes)
+        return cls(
+            site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, outcome.notes
+        )
 
 
 @dataclass

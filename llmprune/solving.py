@@ -1,6 +1,7 @@
 """One matrix: solve it, check what came out, measure what it costs."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from llmprune.patterns import Pattern
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, Gram
 
-_ROW_CHUNK = 1 << 22  # weights that are held in fp32 at once while errors are summed
+_ROW_CHUNK = 1 << 22  # weights of which copies in fp32 are held at once
 
 
 @torch.no_grad()
@@ -22,8 +23,9 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, *
 
     Args:
         weight: [outputs, inputs], any floating dtype; not modified.
-        statistic: what the method needs of the inputs: a `ColumnNorm` or `Gram`, or calibration inputs as a tensor
-            [tokens, inputs]. None for methods that need nothing.
+        statistic: what the method needs of the inputs: a `ColumnNorm` or `Gram`; or a tensor: the inputs themselves
+            [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods that need no more,
+            their norms [inputs]. None for methods that need nothing.
         options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`.
 
     Raises:
@@ -40,34 +42,62 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, *
     if why := pattern.misfit(*weight.shape):
         raise PatternError(f"the matrix {why}")
     require_finite("the matrix", weight)
-    return checked_solution("the matrix", method, weight, _fed(method, statistic, weight), pattern, recipe.seed)
+    generator = _generator(recipe.seed, "the matrix")
+    return checked_solution("the matrix", method, weight, _fed(method, statistic, weight), pattern, generator)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What pruning a matrix came to: its zeros, and its relative output error as far as the statistic can tell."""
+
+    zeros: int
+    error: float
+    notes: tuple[str, ...]
+
+
+def prune_matrix(name: str, method: Method, weight_OI: Tensor, statistic: Any, pattern: Pattern, seed: int) -> Outcome:
+    """Overwrite a matrix with its solution, a few rows at a time where rows are independent."""
+    generator = _generator(seed, name)
+    zeros, error, scale, notes = 0, 0.0, 0.0, dict[str, None]()
+    for rows in _chunks(weight_OI) if method.row_wise and pattern.row_wise else (weight_OI,):
+        solution = checked_solution(name, method, rows, statistic, pattern, generator)
+        change, whole = energies(rows, solution.weight_OI, statistic)
+        error, scale = error + change, scale + whole
+        zeros += rows.numel() - int(solution.weight_OI.count_nonzero())
+        notes |= dict.fromkeys(solution.notes)
+        rows.copy_(solution.weight_OI)
+    return Outcome(zeros, error / scale if scale else 0.0, tuple(notes))
 
 
 def checked_solution(
-    name: str, method: Method, weight_OI: Tensor, statistic: Any, pattern: Pattern, seed: int
+    name: str, method: Method, weight_OI: Tensor, statistic: Any, pattern: Pattern, generator: torch.Generator
 ) -> Solution:
     """Solve, and vouch for the result: exactly the pattern, finite, every zero a positive one."""
-    solution = method.solve(weight_OI, statistic, pattern, _generator(seed, name))
+    solution = method.solve(weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
     pruned_OI = solution.weight_OI.masked_fill(~solution.keep_OI, 0).add_(0.0)  # adding zero turns -0.0 into +0.0
     require_finite(f"the solution of {name}", pruned_OI)
     return Solution(pruned_OI, solution.keep_OI, solution.notes)
 
 
-def relative_error(weight_OI: Tensor, pruned_OI: Tensor, statistic: ColumnNorm | Gram | None) -> float:
-    """Return the squared output change over the squared outputs, as far as the statistic can tell."""
+def energies(weight_OI: Tensor, pruned_OI: Tensor, statistic: ColumnNorm | Gram | None) -> tuple[float, float]:
+    """Return the squared change of the outputs, and the squared outputs, as far as the statistic can tell."""
     energy = statistic.energy if statistic else _square
-    error = scale = 0.0
-    step = max(1, _ROW_CHUNK // weight_OI.shape[1])
-    for dense, pruned in zip(weight_OI.split(step), pruned_OI.split(step), strict=True):
+    change = whole = 0.0
+    for dense, pruned in zip(_chunks(weight_OI), _chunks(pruned_OI), strict=True):
         dense = dense.float()
-        error += energy(dense - pruned.float())
-        scale += energy(dense)
-    return error / scale if scale else 0.0
+        change += energy(dense - pruned.float())
+        whole += energy(dense)
+    return change, whole
 
 
 def _square(weight_OI: Tensor) -> float:
     return float(weight_OI.square().sum())
+
+
+def _chunks(weight_OI: Tensor) -> tuple[Tensor, ...]:
+    chunks: tuple[Tensor, ...] = weight_OI.split(max(1, _ROW_CHUNK // weight_OI.shape[1]))
+    return chunks
 
 
 def _fed(method: Method, statistic: Tensor | ColumnNorm | Gram | None, weight: Tensor) -> ColumnNorm | Gram | None:
@@ -75,15 +105,24 @@ def _fed(method: Method, statistic: Tensor | ColumnNorm | Gram | None, weight: T
     if needs is None:
         return None
     if isinstance(statistic, Tensor):
-        if statistic.ndim != 2 or statistic.shape[1] != weight.shape[1]:
-            raise RecipeError(f"calibration inputs must be [tokens, {weight.shape[1]}], not {list(statistic.shape)}")
-        inputs, statistic = statistic, needs(weight.shape[1], weight.device)
-        statistic.add(inputs.to(weight.device), 1)
+        statistic = _from_tensor(needs, statistic.to(weight.device), weight.shape[1])
     if not isinstance(statistic, needs):
         raise RecipeError(f"{type(method).__name__} needs calibration inputs or a {needs.__name__} as its statistic")
     if statistic.inputs != weight.shape[1]:
         raise RecipeError(f"the statistic is of {statistic.inputs} inputs, the matrix has {weight.shape[1]}")
     statistic.require_finite("the matrix")
+    return statistic
+
+
+def _from_tensor(needs: type[ColumnNorm] | type[Gram], tensor: Tensor, inputs: int) -> ColumnNorm | Gram:
+    if tensor.ndim == 1 and len(tensor) == inputs and needs is ColumnNorm:
+        return ColumnNorm.from_norms(tensor)
+    if tensor.ndim != 2 or tensor.shape[1] != inputs:
+        raise RecipeError(f"the statistic must be inputs [tokens, {inputs}] or a Gram matrix, not {list(tensor.shape)}")
+    if tensor.shape[0] == inputs and torch.allclose(tensor, tensor.T):
+        return Gram.from_matrix(tensor) if needs is Gram else ColumnNorm.from_norms(tensor.diagonal().sqrt())
+    statistic = needs(inputs, tensor.device)
+    statistic.add(tensor, 1)
     return statistic
 
 

@@ -51,6 +51,14 @@ class ColumnNorm:
         self.sum_I = torch.zeros(inputs, dtype=torch.float32, device=device)
         self.sequences = self.tokens = 0
 
+    @classmethod
+    def from_norms(cls, norm_I: Tensor) -> "ColumnNorm":
+        """Return the statistic of inputs whose norms are known."""
+        statistic = cls(len(norm_I), norm_I.device)
+        statistic.sum_I += norm_I.float().square()
+        statistic.sequences = 1
+        return statistic
+
     @property
     def inputs(self) -> int:
         return len(self.sum_I)
@@ -91,6 +99,14 @@ class Gram:
         self._mirrored = True  # whether the tiles above the diagonal are filled in
         self._factors: dict[float, Factor] = {}
         self.sequences = self.tokens = 0
+
+    @classmethod
+    def from_matrix(cls, gram_II: Tensor) -> "Gram":
+        """Return the statistic of inputs whose Gram matrix XᵀX is known."""
+        statistic = cls(len(gram_II), gram_II.device)
+        statistic._mean_II += 2 * gram_II.float()
+        statistic.sequences = 1
+        return statistic
 
     @property
     def inputs(self) -> int:

@@ -14,7 +14,7 @@ from llmprune.errors import PatternError, RecipeError
 from llmprune.methods import Method, Solution
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.patterns import NM, Count, Pattern, Unstructured
-from llmprune.solving import checked_solution
+from llmprune.solving import checked_solution, prune_matrix
 from llmprune.statistics import ColumnNorm, Gram
 
 CPU = torch.device("cpu")
@@ -54,7 +54,9 @@ def statistic_for(method: Method, x_TI: Tensor) -> Any:
 
 
 def solved(method: Method, weight_OI: Tensor, x_TI: Tensor, pattern: Pattern, seed: int = 0) -> Solution:
-    return checked_solution("a site", method, weight_OI, statistic_for(method, x_TI), pattern, seed)
+    return checked_solution(
+        "a site", method, weight_OI, statistic_for(method, x_TI), pattern, torch.Generator().manual_seed(seed)
+    )
 
 
 def inputs_with_dead_ones() -> Tensor:
@@ -147,7 +149,9 @@ def test_random_depends_on_the_seed_and_the_site_only() -> None:
     method, weight_OI, pattern = methods.get("random"), weights(), Unstructured(0.5)
 
     def keep(site: str, seed: int, weight_OI: Tensor = weight_OI) -> Tensor:
-        return checked_solution(site, method, weight_OI, None, pattern, seed).keep_OI
+        pruned_OI = weight_OI.clone()
+        prune_matrix(site, method, pruned_OI, None, pattern, seed)
+        return pruned_OI != 0
 
     assert torch.equal(keep("a", 0), keep("a", 0, weights(seed=9)))
     assert not torch.equal(keep("a", 0), keep("b", 0)) and not torch.equal(keep("a", 0), keep("a", 1))
@@ -220,7 +224,7 @@ def test_a_note_tells_that_the_damping_was_raised() -> None:
             return torch.diag(torch.tensor([10.0, 10.0, 10.0, -0.5]))
 
     method = SparseGPT(damp=0.01)
-    solution = checked_solution("a site", method, weights(inputs=4), Indefinite(4, CPU), NM(2, 4), 0)
+    solution = checked_solution("a site", method, weights(inputs=4), Indefinite(4, CPU), NM(2, 4), torch.Generator())
     assert solution.notes == ("not positive definite at damping 0.01, raised to 0.1",)
 
 

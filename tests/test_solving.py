@@ -10,7 +10,8 @@ import llmprune
 from llmprune import solving
 from llmprune.errors import LlmpruneError, NumericalError, PatternError, RecipeError
 from llmprune.methods.wanda import Wanda
-from llmprune.solving import relative_error
+from llmprune.recipe import Recipe
+from llmprune.solving import energies, prune_matrix
 from llmprune.statistics import ColumnNorm, Gram
 
 CPU = torch.device("cpu")
@@ -81,8 +82,8 @@ def test_a_method_object_will_do() -> None:
         (matrix(), None, {}, RecipeError, "SparseGPT needs calibration inputs or a Gram"),
         (matrix(), fed(ColumnNorm, matrix()), {}, RecipeError, "SparseGPT needs calibration inputs or a Gram"),
         (matrix(), fed(Gram, matrix()), {"method": "wanda"}, RecipeError, "Wanda needs"),
-        (matrix(), matrix(9, 31), {}, RecipeError, "must be [tokens, 32], not [9, 31]"),
-        (matrix(), matrix(1)[0], {}, RecipeError, "must be [tokens, 32], not [32]"),
+        (matrix(), matrix(9, 31), {}, RecipeError, "must be inputs [tokens, 32] or a Gram matrix, not [9, 31]"),
+        (matrix(), matrix(1)[0], {}, RecipeError, "must be inputs [tokens, 32] or a Gram matrix, not [32]"),
         (matrix(), fed(Gram, matrix(9, 16)), {}, RecipeError, "of 16 inputs, the matrix has 32"),
         (matrix(), fed(ColumnNorm, matrix(9, 1)), {"method": "wanda"}, RecipeError, "of 1 inputs, the matrix has 32"),
         (matrix()[0], matrix(), {}, PatternError, "not a tensor of 1 dimensions"),
@@ -112,7 +113,47 @@ def test_the_relative_error_is_that_of_the_outputs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(solving, "_ROW_CHUNK", chunk)
     weight, pruned, inputs = matrix(), llmprune.solve(matrix(), method="magnitude").weight_OI, matrix(64, seed=1)
     truth = float(((weight - pruned) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum())
-    assert relative_error(weight, pruned, fed(Gram, inputs)) == pytest.approx(truth, rel=1e-5)
+    change, whole = energies(weight, pruned, fed(Gram, inputs))
+    assert change / whole == pytest.approx(truth, rel=1e-5)
     plain = float((weight - pruned).square().sum() / weight.square().sum())
-    assert relative_error(weight, pruned, None) == pytest.approx(plain, rel=1e-5)
-    assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2), None) == 0
+    change, whole = energies(weight, pruned, None)
+    assert change / whole == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize(("method", "statistic"), [("wanda", ColumnNorm), ("magnitude", None), ("sparsegpt", Gram)])
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_a_matrix_pruned_in_chunks_of_rows_is_that_pruned_whole(
+    monkeypatch: pytest.MonkeyPatch, method: str, statistic: Any, pattern: str
+) -> None:
+    recipe = Recipe.of({"method": method, "pattern": pattern})
+    fed_with = fed(statistic, matrix(64, seed=1)) if statistic else None
+    results = []
+    for chunk in (1 << 22, 3 * 32):
+        monkeypatch.setattr(solving, "_ROW_CHUNK", chunk)
+        weight = matrix()
+        outcome = prune_matrix("a site", recipe.solver(), weight, fed_with, recipe.target(), 0)
+        results.append((weight, outcome))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].zeros == results[1][1].zeros == weight.numel() // 2
+    assert results[0][1].error == pytest.approx(results[1][1].error, rel=1e-5)
+
+
+def test_a_matrix_of_zeros_has_no_error() -> None:
+    recipe = Recipe.of({"method": "magnitude"})
+    assert prune_matrix("a site", recipe.solver(), torch.zeros(2, 2), None, recipe.target(), 0).error == 0
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_inputs_and_their_gram_matrix_give_one_result(method: str) -> None:
+    inputs = matrix(64, seed=1)
+    by_inputs = llmprune.solve(matrix(), inputs, method=method)
+    by_gram = llmprune.solve(matrix(), inputs.T @ inputs, method=method)
+    assert torch.equal(by_inputs.keep_OI, by_gram.keep_OI)
+
+
+def test_norms_will_do_for_wanda_only() -> None:
+    inputs = matrix(64, seed=1)
+    by_norms = llmprune.solve(matrix(), inputs.norm(dim=0), method="wanda")
+    assert torch.equal(by_norms.keep_OI, llmprune.solve(matrix(), inputs, method="wanda").keep_OI)
+    with pytest.raises(RecipeError, match="or a Gram matrix"):
+        llmprune.solve(matrix(), inputs.norm(dim=0), method="sparsegpt")

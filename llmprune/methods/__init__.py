@@ -41,6 +41,10 @@ class Method(Protocol):
         """The statistic that `solve` takes; None where it looks at the weights only."""
 
     @property
+    def row_wise(self) -> bool:
+        """Whether a row's solution needs no other row, so that a large matrix can be solved a few rows at a time."""
+
+    @property
     def comparison_group(self) -> ComparisonGroup:
         """The paper's own."""
 

@@ -15,6 +15,7 @@ class Magnitude:
     """Keep the largest |w|; one threshold per matrix unless another comparison group is asked for."""
 
     needs: ClassVar[None] = None
+    row_wise: ClassVar[bool] = True
     comparison_group: ClassVar[ComparisonGroup] = "layer"
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer", "block", "model")
 

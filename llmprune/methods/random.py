@@ -15,6 +15,7 @@ class Random:
     """Keep weights drawn uniformly at random; the draw depends on the run's seed and the site's name only."""
 
     needs: ClassVar[None] = None
+    row_wise: ClassVar[bool] = True
     comparison_group: ClassVar[ComparisonGroup] = "layer"
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer", "block")
 

@@ -32,6 +32,7 @@ class SparseGPT:
     damp: float = 0.01
     block_size: int = 128
     needs: ClassVar[type[Gram]] = Gram
+    row_wise: ClassVar[bool] = False
     comparison_group: ClassVar[ComparisonGroup] = "block"
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "block")
 

@@ -16,6 +16,7 @@ class Wanda:
     """Score in fp32, per row `int(inputs * sparsity)` removed; surviving weights are not changed."""
 
     needs: ClassVar[type[ColumnNorm]] = ColumnNorm
+    row_wise: ClassVar[bool] = True
     comparison_group: ClassVar[ComparisonGroup] = "row"
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer", "block")
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -104,13 +104,19 @@ class Lanes:
     def advance(self, index: int) -> None:
         """Run stage `index` for every lane and let each go on to the next stage, or to the end of the forward."""
         for lane in range(len(self._lanes)):
-            output = send_to_device(self.run(index, lane), self._home)
+            output = self._send_home(self.run(index, lane))
             self._arrivals[lane] = None
             self._arrivals[lane] = self._resume(lane, output)
 
     def outputs(self) -> list[Any]:
         """Return what the model's forward returned for each batch, once all stages are behind."""
         return self._results
+
+    def _send_home(self, output: Any) -> Any:
+        """Move a stage's output to where lanes wait; from a GPU to the host through pinned memory."""
+        if self._home.type == "cpu":
+            return recursively_apply(_to_pinned, output)
+        return send_to_device(output, self._home)
 
     def _start(self, batch: Tensor) -> None:
         ids = batch.to(self._home)
@@ -146,6 +152,12 @@ class Lanes:
             module.training = True
         self._arrivals.clear()
         self._no_grad.__exit__(None, None, None)
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

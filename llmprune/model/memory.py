@@ -1,5 +1,7 @@
 """How much fits: sequences in a forward, and where hidden states wait between blocks."""
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,3 +34,11 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
     needed = sum(len(row) for row in rows) * hidden * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     return device if needed < _HIDDEN_SHARE * free else torch.device("cpu")
+
+
+def give_back_freed_memory() -> None:
+    """Return freed memory to the system: glibc keeps it, scattered, and a run would grow from block to block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in other C libraries
+        if trim is not None:
+            trim(0)

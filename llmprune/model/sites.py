@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from llmprune.errors import NumericalError, RecipeError, did_you_mean
 
+_CHECKED_AT_ONCE = 1 << 22  # elements whose finiteness is checked at once: the check needs several times their size
+
 # Routers choose experts; pruning one saves nothing and derails the model. Transformers 5 keeps most of them in plain
 # parameters, which are no sites anyway; these globs catch those that are Linear modules.
 ROUTERS = ("*router*", "*.gate.weight", "*_gate.weight")
@@ -54,6 +56,11 @@ def _sites(stage: Stage) -> Iterator[Site]:
             yield Site(name, module, (module.weight.shape[1], module.weight.shape[0]), transposed=True)
 
 
+def fused_parameters(stage: Stage) -> list[str]:
+    """Return the names of parameters of three dimensions, most of them fused experts, which are no sites yet."""
+    return [name for name, parameter in stage.module.named_parameters(stage.name) if parameter.ndim == 3]
+
+
 @dataclass(frozen=True)
 class Selection:
     """Globs on tensor names: `include` adds to what is pruned by default, `exclude` takes away and wins."""
@@ -83,8 +90,14 @@ def is_router(name: str) -> bool:
 
 def require_finite(name: str, weight: Tensor) -> None:
     """Raise NumericalError, naming the tensor, when a weight is NaN or infinite."""
-    if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+    if weight.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _parts(weight)):
         raise NumericalError(f"{name} holds NaN or infinity: the checkpoint is damaged, download it again")
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    rows = weight.reshape(-1, weight.shape[-1]) if weight.ndim else weight.reshape(1, 1)
+    parts: tuple[Tensor, ...] = rows.split(max(1, _CHECKED_AT_ONCE // max(1, rows.shape[1])))
+    return parts
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:

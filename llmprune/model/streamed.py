@@ -1,7 +1,7 @@
 """A model on disk of which one block at a time is in memory."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from llmprune.checkpoint import Source
 from llmprune.errors import CheckpointError
 from llmprune.model.blocks import find_blocks, find_ends
 from llmprune.model.lanes import Lanes
+from llmprune.model.memory import give_back_freed_memory
 from llmprune.model.sites import Site, Stage, require_finite
 from llmprune.model.skeleton import Loader, empty_model, quiet, read_config
 
@@ -50,6 +51,11 @@ class Streamed:
             CheckpointError: one of these tensors is missing or does not fit.
             NumericalError: one is not finite.
         """
+        # Chunk by chunk from the file, not in the loaded tensor: the mapped pages of an embedding that calibration
+        # never looks up then need no memory.
+        for key in [*self._names[_OUTER], *self._names[self.head.name]]:
+            for chunk in self.source.chunks(key):
+                require_finite(key, chunk)
         self._loader.load(self._names[_OUTER], home)
         with quiet():
             self.model.tie_weights()
@@ -58,7 +64,7 @@ class Streamed:
             if id(module) not in stage_modules:
                 _move_buffers(module, home)
                 for name, parameter in module.named_parameters(path, recurse=False):
-                    self._require_sound(name, parameter)
+                    self._require_loaded(name, parameter)
 
     def load(self, stage: Stage) -> None:
         """Read a stage's tensors from disk.
@@ -71,7 +77,8 @@ class Streamed:
         for module in stage.module.modules():
             _move_buffers(module, self._device)
         for name, parameter in stage.module.named_parameters(stage.name):
-            self._require_sound(name, parameter)
+            self._require_loaded(name, parameter)
+            require_finite(name, parameter)
 
     def free(self, stage: Stage) -> None:
         """Drop from memory the weights that `load` reads again: not the embedding, nor a head that is tied to it."""
@@ -83,10 +90,11 @@ class Streamed:
                 if parameter is not None and f"{path}.{name}" not in tied:
                     empty = torch.empty_like(parameter, device="meta")
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        give_back_freed_memory()
 
     def device_of(self, stage: Stage) -> torch.device:
-        """Return where a stage's weights are."""
-        return self._device
+        """Return where a loaded stage's weights are; a head tied to the embedding stays with it."""
+        return next(stage.module.parameters()).device
 
     def weight(self, site: Site) -> Tensor:
         """Return the site's parameter as the model stores it; writing to it changes what `stored` returns."""
@@ -101,22 +109,19 @@ class Streamed:
         stored = set(self._loader.parameter_of.values())
         return parameter if parameter in stored else self.model.all_tied_weights_keys.get(parameter, parameter)
 
-    def stored(self, stage: Stage, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Return the source's tensors, by their names there, that hold these sites of a loaded stage."""
+    def stored(self, stage: Stage, sites: Sequence[Site]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the source's tensors, with their names and dtypes there, that hold these sites of a loaded stage."""
         state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
         tied = self.model.all_tied_weights_keys
         state |= {tied[name]: state[name] for name in list(state) if name in tied}
         wanted = {site.name for site in sites} | {tied[site.name] for site in sites if site.name in tied}
-        return {
-            key: _positive_zeros(tensor.to(self.source.entries[key].torch_dtype))
-            for key, tensor in self._loader.stored(state).items()
-            if self._loader.parameter_of.get(key) in wanted
-        }
+        for key, tensor in self._loader.stored(state).items():
+            if self._loader.parameter_of.get(key) in wanted:
+                yield key, _cast(tensor, self.source.entries[key].torch_dtype)
 
-    def _require_sound(self, name: str, parameter: Tensor) -> None:
+    def _require_loaded(self, name: str, parameter: Tensor) -> None:
         if parameter.is_meta:
             raise CheckpointError(f"{self.source.folder} lacks the tensor {name} that its config asks for")
-        require_finite(name, parameter)
 
     def _names_by_stage(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = defaultdict(list)
@@ -161,9 +166,9 @@ def streamed_logits(folder: str | Path, input_ids: Tensor, device: str = "cpu") 
     return logits
 
 
-def _positive_zeros(tensor: Tensor) -> Tensor:
-    """Turn -0.0 into +0.0: small negative numbers become it when they are rounded to a narrower dtype."""
-    return tensor + 0.0 if tensor.is_floating_point() else tensor
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast without making a -0.0: that is what small negative numbers become in a narrower dtype."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype).add_(0.0)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
