@@ -11,6 +11,7 @@ import torch
 
 from llmprune.documents import Documents
 from llmprune.errors import DataError
+from llmprune.progress import Progress
 
 DEFAULT_SAMPLES = 128
 _ATTEMPTS_PER_SAMPLE = 1000
@@ -174,18 +175,20 @@ def _draw(encode: Encode, documents: int, count: int, length: int, rng: random.R
     """Return `count` windows from documents drawn at random, or none at all if too few documents are long enough."""
     short: set[int] = set()
     rows: list[torch.Tensor] = []
-    for _ in range(_ATTEMPTS_PER_SAMPLE * count):
-        index = rng.randint(0, documents - 1)
-        ids = torch.empty(0) if index in short else encode(index)
-        if len(ids) <= length:
-            short.add(index)
+    with Progress(count, "calibration", "sample") as bar:
+        for _ in range(_ATTEMPTS_PER_SAMPLE * count):
+            index = rng.randint(0, documents - 1)
+            ids = torch.empty(0) if index in short else encode(index)
+            if len(ids) > length:
+                start = rng.randint(0, len(ids) - length - 1)
+                rows.append(ids[start : start + length])
+                bar.step()
+            else:
+                short.add(index)
+            if len(rows) == count:
+                return rows
             if len(short) == documents:
                 return []
-            continue
-        start = rng.randint(0, len(ids) - length - 1)
-        rows.append(ids[start : start + length])
-        if len(rows) == count:
-            return rows
     return []
 
 

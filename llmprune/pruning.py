@@ -14,7 +14,7 @@ from llmprune.checkpoint.sink import require_place
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.model import Lanes, Resident, Streamed, load_tokenizer
-from llmprune.model.collect import Group, collect, find_groups, sum_groups
+from llmprune.model.collect import Group, collect, collect_late, find_groups, sum_groups
 from llmprune.model.memory import batch_size, home_device
 from llmprune.model.sites import Site, Stage
 from llmprune.patterns import Pattern, Unstructured
@@ -125,19 +125,21 @@ def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> Abstra
 def _fed(lanes: Lanes | None, index: int, sites: list[Site], recipe: Recipe, report: Report) -> Iterator[Fed]:
     """Yield the sites of a stage with their statistics: all collected first, or, true-sequentially, group by group."""
     needs = recipe.solver().needs
-    if lanes is None or needs is None:
+    if lanes is None or needs is None or not sites:
         yield from ((site, None) for site in sites)
-    elif sites and not recipe.true_sequential:
-        with report.clock.phase("statistics"):
-            groups = collect(lanes, index, sites, needs)
-        yield from _members(groups)
-    elif sites:
-        with report.clock.phase("statistics"):
-            groups = find_groups(lanes, index, sites)
-        for group in groups:
-            with report.clock.phase("statistics"):
+        return
+    clock = report.clock
+    with clock.phase("statistics"):
+        groups = find_groups(lanes, index, sites) if recipe.true_sequential else collect(lanes, index, sites, needs)
+    for group in groups:
+        if recipe.true_sequential:
+            with clock.phase("statistics"):
                 sum_groups(lanes, index, [group], needs)
-            yield from _members([group])
+        yield from _members([group])
+    seen = {site for group in groups for site in group.sites}
+    with clock.phase("statistics"):
+        late = collect_late(lanes, index, [site for site in sites if site not in seen], needs)
+    yield from _members(late)
 
 
 def _members(groups: list[Group]) -> Iterator[Fed]:

@@ -586,3 +586,23 @@ def test_mistakes_are_found_before_any_work(
         prune(saved("llama"), tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_an_expert_that_only_later_batches_reach_is_pruned_too(true_sequential: bool, saved: Saved) -> None:
+    model = tiny.load(saved("llama"))
+    experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+    block = model.model.layers[0]  # what it is given does not change while it is pruned
+    block.experts, plain = experts, block.self_attn.forward
+    batches: list[float] = []
+
+    def routed(hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        first = float(hidden_states[0, 0, 0])
+        batches.extend([] if first in batches else [first])
+        experts[min(1, batches.index(first))](hidden_states)
+        return plain(hidden_states=hidden_states, **kwargs)
+
+    block.self_attn.forward = routed
+    report = llmprune.prune(model, method="wanda", calibration=IDS, batch_size=1, true_sequential=true_sequential)
+    assert not [name for name in report.left_dense if "experts" in name]
+    assert all(float((expert.get_parameter("weight") == 0).float().mean()) == 0.5 for expert in experts)

@@ -53,17 +53,38 @@ def sum_groups(lanes: Lanes, index: int, groups: Sequence[Group], needs: Statist
     """Sum the statistic of known groups over the lanes from `first_lane` on."""
     by_leader = {group.sites[0]: group for group in groups}
     for lane in range(first_lane, len(lanes)):
-        waiting = sum(group.calls for group in groups)
+        waiting = {group.sites[0]: group.calls for group in groups}
 
-        def add(site: Site, x: Tensor, lane: int = lane) -> None:
-            nonlocal waiting
+        def add(site: Site, x: Tensor, lane: int = lane, waiting: dict[Site, int] = waiting) -> None:
             _add(by_leader[site], x, needs, lanes.sequences(lane))
-            waiting -= 1
-            if not waiting:
+            waiting[site] -= 1
+            if all(calls <= 0 for calls in waiting.values()):
                 raise _Enough
 
         with _observing(list(by_leader), add), suppress(_Enough):
             lanes.run(index, lane)
+    _require_finite(groups)
+
+
+def collect_late(lanes: Lanes, index: int, sites: Sequence[Site], needs: StatisticType) -> list[Group]:
+    """Sum the statistics of sites that the first lane did not reach, such as experts that it did not choose.
+
+    Each is a group of its own; sites that no lane reaches are in none.
+    """
+    groups = {site: Group([site], 0) for site in sites}
+    for lane in range(1, len(lanes) if sites else 0):
+
+        def add(site: Site, x: Tensor, lane: int = lane) -> None:
+            _add(groups[site], x, needs, lanes.sequences(lane))
+
+        with _observing(sites, add):
+            lanes.run(index, lane)
+    reached = [group for group in groups.values() if group.statistic is not None]
+    _require_finite(reached)
+    return reached
+
+
+def _require_finite(groups: Sequence[Group]) -> None:
     for group in groups:
         if group.statistic is not None:
             group.statistic.require_finite(group.sites[0].name)
