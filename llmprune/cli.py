@@ -6,6 +6,7 @@ line on stderr and exit status 2; with `--json`, stdout holds one JSON object an
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,7 @@ def inspect(model: str, as_json: bool, **options: Any) -> None:
 
 def main() -> None:
     """Run the command line; errors become one line and status 2."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -133,12 +135,17 @@ def main() -> None:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"llmprune: {' '.join(message.split())}", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         click.echo("llmprune: interrupted, nothing was written", err=True)
-        sys.exit(130)
+        sys.exit(143 if error.args == (signal.SIGTERM,) else 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _stop(number: int, frame: object) -> None:
+    """End as Ctrl-C does, so that nothing half-written is left."""
+    raise KeyboardInterrupt(signal.SIGTERM)
 
 
 def _name_and_value(text: str) -> tuple[str, str]:

@@ -131,4 +131,7 @@ def _not_cached(model_id: str, revision: str | None) -> str:
     from huggingface_hub import constants
 
     what = f"'{model_id}'" if revision is None else f"'{model_id}' at revision '{revision}'"
-    return f"{what}: {obstacle()}, and {constants.HF_HUB_CACHE} does not hold all of it; pass a local folder"
+    return (
+        f"{what} is no local folder, and as a model on the Hub it cannot be had: {obstacle()}, "
+        f"and {constants.HF_HUB_CACHE} does not hold all of it; pass a local folder"
+    )

@@ -1,6 +1,7 @@
 """What a checkpoint really holds: the zeros of every tensor, and the patterns they form."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.sink import REPORT
-from llmprune.errors import CheckpointError, LlmpruneError
+from llmprune.errors import CheckpointError, PatternError
 from llmprune.locate import locate
 from llmprune.model import Streamed
 from llmprune.model.sites import Site, sites_of
-from llmprune.patterns import NM, parse
+from llmprune.patterns import NM, Unstructured, parse
 
 GROUP_SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -101,20 +102,18 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
     source = Source.open(locate(model, revision))
     host = Streamed(source, torch.device("cpu"), trust_remote_code=trust_remote_code)
     sites = {site.name: site for stage in host.blocks for site in sites_of(stage)}
-    tensors = []
-    for key in source.entries:
-        site = sites.get(host.parameter_of(key))
-        tensors.append(_tensor_report(source, key, site))
     promises = _promises(source.folder)
+    sizes = sorted({*GROUP_SIZES, *_promised_sizes(promises)})
+    tensors = [_tensor_report(source, key, sites.get(host.parameter_of(key)), sizes) for key in source.entries]
     return Inspection(str(model), tensors, _broken(promises, tensors, host), bool(promises))
 
 
-def _tensor_report(source: Source, key: str, site: Site | None) -> TensorReport:
+def _tensor_report(source: Source, key: str, site: Site | None, sizes: list[int]) -> TensorReport:
     entry = source.entries[key]
     inputs = 0 if site is not None and site.transposed else 1
     zeros = negative = 0
-    tightest = {m: 0 for m in GROUP_SIZES if len(entry.shape) == 2 and entry.shape[inputs] % m == 0}
-    for chunk in source.chunks(key, 1 if inputs else max(GROUP_SIZES)):
+    tightest = {m: 0 for m in sizes if len(entry.shape) == 2 and entry.shape[inputs] % m == 0}
+    for chunk in source.chunks(key, 1 if inputs else math.lcm(*tightest)):
         empty = chunk == 0
         zeros += int(empty.sum())
         if chunk.is_floating_point():
@@ -156,15 +155,27 @@ def _broken(promises: list[dict[str, Any]], tensors: list[TensorReport], host: S
             faults.append(f"{tensor.name}: has {tensor.zeros} zeros, {promise['zeros']} were promised")
         elif not _satisfies(tensor, promise["pattern"]):
             faults.append(f"{tensor.name}: is not {promise['pattern']}")
+        elif tensor.negative_zeros:
+            faults.append(f"{tensor.name}: holds {tensor.negative_zeros} negative zeros")
     return faults
 
 
+def _promised_sizes(promises: list[dict[str, Any]]) -> list[int]:
+    """Return the M of every N:M that was promised."""
+    patterns = (_pattern(promise["pattern"]) for promise in promises)
+    return [pattern.m for pattern in patterns if isinstance(pattern, NM)]
+
+
 def _satisfies(tensor: TensorReport, text: str) -> bool:
-    try:
-        pattern = parse(text)
-    except LlmpruneError:
-        return False
-    if not isinstance(pattern, NM) or pattern.m not in GROUP_SIZES:
+    pattern = _pattern(text)
+    if not isinstance(pattern, NM):
         return True  # the count of zeros, checked already, is all that was promised
     found = (parse(text) for text in tensor.patterns)
     return any(isinstance(nm, NM) and nm.m == pattern.m and nm.n <= pattern.n for nm in found)
+
+
+def _pattern(text: str) -> Unstructured | NM | None:
+    try:
+        return parse(text)
+    except PatternError:
+        return None  # such as a share of a budget over the model

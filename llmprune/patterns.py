@@ -20,7 +20,7 @@ from llmprune.errors import PatternError
 ComparisonGroup = Literal["row", "layer", "block", "model"]
 COMPARISON_GROUPS: tuple[ComparisonGroup, ...] = get_args(ComparisonGroup)
 BLOCK_COLUMNS = 128
-_CHUNK_ELEMENTS = 1 << 22  # selection copies its scores; a chunk of rows bounds the copy to 16 MiB
+_CHUNK_ELEMENTS = 1 << 20  # selection copies its scores; a chunk of rows bounds the copy to 4 MiB
 
 
 class Pattern(Protocol):

@@ -64,10 +64,7 @@ class Recipe:
             RecipeError: an option is unknown or out of range, or two contradict each other.
             PatternError: the pattern cannot be read.
         """
-        known = [item.name for item in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise RecipeError(f"unknown option '{name}': {did_you_mean(name, known)}")
+        require_known(options)
         values = dict(options)
         for name in ("include", "exclude"):
             if name in values:
@@ -162,7 +159,16 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise RecipeError(f"recipe {path} must map option names to values, such as 'method: wanda'")
+    require_known(options)
     return options
+
+
+def require_known(options: Mapping[str, Any]) -> None:
+    """Raise RecipeError, with the nearest known name, for an option that a recipe does not have."""
+    known = [item.name for item in dataclasses.fields(Recipe)]
+    for name in options:
+        if name not in known:
+            raise RecipeError(f"unknown option '{name}': {did_you_mean(name, known)}")
 
 
 def _loader() -> Any:

@@ -14,7 +14,7 @@ from llmprune.patterns import Pattern
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, Gram
 
-_ROW_CHUNK = 1 << 22  # weights of which copies in fp32 are held at once
+_ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 
 
 @torch.no_grad()

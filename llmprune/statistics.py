@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, I inputs, O outputs. Sums are fp32 whatever the dtype of the inputs.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -15,6 +16,9 @@ from llmprune.patterns import column_blocks
 
 _GRAM_TILE = 512  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
 _DAMPING_STEPS = 6  # each ten times the one before
+_LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
+
+_log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound="Statistic")
 
@@ -183,13 +187,15 @@ def factorize(hessian_II: Tensor, damp: float) -> Factor:
     diagonal_I = hessian_II.diagonal().masked_fill(dead_I, 1)
     notes: list[str] = []
     for step in range(_DAMPING_STEPS):
-        tried = damp * 10**step
+        tried = max(damp, _LEAST_DAMPING) * 10**step if step else damp
         damped_II = hessian_II.clone()
         damped_II.diagonal().copy_(diagonal_I + tried * diagonal_I.mean())
         upper_II = _inverse_factor(damped_II)
         if upper_II is not None:
             return Factor(upper_II, dead_I, tried, tuple(notes))
-        notes.append(f"not positive definite at damping {tried:g}, raised to {tried * 10:g}")
+        raised = max(damp, _LEAST_DAMPING) * 10 ** (step + 1)
+        notes.append(f"not positive definite at damping {tried:g}, raised to {raised:g}")
+        _log.warning("Gram matrix of %d inputs: %s", len(hessian_II), notes[-1])
     raise NumericalError(f"the Gram matrix is not positive definite even at damping {tried:g}: use more calibration")
 
 

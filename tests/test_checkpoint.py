@@ -309,12 +309,33 @@ def test_an_unfinished_folder_of_ours_is_discarded(tmp_path: Path) -> None:
     source = Source.open(two_shards(tmp_path / "m"))
     partial = Sink(source, tmp_path / "out").__enter__()  # a run that was killed
     partial.copy_source()
+    partial._lock.close()  # as the system does for a dead process
     (tmp_path / "out.partial" / "rubbish.bin").touch()
     with Sink(source, tmp_path / "out") as sink:
         sink.copy_source()
         sink.commit({})
     assert everything(tmp_path / "out") == everything(tmp_path / "m") | {REPORT}
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_second_run_at_the_same_output_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    source = Source.open(two_shards(tmp_path / "m"))
+    with Sink(source, tmp_path / "out") as first:
+        first.copy_source()
+        with pytest.raises(CheckpointError, match="another run is writing"), Sink(source, tmp_path / "out"):
+            pass
+        first.commit({})
+    assert everything(tmp_path / "out") == everything(tmp_path / "m") | {REPORT}
+
+
+def test_a_folder_that_is_called_replaced_is_left_alone(tmp_path: Path) -> None:
+    source = Source.open(two_shards(tmp_path / "m"))
+    (tmp_path / "out.replaced").mkdir()
+    for _ in range(2):
+        with Sink(source, tmp_path / "out") as sink:
+            sink.copy_source()
+            sink.commit({})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out", "out.replaced"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

@@ -169,3 +169,13 @@ def test_the_tightest_pattern_of_every_width_is_told(dense: Callable[[str], Path
     assert report.patterns == ("1:4", "1:8", "2:16", "4:32", "8:64")
     assert report.tight_patterns() == ["1:8", "2:16", "4:32", "8:64"]
     assert (report.shape, report.dtype, report.count, report.zeros) == ((64, 64), "F32", 4096, 3584)
+
+
+def test_a_broken_pattern_of_an_unusual_width_is_found(dense: Callable[[str], Path], tmp_path: Path) -> None:
+    out = pruned(dense("llama"), tmp_path / "out", "1:2")
+    assert llmprune.inspect(out).verified
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edit_tensor(out, name, lambda weight: weight.copy_(weight.sort(dim=1).values))
+    inspection = llmprune.inspect(out)
+    assert inspection.verified is False
+    assert inspection.faults == [f"{name}: is not 1:2"]

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.documents": {"llmprune.errors"},
     "llmprune.datafiles": {"llmprune.errors"},
     "llmprune.data": {"llmprune.errors", "llmprune.hub", "llmprune.documents", "llmprune.datafiles"},
-    "llmprune.calibration": {"llmprune.errors", "llmprune.documents"},
+    "llmprune.calibration": {"llmprune.errors", "llmprune.documents", "llmprune.progress"},
     "llmprune.locate": {"llmprune.errors", "llmprune.hub", "llmprune.checkpoint"},
     "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.statistics"},
     "llmprune.recipe": {"llmprune.errors", "llmprune.methods", "llmprune.patterns", "llmprune.locate"},

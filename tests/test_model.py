@@ -228,12 +228,15 @@ def test_statistics_are_those_of_the_models_own_forward(family: str, needs: type
     host, batches = Resident(tiny.model(family)), [tiny.ids(2), tiny.ids(1, 9)]
     sites = sites_of(host.blocks[1])
     expected = {site: needs(site.shape[1], CPU) for site in sites}
-    handles = [
-        site.module.register_forward_pre_hook(
-            lambda module, args, at=site: expected[at].add(args[0].flatten(0, -2), len(args[0]))
-        )
-        for site in sites
-    ]
+
+    def hook_for(site: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for sequence in args[0]:
+                expected[site].add(sequence, 1)
+
+        return hook
+
+    handles = [site.module.register_forward_pre_hook(hook_for(site)) for site in sites]
     for batch in batches:
         tiny.logits(host.model, batch)
     for handle in handles:

@@ -1,5 +1,6 @@
 """The whole run against the papers' procedure, written plainly: the same tokens must give the same masks."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,11 @@ def wanda(weight: Tensor, x: Tensor, sparsity: float, n: int, m: int) -> Tensor:
 
 
 def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, n: int, m: int) -> Tensor:
-    return oracle.sparsegpt(weight, x.T @ x * (2 / SEQUENCES), sparsity, n, m)
+    hessian = torch.zeros(x.shape[1], x.shape[1])
+    for seen, sequence in enumerate(x.view(SEQUENCES, -1, x.shape[1])):
+        scaled = math.sqrt(2 / (seen + 1)) * sequence.T
+        hessian = hessian * (seen / (seen + 1)) + scaled @ scaled.T
+    return oracle.sparsegpt(weight, hessian, sparsity, n, m)
 
 
 @torch.no_grad()

@@ -606,3 +606,12 @@ def test_an_expert_that_only_later_batches_reach_is_pruned_too(true_sequential: 
     report = llmprune.prune(model, method="wanda", calibration=IDS, batch_size=1, true_sequential=true_sequential)
     assert not [name for name in report.left_dense if "experts" in name]
     assert all(float((expert.get_parameter("weight") == 0).float().mean()) == 0.5 for expert in experts)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_the_callers_modes_change_nothing(mode: Callable[[], Any], saved: Saved) -> None:
+    plain, within = tiny.load(saved("llama")), tiny.load(saved("llama"))
+    llmprune.prune(plain, method="sparsegpt", pattern="2:4", calibration=IDS)
+    with mode():
+        llmprune.prune(within, method="sparsegpt", pattern="2:4", calibration=IDS)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), within.parameters(), strict=True))

@@ -4,13 +4,15 @@ The copy keeps shard names, key order, dtypes and metadata, and every tensor tha
 Until `commit` the work lies in `OUT.partial`; if anything fails before that, nothing is left behind.
 """
 
+import fcntl
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -34,8 +36,11 @@ class Sink:
 
     def __enter__(self) -> "Sink":
         _discard_leftover(self._partial)
-        self._partial.mkdir(parents=True)
-        (self._partial / _MARKER).touch()
+        try:
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot create {self._partial}: {error.strerror}") from None
+        self._lock = _lock(self._partial / _MARKER)
         return self
 
     def copy_source(self) -> None:
@@ -56,24 +61,30 @@ class Sink:
         if tuple(tensor.shape) != entry.shape:
             raise AssertionError(f"{name}: shape {tuple(tensor.shape)} written over {entry.shape}")
         data = tensor.detach().to("cpu", entry.torch_dtype).contiguous().view(-1).view(torch.uint8).numpy()
-        with entry.file.open("r+b") as file:
-            file.seek(entry.start)
-            file.write(data.data)
+        try:
+            with entry.file.open("r+b") as file:
+                file.seek(entry.start)
+                file.write(data.data)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {name} to {entry.file}: {error.strerror}") from None
 
     def commit(self, report: dict[str, Any]) -> None:
         """Add the report and let the output appear under its own name."""
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
         (self._partial / REPORT).write_text(text + "\n", "utf-8")
         (self._partial / _MARKER).unlink()
-        replaced = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            self.out.rename(replaced)
+        if not self.out.exists():
+            self._partial.rename(self.out)
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f"{self.out.name}.replaced-", dir=self.out.parent))
+        self.out.rename(aside / self.out.name)
         self._partial.rename(self.out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._lock.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _copy(self, path: Path) -> None:
@@ -100,9 +111,11 @@ def require_place(source: Source, out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"output {out} and source {source.folder} must not lie inside each other")
     if out.exists() and not overwrite:
         raise CheckpointError(f"output {out} exists: choose another folder, or pass --overwrite to replace it")
-    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not _is_model(out) and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"output {out} is not a model folder: llmprune does not replace it")
     parent = next(folder for folder in resolved.parents if folder.exists())
+    if not parent.is_dir():
+        raise CheckpointError(f"output {out} cannot be created: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"output {out} cannot be created: no permission to write in {parent}")
     needed, free = source.output_bytes(), shutil.disk_usage(parent).free
@@ -115,4 +128,22 @@ def _discard_leftover(partial: Path) -> None:
         return
     if not (partial / _MARKER).exists():
         raise CheckpointError(f"{partial} is in the way and was not made by llmprune: move it")
-    shutil.rmtree(partial)
+    with _lock(partial / _MARKER):
+        shutil.rmtree(partial)
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _lock(marker: Path) -> IO[str]:
+    """Hold the marker for as long as the returned file is open; the system lets go of it if the process dies."""
+    file = marker.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise CheckpointError(
+            f"another run is writing {marker.parent}: wait for it, or choose another output"
+        ) from None
+    return file

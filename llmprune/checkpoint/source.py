@@ -21,7 +21,7 @@ COMPANIONS = (
     "USE_POLICY*", ".gitattributes",
 )  # fmt: skip
 DOWNLOADED = (*COMPANIONS, "*.safetensors")
-_CHECK_ELEMENTS = 1 << 22  # a tensor is looked at in chunks of this many elements
+_CHECK_ELEMENTS = 1 << 20  # a tensor is looked at in chunks of this many elements
 
 
 @dataclass(frozen=True)

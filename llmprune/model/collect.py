@@ -106,7 +106,10 @@ def _first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[G
 def _add(group: Group, x: Tensor, needs: StatisticType, sequences: int) -> None:
     if group.statistic is None:
         group.statistic = needs(x.shape[-1], x.device)
-    group.statistic.add(x.reshape(-1, x.shape[-1]), sequences)
+    # One sequence at a time, as the papers' scripts see them: masks then do not depend on the batch size.
+    parts = x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
+    for part in parts:
+        group.statistic.add(part, sequences // len(parts))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ the same everywhere, and an error in a lane surfaces in the coordinator by itsel
 
 import contextvars
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -58,10 +59,12 @@ class Lanes:
         self._lanes: list[greenlet] = []
         self._restore: list[Callable[[], None]] = []
         self._training = [module for module in model.modules() if module.training]
-        self._no_grad = torch.no_grad()
+        self._modes = ExitStack()
 
     def __enter__(self) -> "Lanes":
-        self._no_grad.__enter__()
+        self._modes.enter_context(torch.inference_mode(False))  # inputs' versions tell which sites share one
+        self._modes.enter_context(torch.no_grad())
+        self._modes.enter_context(torch.autocast(self._home.type, enabled=False))
         self._coordinator = getcurrent()
         self._model.eval()  # no dropout
         for index, stage in enumerate(self._stages):
@@ -151,7 +154,7 @@ class Lanes:
         for module in self._training:
             module.training = True
         self._arrivals.clear()
-        self._no_grad.__exit__(None, None, None)
+        self._modes.close()
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HOST_TOKENS = 256  # a forward on a CPU: its matrix products gain nothing from more, and memory is saved
 _DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
 
@@ -16,7 +15,7 @@ _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before
 def batch_size(length: int, config: Any, dtype: torch.dtype, device: torch.device) -> int:
     """Return how many sequences of `length` tokens go through a block at once."""
     if device.type != "cuda":
-        return max(1, _HOST_TOKENS // length)
+        return 1  # a CPU gains little from more, and rounds as the papers' scripts do, sequence by sequence
     text = config.get_text_config()
     hidden = getattr(text, "hidden_size", 1024)
     widest = getattr(text, "intermediate_size", None)

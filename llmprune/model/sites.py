@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmprune.errors import NumericalError, RecipeError, did_you_mean
 
-_CHECKED_AT_ONCE = 1 << 22  # elements whose finiteness is checked at once: the check needs several times their size
+_CHECKED_AT_ONCE = 1 << 20  # elements whose finiteness is checked at once: the check needs several times their size
 
 # Routers choose experts; pruning one saves nothing and derails the model. Transformers 5 keeps most of them in plain
 # parameters, which are no sites anyway; these globs catch those that are Linear modules.

@@ -65,6 +65,7 @@ class Streamed:
                 _move_buffers(module, home)
                 for name, parameter in module.named_parameters(path, recurse=False):
                     self._require_loaded(name, parameter)
+        give_back_freed_memory()
 
     def load(self, stage: Stage) -> None:
         """Read a stage's tensors from disk.
