@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -132,15 +132,20 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (LlmpruneError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"llmprune: {' '.join(message.split())}", err=True)
-        sys.exit(2)
+        _fail(error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort) as error:
         click.echo("llmprune: interrupted, nothing was written", err=True)
         sys.exit(143 if error.args == (signal.SIGTERM,) else 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a full disk, a name too long: the system's own words, without a traceback
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"llmprune: {' '.join(message.split())}", err=True)
+    sys.exit(2)
 
 
 def _stop(number: int, frame: object) -> None:

@@ -7,6 +7,8 @@ with status 2; anything that is not an `LlmpruneError` is a bug of llmprune.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_SHOWN = 20  # names in one message
+
 
 class LlmpruneError(Exception):
     """Base of all errors that llmprune raises on purpose."""
@@ -40,4 +42,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that offers the nearest known name, or lists them all when none is near."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+    if near:
+        return f"did you mean '{near[0]}'?"
+    more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
+    return f"known: {', '.join(names[:_SHOWN])}{more}"

@@ -15,6 +15,7 @@ from llmprune.patterns import NM, Unstructured
 from llmprune.recipe import Recipe
 
 DEFAULT_CALIBRATION = "c4"
+FUSED = "a parameter of three dimensions, such as fused experts"
 DEFAULT_LENGTH = 2048  # the papers'
 
 
@@ -24,6 +25,7 @@ class Host(Protocol):
     model: Any
     config: Any
     dtype: torch.dtype
+    place: torch.device
     blocks: list[Stage]
     embedding: Stage
     head: Stage
@@ -80,7 +82,7 @@ def make_plan(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Plan:
                 chosen.setdefault(stage, []).append(site)
             else:
                 left_dense[site.name] = reason or "excluded"
-    left_dense |= {name: "fused experts" for stage in host.blocks for name in fused_parameters(stage)}
+    left_dense |= {name: FUSED for stage in host.blocks for name in fused_parameters(stage)}
     sites = [site for chosen_here in chosen.values() for site in chosen_here]
     _require_sense(host, recipe, chosen, sites)
     stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)

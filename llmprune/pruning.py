@@ -16,7 +16,7 @@ from llmprune.locate import locate
 from llmprune.model import Lanes, Resident, Streamed, load_tokenizer
 from llmprune.model.collect import Group, collect, collect_late, find_groups, sum_groups
 from llmprune.model.memory import batch_size, home_device
-from llmprune.model.sites import Site, Stage
+from llmprune.model.sites import Site, Stage, require_finite
 from llmprune.patterns import Pattern, Unstructured
 from llmprune.plan import Host, Plan, make_plan
 from llmprune.progress import Progress
@@ -46,7 +46,7 @@ def prune(
     """
     recipe = Recipe.of(options)
     if not isinstance(model, str | Path):
-        if out is not None:
+        if out is not None or overwrite:
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
         return _prune_in_place(model, tokenizer, recipe)
     if out is None:
@@ -61,6 +61,7 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
     report = Report.begin(str(model), recipe.to_json(), host, plan)
+    report.notes.extend(host.rounding())
     home = home_device(recipe.place(), plan.rows, host.config, host.dtype)
     with report.clock.phase("load"):
         host.open(home)
@@ -78,8 +79,11 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
 
 
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
+    recipe.require_in_place()
     host = Resident(model)
     plan = make_plan(host, recipe, lambda: tokenizer)
+    for site in plan.all_sites():
+        require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan)
     _run(host, plan, recipe, host.home, report, lambda stage, sites: None)
     return report
@@ -118,7 +122,7 @@ def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> Abstra
     if plan.tokens is None:
         return nullcontext()
     longest = max(len(row) for row in plan.rows)
-    size = recipe.batch_size or batch_size(longest, host.config, host.dtype, recipe.place())
+    size = recipe.batch_size or batch_size(longest, host.config, host.dtype, host.place)
     return Lanes(host.model, plan.stages, batches(plan.tokens, size), home, host.device_of)
 
 

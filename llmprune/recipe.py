@@ -121,6 +121,12 @@ class Recipe:
         """Return the recipe with the defaults that depend on the model: `demo` calibrates on its own excerpt."""
         return dataclasses.replace(self, calibration=DEMO) if model == DEMO and self.calibration is None else self
 
+    def require_in_place(self) -> None:
+        """Raise RecipeError for options that mean nothing for a model that is already loaded."""
+        for name, default in (("device", "auto"), ("dtype", "auto"), ("revision", None), ("trust_remote_code", False)):
+            if getattr(self, name) != default:
+                raise RecipeError(f"{name} means nothing for a loaded model: it is pruned where it is, as it is")
+
     def place(self) -> torch.device:
         """Return the device to run on."""
         return resolve_device(self.device)

@@ -14,7 +14,7 @@ import torch
 
 from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
-from llmprune.plan import Host, Plan
+from llmprune.plan import FUSED, Host, Plan
 from llmprune.solving import Outcome
 from llmprune.statistics import ColumnNorm, Gram
 
@@ -87,6 +87,9 @@ class Report:
         """Return the report of a run that is about to start."""
         parameters = sum(parameter.numel() for parameter in host.model.parameters())
         report = cls(model, recipe, len(host.blocks), parameters, left_dense=dict(plan.left_dense))
+        share = sum(site.shape[0] * site.shape[1] for site in plan.all_sites()) / parameters
+        if any(reason == FUSED for reason in plan.left_dense.values()):
+            report.notes.append(f"fused experts stay dense: {share:.1%} of all parameters are in matrices to prune")
         if plan.tokens is not None:
             report.calibration = {
                 "data": plan.tokens.name,

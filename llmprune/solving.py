@@ -60,10 +60,11 @@ def prune_matrix(name: str, method: Method, weight_OI: Tensor, statistic: Any, p
     generator = _generator(seed, name)
     zeros, error, scale, notes = 0, 0.0, 0.0, dict[str, None]()
     for rows in _chunks(weight_OI) if method.row_wise and pattern.row_wise else (weight_OI,):
-        solution = checked_solution(name, method, rows, statistic, pattern, generator)
-        change, whole = energies(rows, solution.weight_OI, statistic)
+        here = rows.to(statistic.device) if statistic else rows  # accelerate may keep weights off the GPU
+        solution = checked_solution(name, method, here, statistic, pattern, generator)
+        change, whole = energies(here, solution.weight_OI, statistic)
         error, scale = error + change, scale + whole
-        zeros += rows.numel() - int(solution.weight_OI.count_nonzero())
+        zeros += here.numel() - int(solution.weight_OI.count_nonzero())
         notes |= dict.fromkeys(solution.notes)
         rows.copy_(solution.weight_OI)
     return Outcome(zeros, error / scale if scale else 0.0, tuple(notes))

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmprune.errors import NumericalError
 from llmprune.patterns import column_blocks
 
-_GRAM_TILE = 512  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
+_GRAM_TILE = 256  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
 _DAMPING_STEPS = 6  # each ten times the one before
 _LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
 
@@ -34,6 +34,10 @@ class Statistic(Protocol):
     @property
     def inputs(self) -> int:
         """Number of inputs of the matrices that it describes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is, and where matrices are solved with it."""
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
         """Add the inputs of `sequences` calibration sequences, flattened to [tokens, inputs]."""
@@ -66,6 +70,10 @@ class ColumnNorm:
     @property
     def inputs(self) -> int:
         return len(self.sum_I)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sum_I.device
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
         x_TI = x_TI.float() if x_TI.dtype == torch.float64 else x_TI  # vector_norm widens, but does not narrow
@@ -116,6 +124,10 @@ class Gram:
     def inputs(self) -> int:
         return len(self._mean_II)
 
+    @property
+    def device(self) -> torch.device:
+        return self._mean_II.device
+
     def add(self, x_TI: Tensor, sequences: int) -> None:
         total = self.sequences + sequences
         x_IT = x_TI.float().T * math.sqrt(2 / total)
@@ -153,8 +165,11 @@ class Gram:
         return self._factors[damp]
 
     def energy(self, weight_OI: Tensor) -> float:
-        weight_OI = weight_OI.float()
-        return float((weight_OI @ self.hessian_II).mul_(weight_OI).sum()) / 2
+        weight_OI, energy = weight_OI.float(), 0.0
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # what lies above the diagonal counts twice
+            product = (weight_OI[:, start:stop] @ self._mean_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
+            energy += float(product[:, :start].sum()) + float(product[:, start:].sum()) / 2
+        return energy
 
     def require_finite(self, name: str) -> None:
         _require_finite(self._mean_II.diagonal(), name)

@@ -84,7 +84,7 @@ def test_a_text_file_is_cut_into_windows_and_the_tail_dropped(
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-6)
     assert (found.windows, found.length, found.tokens) == (6, LENGTH, 96)
     assert found.bits_per_byte == pytest.approx(loss / math.log(2) * 101 / len(text), rel=1e-6)
-    assert "tail of 5 dropped" in found.convention and "text as it stands" in found.convention
+    assert "tail of 5 tokens dropped" in found.convention and "text as it stands" in found.convention
 
 
 def test_rows_are_joined_with_an_empty_line_and_tokenized_in_one_call(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
 
 import llmprune
 import tiny
@@ -615,3 +616,39 @@ def test_the_callers_modes_change_nothing(mode: Callable[[], Any], saved: Saved)
     with mode():
         llmprune.prune(within, method="sparsegpt", pattern="2:4", calibration=IDS)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), within.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"device": "cpu"}, {"revision": "main"}])
+def test_options_that_mean_nothing_for_a_loaded_model_are_refused(option: dict[str, str], saved: Saved) -> None:
+    with pytest.raises(RecipeError, match="means nothing for a loaded model"):
+        llmprune.prune(tiny.load(saved("llama")), method="magnitude", **option)
+
+
+def test_an_encoder_in_memory_is_refused() -> None:
+    model = BertForMaskedLM(BertConfig(64, 16, 1, 2, 32))
+    with pytest.raises(UnsupportedModelError, match="BertForMaskedLM is not a causal language model"):
+        llmprune.prune(model, method="magnitude")
+
+
+def test_a_loaded_model_with_nan_is_refused_before_anything_is_pruned(saved: Saved) -> None:
+    model = tiny.load(saved("llama"))
+    blocks = model.model.layers
+    with torch.no_grad():
+        blocks[-1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"up_proj.weight holds NaN"):
+        llmprune.prune(model, method="magnitude")
+    assert bool(blocks[0].self_attn.q_proj.weight.all())
+
+
+@pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", True), ("float32", False), ("auto", False)])
+def test_a_run_that_rounds_what_it_keeps_says_so(dtype: str, rounded: bool, saved: Saved, tmp_path: Path) -> None:
+    report = llmprune.prune(saved("llama"), tmp_path / "out", method="magnitude", dtype=dtype)
+    assert any("rounded" in note for note in report.notes) == rounded
+
+
+def test_the_batch_size_does_not_change_what_the_statistics_sum(saved: Saved) -> None:
+    models = [tiny.load(saved("llama")) for _ in range(2)]
+    for model, size in zip(models, (1, 3), strict=True):
+        llmprune.prune(model, method="sparsegpt", pattern="2:4", calibration=IDS, batch_size=size)
+    same = [(a == 0) == (b == 0) for a, b in zip(*(model.parameters() for model in models), strict=True)]
+    assert sum(int(part.sum()) for part in same) / sum(part.numel() for part in same) > 0.99

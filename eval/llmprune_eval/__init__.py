@@ -1,1 +1,1 @@
-"""How good a model still is. Built on llmprune's public functions only."""
+"""How good a model still is."""

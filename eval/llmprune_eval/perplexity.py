@@ -21,12 +21,13 @@ from llmprune.checkpoint import Source
 from llmprune.documents import Documents
 from llmprune.errors import DataError, NumericalError, RecipeError, did_you_mean
 from llmprune.locate import DEMO, locate
-from llmprune.model import load_causal_lm, load_tokenizer
+from llmprune.model import load_causal_lm, load_tokenizer, read_config
 from llmprune.plan import context_length, window_length
 from llmprune.progress import Progress
 from llmprune.recipe import DTYPES, resolve_device
 
 DEFAULT_DATA = "wikitext2"
+MOST_WINDOWS = {"c4": 256}  # as SparseGPT's and Wanda's code
 _LOGIT_BYTES = 256 << 20  # of fp32 logits at a time
 _BATCH_TOKENS = 4096
 
@@ -91,19 +92,21 @@ def evaluate(
         LlmpruneError: one of its kinds.
     """
     for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
-        if value is not None and value < least:
-            raise RecipeError(f"{name} must be a whole number of at least {least}, not {value}")
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
     if dtype not in ("auto", *DTYPES):
-        raise RecipeError(f"unknown dtype '{dtype}': {did_you_mean(dtype, ['auto', *DTYPES])}")
-    text = documents.read(data if data is not None else DEMO if model == DEMO else DEFAULT_DATA, "evaluation")
-    if isinstance(model, str | Path):
-        source = Source.open(locate(model, revision))
-        network = load_causal_lm(source, resolve_device(device), DTYPES.get(dtype), trust_remote_code)
-        tokenizer = None if text.kind == "input_ids" else load_tokenizer(source.folder, trust_remote_code)
-    else:
-        network = model
-    context = context_length(network.config)
-    windows = _windows(text, tokenizer, window_length(length, context))
+        raise RecipeError(f"unknown dtype '{dtype}': {did_you_mean(str(dtype), ['auto', *DTYPES])}")
+    source = Source.open(locate(model, revision)) if isinstance(model, str | Path) else None
+    config = read_config(source, trust_remote_code) if source else model.config
+    text = documents.read(
+        data if data is not None else DEMO if source and model == DEMO else DEFAULT_DATA, "evaluation"
+    )
+    if source and text.kind != "input_ids":
+        tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    context = context_length(config)
+    windows, tokens_in_text = _windows(text, tokenizer, window_length(length, context))
+    place = resolve_device(device)
+    network = load_causal_lm(source, place, DTYPES.get(dtype), trust_remote_code) if source else model
     vocabulary = network.get_input_embeddings().weight.shape[0]
     check(windows, vocabulary=vocabulary, context=context)
     started = time.perf_counter()
@@ -112,7 +115,7 @@ def evaluate(
         model=str(model) if isinstance(model, str | Path) else network.name_or_path or type(network).__name__,
         data=windows.name,
         perplexity=_perplexity(loss),
-        bits_per_byte=_bits_per_byte(loss, text, tokenizer),
+        bits_per_byte=_bits_per_byte(loss, text, tokens_in_text),
         windows=len(windows.rows),
         length=max(len(row) for row in windows.rows),
         tokens=sum(len(row) for row in windows.rows),
@@ -163,27 +166,30 @@ def _perplexity(loss: float) -> float:
         ) from None
 
 
-def _windows(text: Documents, tokenizer: Any, length: int) -> Tokens:
+def _windows(text: Documents, tokenizer: Any, length: int) -> tuple[Tokens, int]:
+    """Return the windows, and the tokens of the whole text."""
     if text.kind == "input_ids":
         rows = [torch.tensor(row, dtype=torch.int64) for row in text.rows]
         if any(len(row) < 2 for row in rows):
             raise DataError(f"{text.name} has a row of fewer than 2 tokens, which leaves nothing to predict")
-        return Tokens(rows, text.name, "", "each row of token ids is one window, used as given")
+        note = "each row of token ids is one window, used as given"
+        return Tokens(rows, text.name, "", note), sum(len(row) for row in rows)
     ids = text_tokens(text, tokenizer)
-    rows = list(ids[: len(ids) // length * length].view(-1, length))
+    rows = list(ids[: len(ids) // length * length].view(-1, length))[: MOST_WINDOWS.get(text.name)]
     if not rows:
         raise DataError(f"{text.name} has {len(ids)} tokens, less than one window of {length}: use --length {len(ids)}")
     joined = f"rows joined with {text.separator!r}" if len(text.rows) > 1 else "text as it stands"
-    note = f"{joined}, one tokenizer call, windows of {length} that do not overlap, tail of {len(ids) % length} dropped"
-    return Tokens(rows, text.name, "", note)
+    left = len(ids) - len(rows) * length
+    note = f"{joined}, one tokenizer call, windows of {length} that do not overlap, tail of {left} tokens dropped"
+    return Tokens(rows, text.name, "", note), len(ids)
 
 
-def _bits_per_byte(loss: float, text: Documents, tokenizer: Any) -> float | None:
+def _bits_per_byte(loss: float, text: Documents, tokens: int) -> float | None:
     """Spread the loss per token over the bytes of the whole text, the dropped tail included."""
     if text.kind == "input_ids":
         return None
     size = len(text.separator.join(text.rows).encode())
-    return loss / math.log(2) * len(text_tokens(text, tokenizer)) / size
+    return loss / math.log(2) * tokens / size
 
 
 def _fitting_batch(windows: Tokens, vocabulary: int) -> int:

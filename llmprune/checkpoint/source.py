@@ -45,6 +45,8 @@ class Source:
         config = _read_json(_existing_folder(folder) / "config.json", "not a model folder: it has no config.json")
         shards = _shards(folder)
         entries = {entry.name: entry for shard in shards for entry in read_header(shard)}
+        if not entries:
+            raise CheckpointError(f"{folder} holds no tensors: download the model again")
         return cls(folder, entries, config, shards)
 
     def companions(self) -> list[Path]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.blocks import find_blocks, find_ends
 from llmprune.model.sites import Site, Stage
+from llmprune.model.skeleton import is_causal_lm
 
 
 class Resident:
@@ -19,6 +20,8 @@ class Resident:
         if not isinstance(model, PreTrainedModel):
             name = type(model).__name__
             raise UnsupportedModelError(f"'{name}' is no transformers model: give a folder, a Hub id or a loaded model")
+        if not is_causal_lm(model):
+            raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model")
         if getattr(model.config, "quantization_config", None) is not None:
             raise UnsupportedModelError(f"{type(model).__name__} is quantized: prune the original checkpoint instead")
         self.model = model
@@ -27,7 +30,7 @@ class Resident:
         self.blocks = [Stage(f"{self.blocks_name}.{index}", block) for index, block in enumerate(blocks)]
         self.embedding, self.head = find_ends(model)
         self._offloaded = _offloaded_weights(model)
-        self.home = self.device_of(self.embedding)
+        self.home = self.place = self.device_of(self.embedding)
 
     def device_of(self, stage: Stage) -> torch.device:
         """Return where a stage's arguments are expected; accelerate's hooks move them on from there."""

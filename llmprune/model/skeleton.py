@@ -34,7 +34,7 @@ def read_config(source: Source, trust_remote_code: bool) -> Any:
         CheckpointError: the checkpoint is quantized.
         UnsupportedModelError: it is not a causal language model, or needs code of its own and that is not allowed.
     """
-    if "quantization_config" in source.config or "compression_config" in source.config:
+    if source.config.get("quantization_config") or source.config.get("compression_config"):
         raise CheckpointError(f"{source.folder} is already quantized: prune the original checkpoint, then quantize")
     if "auto_map" in source.config and not trust_remote_code and source.config.get("model_type") not in _known_types():
         raise UnsupportedModelError(
@@ -42,7 +42,7 @@ def read_config(source: Source, trust_remote_code: bool) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # configurations check themselves, each with errors of its own
         raise UnsupportedModelError(f"{source.folder}/config.json is not understood: {_first_line(error)}") from None
     _require_causal(source, config, trust_remote_code)
     return config
@@ -50,10 +50,13 @@ def read_config(source: Source, trust_remote_code: bool) -> Any:
 
 def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """Return the model with its parameters on the meta device and its computed buffers in CPU memory."""
-    with quiet(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    try:
+        with quiet(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # whatever a model's own code raises on values that make no sense
+        raise UnsupportedModelError(f"no model can be built from config.json: {_first_line(error)}") from None
     _fill_buffers(model)
     model.eval()
     return model
@@ -168,11 +171,20 @@ def _require_causal(source: Source, config: Any, trust_remote_code: bool) -> Non
     if not remote and type(config) not in mapping:
         raise UnsupportedModelError(f"{source.folder} is a '{config.model_type}' model, not a causal language model")
     architectures = source.config.get("architectures") or []
+    architectures = [architectures] if isinstance(architectures, str) else architectures
     known = {cls.__name__ for cls in _flat(mapping[type(config)])} if not remote else set(architectures)
     if architectures and not known & set(architectures):
         raise UnsupportedModelError(
             f"{source.folder} is a {architectures[0]}, not a causal language model ({', '.join(sorted(known))})"
         )
+
+
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Say whether a loaded model is one; code that came with a model is taken at its word."""
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(model).__module__.startswith("transformers_modules."):
+        return True
+    return type(model.config) in mapping and isinstance(model, _flat(mapping[type(model.config)]))
 
 
 def _flat(classes: Any) -> tuple[Any, ...]:

@@ -34,7 +34,7 @@ class Streamed:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.source, self._device = source, device
+        self.source, self.place = source, device
         self.config = read_config(source, trust_remote_code)
         self.dtype = dtype or stored_dtype(source)
         self.model = empty_model(self.config, self.dtype, trust_remote_code)
@@ -74,9 +74,9 @@ class Streamed:
             CheckpointError: one is missing or does not fit.
             NumericalError: one is not finite.
         """
-        self._loader.load(self._names[stage.name], self._device)
+        self._loader.load(self._names[stage.name], self.place)
         for module in stage.module.modules():
-            _move_buffers(module, self._device)
+            _move_buffers(module, self.place)
         for name, parameter in stage.module.named_parameters(stage.name):
             self._require_loaded(name, parameter)
             require_finite(name, parameter)
@@ -96,6 +96,13 @@ class Streamed:
     def device_of(self, stage: Stage) -> torch.device:
         """Return where a loaded stage's weights are; a head tied to the embedding stays with it."""
         return next(stage.module.parameters()).device
+
+    def rounding(self) -> list[str]:
+        """Say so if computing in this dtype rounds weights that the checkpoint stores more precisely."""
+        stored = stored_dtype(self.source)
+        if torch.promote_types(stored, self.dtype) == self.dtype:
+            return []
+        return [f"surviving weights were rounded from {stored} to {self.dtype}: leave --dtype at auto to keep them"]
 
     def weight(self, site: Site) -> Tensor:
         """Return the site's parameter as the model stores it; writing to it changes what `stored` returns."""
