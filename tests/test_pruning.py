@@ -619,13 +619,14 @@ def test_the_callers_modes_change_nothing(mode: Callable[[], Any], saved: Saved)
 
 
 @pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"device": "cpu"}, {"revision": "main"}])
-def test_options_that_mean_nothing_for_a_loaded_model_are_refused(option: dict[str, str], saved: Saved) -> None:
+def test_options_that_mean_nothing_for_a_loaded_model_are_refused(option: dict[str, Any], saved: Saved) -> None:
     with pytest.raises(RecipeError, match="means nothing for a loaded model"):
         llmprune.prune(tiny.load(saved("llama")), method="magnitude", **option)
 
 
 def test_an_encoder_in_memory_is_refused() -> None:
-    model = BertForMaskedLM(BertConfig(64, 16, 1, 2, 32))
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = BertForMaskedLM(config)
     with pytest.raises(UnsupportedModelError, match="BertForMaskedLM is not a causal language model"):
         llmprune.prune(model, method="magnitude")
 
