@@ -81,6 +81,7 @@ class Report:
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
+    peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
 
     @classmethod
     def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan) -> "Report":
@@ -101,7 +102,8 @@ class Report:
         return report
 
     def close(self, plan: Plan) -> None:
-        """Note which sites no calibration input ever reached."""
+        """Note the memory that was needed, and which sites no calibration input ever reached."""
+        self.peak = peak_memory()
         pruned = {site.name for site in self.sites}
         self.left_dense |= {s.name: "never given an input" for s in plan.all_sites() if s.name not in pruned}
 
@@ -131,7 +133,7 @@ class Report:
             "left_dense": self.left_dense,
             "notes": self.notes,
             "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": self.peak,
             "versions": versions(),
             "hardware": hardware(),
         }
@@ -145,7 +147,7 @@ class Report:
             f"  output error  {self._errors()}",
             f"  left dense    {len(self.left_dense)} matrices beside embeddings and norms",
             "  time          " + ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items()),
-            f"  peak memory   {peak_memory()['host'] / 2**30:.2f} GiB",
+            f"  peak memory   {self.peak['host'] / 2**30:.2f} GiB",
         ]
         return "\n".join(lines + [f"  note          {note}" for note in self.all_notes()])
 
