@@ -61,7 +61,7 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
     report = Report.begin(str(model), recipe.to_json(), host, plan)
-    report.notes.extend(host.rounding())
+    report.notes.extend(host.notes())
     home = home_device(recipe.place(), plan.rows, host.config, host.dtype)
     with report.clock.phase("load"):
         host.open(home)

@@ -1,6 +1,7 @@
 """The real program on tiny checkpoints: what it writes, that it is exact, and that failures leave nothing."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -653,3 +654,11 @@ def test_the_batch_size_does_not_change_what_the_statistics_sum(saved: Saved) ->
         llmprune.prune(model, method="sparsegpt", pattern="2:4", calibration=IDS, batch_size=size)
     same = [(a == 0) == (b == 0) for a, b in zip(*(model.parameters() for model in models), strict=True)]
     assert sum(int(part.sum()) for part in same) / sum(part.numel() for part in same) > 0.99
+
+
+def test_stored_tensors_that_the_model_has_no_use_for_are_reported(saved: Saved, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(saved("llama"), tmp_path / "model"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    report = llmprune.prune(source, tmp_path / "out", method="magnitude")
+    assert any("no part of the model" in note and "model.layers." in note for note in report.notes)

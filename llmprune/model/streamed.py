@@ -97,12 +97,15 @@ class Streamed:
         """Return where a loaded stage's weights are; a head tied to the embedding stays with it."""
         return next(stage.module.parameters()).device
 
-    def rounding(self) -> list[str]:
-        """Say so if computing in this dtype rounds weights that the checkpoint stores more precisely."""
-        stored = stored_dtype(self.source)
-        if torch.promote_types(stored, self.dtype) == self.dtype:
-            return []
-        return [f"surviving weights were rounded from {stored} to {self.dtype}: leave --dtype at auto to keep them"]
+    def notes(self) -> list[str]:
+        """Return what a user should know of this checkpoint before it is pruned, in lines for the report."""
+        notes, stored = [], stored_dtype(self.source)
+        if torch.promote_types(stored, self.dtype) != self.dtype:
+            notes.append(f"surviving weights were rounded from {stored} to {self.dtype}: leave --dtype at auto")
+        unused = [key for key in self.source.entries if key not in self._loader.parameter_of]
+        if unused:
+            notes.append(f"{len(unused)} stored tensors are no part of the model and were copied, such as {unused[0]}")
+        return notes
 
     def weight(self, site: Site) -> Tensor:
         """Return the site's parameter as the model stores it; writing to it changes what `stored` returns."""
