@@ -106,8 +106,8 @@ def _from_name(spec: str, purpose: Purpose) -> Documents:
         near = did_you_mean(spec, {"demo", *(name for name, _ in _SOURCES)})
         raise DataError(f"unknown data '{spec}': give a file, a data set on the Hub as org/name, or a name; {near}")
     repo, config, split = named.groups()
-    if repo == "allenai/c4" and config in (None, "en"):  # hundreds of gigabytes: one file of it will do
-        return _from_hub(spec, _SOURCES["c4", purpose], purpose)
+    if repo == "allenai/c4" and config in (None, "en") and split is None:  # hundreds of gigabytes: one file will do
+        return _from_name("c4", purpose)
     return _from_hub(spec, _Source(repo, config, split=split, separator=_SEPARATORS[purpose]), purpose)
 
 

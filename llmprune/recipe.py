@@ -76,14 +76,11 @@ class Recipe:
     def require_valid(self) -> None:
         """Raise RecipeError or PatternError for what is wrong whatever the model is."""
         for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
+            require_whole(name, getattr(self, name), least)
         for name in ("true_sequential", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        if self.dtype not in ("auto", *DTYPES):
-            raise RecipeError(f"unknown dtype '{self.dtype}': {did_you_mean(str(self.dtype), ['auto', *DTYPES])}")
+        require_dtype(self.dtype)
         self.solver()
         self.target()
         self.place()
@@ -204,6 +201,18 @@ def _method_object(method: Method, options: Mapping[str, Any]) -> Method:
     if options:
         raise RecipeError(f"method_options go with a method's name; set them in {methods.name_of(method)} itself")
     return method
+
+
+def require_whole(name: str, value: Any, least: int) -> None:
+    """Raise RecipeError unless the option called `name` is None or a whole number of at least `least`."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def require_dtype(name: Any) -> None:
+    """Raise RecipeError unless `name` is `auto` or one of `DTYPES`."""
+    if name not in ("auto", *DTYPES):
+        raise RecipeError(f"unknown dtype '{name}': {did_you_mean(str(name), ['auto', *DTYPES])}")
 
 
 def resolve_device(name: str) -> torch.device:

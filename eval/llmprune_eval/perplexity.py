@@ -19,12 +19,12 @@ from llmprune import data as documents
 from llmprune.calibration import Tokens, batches, check, text_tokens
 from llmprune.checkpoint import Source
 from llmprune.documents import Documents
-from llmprune.errors import DataError, NumericalError, RecipeError, did_you_mean
+from llmprune.errors import DataError, NumericalError
 from llmprune.locate import DEMO, locate
 from llmprune.model import load_causal_lm, load_tokenizer, read_config
 from llmprune.plan import context_length, window_length
 from llmprune.progress import Progress
-from llmprune.recipe import DTYPES, resolve_device
+from llmprune.recipe import DTYPES, require_dtype, require_whole, resolve_device
 
 DEFAULT_DATA = "wikitext2"
 MOST_WINDOWS = {"c4": 256}  # as SparseGPT's and Wanda's code
@@ -91,11 +91,9 @@ def evaluate(
     Raises:
         LlmpruneError: one of its kinds.
     """
-    for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1)):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    if dtype not in ("auto", *DTYPES):
-        raise RecipeError(f"unknown dtype '{dtype}': {did_you_mean(str(dtype), ['auto', *DTYPES])}")
+    require_whole("length", length, 2)
+    require_whole("batch_size", batch_size, 1)
+    require_dtype(dtype)
     source = Source.open(locate(model, revision)) if isinstance(model, str | Path) else None
     config = read_config(source, trust_remote_code) if source else model.config
     text = documents.read(

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import torch
 
-from llmprune.checkpoint.header import TensorEntry
 from llmprune.checkpoint.source import Source
 from llmprune.errors import CheckpointError
 from llmprune.progress import Progress
@@ -32,7 +31,7 @@ class Sink:
         self.out = out.resolve()  # `.` has no name of its own
         self._source = source
         self._partial = self.out.with_name(self.out.name + ".partial")
-        self._entries: dict[str, TensorEntry] = {}
+        self._entries = {name: replace(entry, file=self._target(entry.file)) for name, entry in source.entries.items()}
 
     def __enter__(self) -> "Sink":
         _discard_leftover(self._partial)
@@ -88,15 +87,15 @@ class Sink:
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def _copy(self, path: Path) -> None:
-        target = self._partial / path.relative_to(self._source.folder)
+        target = self._target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             shutil.copyfile(path, target)
         except OSError as error:
             raise CheckpointError(f"cannot copy {path} to {target}: {error.strerror}") from None
-        for entry in self._source.entries.values():
-            if entry.file == path:
-                self._entries[entry.name] = replace(entry, file=target)
+
+    def _target(self, path: Path) -> Path:
+        return self._partial / path.relative_to(self._source.folder)
 
 
 def require_place(source: Source, out: Path, overwrite: bool) -> None:
