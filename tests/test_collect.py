@@ -130,3 +130,68 @@ def test_experts_without_tokens_do_not_share_a_group() -> None:
     model.block = block
     with Lanes(model, [stage], [tiny.ids(1, 2)], CPU, lambda stage: CPU) as lanes:
         assert len(find_groups(lanes, 0, sites_of(stage))) == 2
+
+
+@pytest.mark.parametrize("needs", [Gram, ColumnNorm])
+def test_a_starved_expert_is_shrunk_towards_the_pooled_statistic(needs: type[Gram] | type[ColumnNorm]) -> None:
+    """By the share of tokens that it lacks, each statistic taken per token."""
+    x_full, x_few = torch.randn(2, 12, 8), torch.randn(1, 2, 8)
+    stage, lanes = expert_lanes([x_full, x_few])
+    with lanes:
+        fed = list(Collector(lanes, needs, 1 << 20).groups(0, sites_of(stage)))
+    full, few, none = (group.statistic for group in sorted(fed, key=lambda group: group.sites[0].name))
+    assert [statistic.tokens for statistic in (full, few, none)] == [24, 2, 0]
+    grams = [x.reshape(-1, 8).T @ x.reshape(-1, 8) for x in (x_full, x_few)]
+    pooled = (grams[0] + grams[1]) / 26
+    for statistic, expected in ((few, 0.25 * grams[1] / 2 + 0.75 * pooled), (none, pooled)):
+        assert proportional(matrix(statistic), expected if needs is Gram else expected.diagonal())
+
+
+def test_experts_of_which_none_is_reached_have_no_statistic_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    stage, lanes = expert_lanes([])
+    with lanes:
+        fed = list(Collector(lanes, Gram, 1 << 20).groups(0, sites_of(stage)))
+    assert [group.statistic for group in fed] == [None] * 3
+    assert all("magnitude" in group.notes[0] for group in fed)
+    assert "no token reached any expert" in caplog.text
+
+
+def expert_lanes(inputs: Sequence[Tensor]) -> tuple[Stage, Lanes]:
+    """Return a stage of three experts, the first of which are given `inputs`, and a lane that waits there."""
+    block: Any = nn.Module()
+    block.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward() -> None:
+        for expert, x in zip(block.experts, inputs, strict=False):
+            expert(x)
+
+    block.forward = forward
+    model = nn.Module()
+    model.block = block
+    model.forward = lambda input_ids, use_cache: block()
+    stage = Stage("block", block)
+    return stage, Lanes(model, [stage], [tiny.ids(1, 2)], CPU, lambda stage: CPU)
+
+
+def matrix(statistic: Any) -> Tensor:
+    return statistic.hessian_II if isinstance(statistic, Gram) else statistic.sum_I
+
+
+def proportional(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a / a.norm(), b / b.norm(), atol=1e-5)
+
+
+def test_a_weight_that_is_used_without_its_module_is_seen() -> None:
+    """As Mamba's dt_proj: the weight times columns of inputs."""
+    block: Any = nn.Module()
+    block.dt_proj, x = nn.Linear(4, 6, bias=False), torch.randn(2, 4, 5)
+    block.forward = lambda: block.dt_proj.weight @ x
+    model = nn.Module()
+    model.block = block
+    model.forward = lambda input_ids, use_cache: block()
+    stage = Stage("block", block)
+    with Lanes(model, [stage], [tiny.ids(2, 5)], CPU, lambda stage: CPU) as lanes:
+        (group,) = collected(lanes, 0, sites_of(stage), Gram)
+    expected = x.mT.reshape(-1, 4)
+    assert proportional(matrix(group.statistic), expected.T @ expected)
+    assert group.tokens == 10

@@ -54,6 +54,10 @@ class Site:
             stored = stored.view(self.experts, -1, stored.shape[-1])[self.expert]
         return stored.T if self.transposed else stored
 
+    def is_stored_transposed(self, shape: tuple[int, ...]) -> bool:
+        """Say whether a file's tensor of that shape is [inputs, outputs]: only as a whole parameter, not in pieces."""
+        return self.transposed and shape == tuple(self.module.get_parameter(self.parameter).shape)
+
 
 def sites_of(stage: Stage) -> list[Site]:
     """Return the sites of a stage in the order in which its modules are registered."""
