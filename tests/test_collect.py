@@ -140,6 +140,7 @@ def test_a_starved_expert_is_shrunk_towards_the_pooled_statistic(needs: type[Gra
     with lanes:
         fed = list(Collector(lanes, needs, 1 << 20).groups(0, sites_of(stage)))
     full, few, none = (group.statistic for group in sorted(fed, key=lambda group: group.sites[0].name))
+    assert full and few and none
     assert [statistic.tokens for statistic in (full, few, none)] == [24, 2, 0]
     grams = [x.reshape(-1, 8).T @ x.reshape(-1, 8) for x in (x_full, x_few)]
     pooled = (grams[0] + grams[1]) / 26

@@ -86,6 +86,7 @@ class Collector:
         units = _units(groups)
         if not self.true_sequential and self._bytes(groups) <= self.budget:
             self._sum(index, groups, seen)
+            seen.clear()
             for unit in units:
                 yield from _with_statistic(unit)
             self.most_runs = max(self.most_runs, 1)
