@@ -144,7 +144,9 @@ def require_wanda(dense: Any, pruned: Any, report: Report, ids: Tensor) -> int:
     that hooks see; an expert's slice is not one.
     """
     blocks_name, blocks = find_blocks(dense)
-    linear = {f"{name}.weight": module for name, module in dense.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linear = {
+        f"{name}.weight": module for name, module in dense.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     seen = 0
     for index, block in enumerate(blocks):
         here = [s.name for s in report.sites if s.name.startswith(f"{blocks_name}.{index}.") and s.name in linear]

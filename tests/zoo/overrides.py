@@ -63,6 +63,7 @@ OVERRIDES: dict[str, Fields] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4},
     "dots3_note": {"text_config": _DOTS, "vision_config": {"per_layer_config": {}}},
     "dots3_note_text": _DOTS,
+    "emu3": {"vocabulary_map": {"<image>": 200}, "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1]}},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
@@ -84,12 +85,12 @@ OVERRIDES: dict[str, Fields] = {
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {
-        "is_decoder": True,
+        "hash_seed": 0,
         "attn_layers": ["local", "lsh"] * 2,
         "axial_pos_shape": [8, 16],
         "axial_pos_embds_dim": [32, 32],
     },
-    "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 6,
         "layer_types": _HYBRID,

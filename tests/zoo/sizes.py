@@ -1,7 +1,5 @@
 """What makes a configuration tiny: small values by field name, and what single architectures need beside them."""
 
-from typing import Any
-
 LAYERS = 4
 VOCABULARY = 256
 WINDOW = 8  # shorter than the sequences of the tests, so that masks matter
