@@ -189,7 +189,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         make_it(model_type="strange", auto_map={"AutoModelForCausalLM": "modeling.Strange"}),
         ["runs code of its own", "--trust-remote-code"],
     ),
-    "unknown kind": (make_it(model_type="strange"), ["config.json is not understood", "strange"]),
+    "unknown kind": (make_it(model_type="strange"), ["of type 'strange'", "does not know"]),
     "quantized": (make_it(quantization_config={"quant_method": "gptq"}), ["is already quantized"]),
     "pickled": (make_bin_only, ["has only pickled weights (pytorch_model.bin)", "save_pretrained"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),

@@ -1,9 +1,9 @@
 """The only room that touches transformers: find blocks and sites, load one block at a time, stream calibration."""
 
+from llmprune.model.configuration import read_config
 from llmprune.model.lanes import Lanes
 from llmprune.model.loaded import load_causal_lm
 from llmprune.model.resident import Resident
-from llmprune.model.skeleton import read_config
 from llmprune.model.streamed import Streamed, streamed_logits
 from llmprune.model.tokenizer import load_tokenizer
 

@@ -94,12 +94,13 @@ class Lanes:
         return len(self._batches[lane])
 
     def run(self, index: int, lane: int) -> Any:
-        """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is."""
+        """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.
+
+        A lane that the model's forward has led past the stage, as past cross-attention without an image, runs nothing.
+        """
         arrival = self._arrivals[lane]
         if arrival is None or arrival.stage != index:
-            raise UnsupportedModelError(
-                f"{self._stages[index].name}: the model does not visit its blocks once each and in order"
-            )
+            return None
         device = self._device_of(self._stages[index])
         args, kwargs = send_to_device((arrival.args, arrival.kwargs), device)
         self._passing = True
@@ -109,11 +110,16 @@ class Lanes:
             self._passing = False
 
     def advance(self, index: int) -> None:
-        """Run stage `index` for every lane and let each go on to the next stage, or to the end of the forward."""
-        for lane in range(len(self._lanes)):
-            output = self._send_home(self.run(index, lane))
-            self._arrivals[lane] = None
-            self._arrivals[lane] = self._resume(lane, output)
+        """Run stage `index` for every lane that waits there, and let it go on to a later one or to its end.
+
+        Raises:
+            UnsupportedModelError: a lane goes back.
+        """
+        for lane, arrival in enumerate(self._arrivals):
+            if arrival is not None and arrival.stage == index:
+                output = self._send_home(self.run(index, lane))
+                self._arrivals[lane] = None
+                self._arrivals[lane] = self._onward(self._resume(lane, output), index)
 
     def outputs(self) -> list[Any]:
         """Return what the model's forward returned for each batch, once all stages are behind."""
@@ -131,7 +137,17 @@ class Lanes:
         lane.gr_context = contextvars.copy_context()
         self._lanes.append(lane)
         self._arrivals.append(None)
-        self._arrivals[-1] = self._resume(len(self._lanes) - 1)
+        try:
+            self._arrivals[-1] = self._resume(len(self._lanes) - 1)
+        except (TypeError, ValueError) as error:
+            cause = " ".join(str(error).split())
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} does not run on token ids alone: {cause}"
+            ) from error
+        if self._arrivals[-1] is None:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} never runs {self._stages[0].name} nor any later block"
+            )
 
     def _resume(self, lane: int, *output: Any) -> Arrival | None:
         reached = self._lanes[lane].switch(*output)
@@ -139,6 +155,14 @@ class Lanes:
             return reached
         self._results.append(reached)
         return None
+
+    def _onward(self, arrival: Arrival | None, index: int) -> Arrival | None:
+        if arrival is not None and arrival.stage <= index:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} goes from {self._stages[index].name} back to "
+                f"{self._stages[arrival.stage].name}: llmprune prunes blocks that are visited once each and in order"
+            )
+        return arrival
 
     def _parking(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def park(*args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from llmprune.checkpoint import Source
-from llmprune.model.skeleton import quiet, read_config
+from llmprune.model.configuration import read_config
+from llmprune.model.skeleton import quiet
 from llmprune.model.streamed import stored_dtype
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.blocks import find_blocks, find_ends
+from llmprune.model.configuration import is_causal_lm
 from llmprune.model.sites import Site, Stage
-from llmprune.model.skeleton import is_causal_lm
 
 
 class Resident:

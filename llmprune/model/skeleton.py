@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, initialization
+from transformers import AutoModelForCausalLM, PreTrainedModel, initialization
 from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -25,27 +25,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from llmprune.checkpoint import Source
 from llmprune.errors import CheckpointError, UnsupportedModelError
-
-
-def read_config(source: Source, trust_remote_code: bool) -> Any:
-    """Return the checkpoint's configuration as transformers reads it.
-
-    Raises:
-        CheckpointError: the checkpoint is quantized.
-        UnsupportedModelError: it is not a causal language model, or needs code of its own and that is not allowed.
-    """
-    if source.config.get("quantization_config") or source.config.get("compression_config"):
-        raise CheckpointError(f"{source.folder} is already quantized: prune the original checkpoint, then quantize")
-    if "auto_map" in source.config and not trust_remote_code and source.config.get("model_type") not in _known_types():
-        raise UnsupportedModelError(
-            f"{source.folder} runs code of its own; read it, then allow it with --trust-remote-code"
-        )
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # configurations check themselves, each with errors of its own
-        raise UnsupportedModelError(f"{source.folder}/config.json is not understood: {_first_line(error)}") from None
-    _require_causal(source, config, trust_remote_code)
-    return config
+from llmprune.model.configuration import first_line
+from llmprune.model.ties import Ties, untied
 
 
 def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -56,7 +37,7 @@ def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Pre
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # whatever a model's own code raises on values that make no sense
-        raise UnsupportedModelError(f"no model can be built from config.json: {_first_line(error)}") from None
+        raise UnsupportedModelError(f"no model can be built from config.json: {first_line(error)}") from None
     _fill_buffers(model)
     model.eval()
     return model
@@ -70,6 +51,10 @@ class Loader:
         self._mapping = get_model_conversion_mapping(model)
         self._renamed: dict[str, str] = {}  # parameters that are one tensor of the source as it stands: its name there
         self.parameter_of = self._map_names()
+        self._untie()
+        self.ties = Ties(model.all_tied_weights_keys, self.parameter_of.values())
+        if not any(isinstance(entry, WeightConverter) for entry in self._mapping):
+            self._require_all()  # converters make parameters that no tensor of the source is named after
 
     def load(self, names: list[str], device: torch.device) -> None:
         """Read the tensors called `names` in the source into the model, on `device`.
@@ -89,7 +74,7 @@ class Loader:
             info, _ = convert_and_load_state_dict_in_model(self._model, opened, config)
         faults = [*info.mismatched_keys, *info.conversion_errors]
         if faults:
-            raise CheckpointError(f"{self._source.folder}: {_first_line(faults[0])} does not fit the model's config")
+            raise CheckpointError(f"{self._source.folder}: {first_line(faults[0])} does not fit the model's config")
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters of the model as the tensors, and under the names, that the source has for them."""
@@ -112,8 +97,6 @@ class Loader:
                 if converter is None:
                     self._renamed[name] = key
         self._require_shapes(known)
-        if not converters:  # they make parameters that no tensor of the source is named after
-            self._require_all(known, mapped)
         return mapped
 
     def _require_shapes(self, known: dict[str, Tensor]) -> None:
@@ -122,10 +105,20 @@ class Loader:
             if stored != expected:
                 raise CheckpointError(f"{key} has shape {list(stored)}, the config asks for {list(expected)}")
 
-    def _require_all(self, known: dict[str, Tensor], mapped: dict[str, str]) -> None:
-        missing = known.keys() - set(mapped.values()) - set(self._model.all_tied_weights_keys)
+    def _require_all(self) -> None:
+        stored = set(self.parameter_of.values())
+        missing = [name for name in self._model.state_dict() if self.ties.stored_name(name) not in stored]
         if missing:
             raise CheckpointError(f"{self._source.folder} lacks the tensor {min(missing)} that its config asks for")
+
+    def _untie(self) -> None:
+        """Forget ties between parameters that the source stores with different contents, as `from_pretrained` does."""
+        for name in untied(self._model.all_tied_weights_keys, self.parameter_of.values(), self._same):
+            del self._model.all_tied_weights_keys[name]
+
+    def _same(self, a: str, b: str) -> bool:
+        chunks = [self._source.chunks(self._renamed[name]) for name in (a, b) if name in self._renamed]
+        return len(chunks) < 2 or all(torch.equal(x, y) for x, y in zip(*chunks, strict=True))
 
 
 @contextmanager
@@ -163,39 +156,3 @@ def _with_owner(
     yield module, owner
     for child in module.children():
         yield from _with_owner(child, owner)
-
-
-def _require_causal(source: Source, config: Any, trust_remote_code: bool) -> None:
-    mapping = AutoModelForCausalLM._model_mapping
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not remote and type(config) not in mapping:
-        raise UnsupportedModelError(f"{source.folder} is a '{config.model_type}' model, not a causal language model")
-    architectures = source.config.get("architectures") or []
-    architectures = [architectures] if isinstance(architectures, str) else architectures
-    known = {cls.__name__ for cls in _flat(mapping[type(config)])} if not remote else set(architectures)
-    if architectures and not known & set(architectures):
-        raise UnsupportedModelError(
-            f"{source.folder} is a {architectures[0]}, not a causal language model ({', '.join(sorted(known))})"
-        )
-
-
-def is_causal_lm(model: PreTrainedModel) -> bool:
-    """Say whether a loaded model is one; code that came with a model is taken at its word."""
-    mapping = AutoModelForCausalLM._model_mapping
-    if type(model).__module__.startswith("transformers_modules."):
-        return True
-    return type(model.config) in mapping and isinstance(model, _flat(mapping[type(model.config)]))
-
-
-def _flat(classes: Any) -> tuple[Any, ...]:
-    return classes if isinstance(classes, tuple) else (classes,)
-
-
-def _known_types() -> set[str]:
-    from transformers import CONFIG_MAPPING
-
-    return set(CONFIG_MAPPING.keys())
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from llmprune.checkpoint import Source
 from llmprune.errors import CheckpointError
 from llmprune.model.blocks import find_blocks, find_ends
+from llmprune.model.configuration import read_config, unknown_fields
 from llmprune.model.lanes import Lanes
 from llmprune.model.memory import give_back_freed_memory
 from llmprune.model.sites import Site, Stage, require_finite
-from llmprune.model.skeleton import Loader, empty_model, quiet, read_config
+from llmprune.model.skeleton import Loader, empty_model
 
 _OUTER = ""  # what belongs to no stage: embeddings, final norm
 
@@ -57,8 +58,7 @@ class Streamed:
             for chunk in self.source.chunks(key):
                 require_finite(key, chunk)
         self._loader.load(self._names[_OUTER], home)
-        with quiet():
-            self.model.tie_weights()
+        self._loader.ties.link(self.model, _names_in(self.model))
         stage_modules = {id(module) for stage in [*self.blocks, self.head] for module in stage.module.modules()}
         for path, module in self.model.named_modules():
             if id(module) not in stage_modules:
@@ -75,6 +75,7 @@ class Streamed:
             NumericalError: one is not finite.
         """
         self._loader.load(self._names[stage.name], self.place)
+        self._loader.ties.link(self.model, _names_in(stage.module, stage.name))
         for module in stage.module.modules():
             _move_buffers(module, self.place)
         for name, parameter in stage.module.named_parameters(stage.name):
@@ -82,13 +83,12 @@ class Streamed:
             require_finite(name, parameter)
 
     def free(self, stage: Stage) -> None:
-        """Drop from memory the weights that `load` reads again: not the embedding, nor a head that is tied to it."""
+        """Drop from memory the weights that `load` reads again: not the embedding, nor what other stages share."""
         if not self._names[stage.name]:
             return
-        tied = self.model.all_tied_weights_keys.keys() - self._loader.parameter_of.values()
         for path, module in stage.module.named_modules(prefix=stage.name):
             for name, parameter in list(module._parameters.items()):
-                if parameter is not None and f"{path}.{name}" not in tied:
+                if parameter is not None and not self._loader.ties.is_lent(f"{path}.{name}"):
                     empty = torch.empty_like(parameter, device="meta")
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
         give_back_freed_memory()
@@ -105,6 +105,8 @@ class Streamed:
         unused = [key for key in self.source.entries if key not in self._loader.parameter_of]
         if unused:
             notes.append(f"{len(unused)} stored tensors are no part of the model and were copied, such as {unused[0]}")
+        if ignored := unknown_fields(self.source, self.config):
+            notes.append(f"config.json has fields that transformers does not know and ignores: {', '.join(ignored)}")
         return notes
 
     def weight(self, site: Site) -> Tensor:
@@ -117,15 +119,14 @@ class Streamed:
 
     def tied_to(self, parameter: str) -> str:
         """Return the parameter under whose name a tied parameter is stored; its own name where it is not tied."""
-        stored = set(self._loader.parameter_of.values())
-        return parameter if parameter in stored else self.model.all_tied_weights_keys.get(parameter, parameter)
+        return self._loader.ties.stored_name(parameter)
 
     def stored(self, stage: Stage, sites: Sequence[Site]) -> Iterator[tuple[str, Tensor]]:
         """Yield the source's tensors, with their names and dtypes there, that hold these sites of a loaded stage."""
         state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
-        tied = self.model.all_tied_weights_keys
-        state |= {tied[name]: state[name] for name in list(state) if name in tied}
-        wanted = {site.tensor for site in sites} | {tied[site.tensor] for site in sites if site.tensor in tied}
+        ties = self._loader.ties
+        state |= {twin: state[name] for name in list(state) for twin in ties.names(name)}
+        wanted = {twin for site in sites for twin in ties.names(site.tensor)}
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
                 yield key, _cast(tensor, self.source.entries[key].torch_dtype)
@@ -137,7 +138,9 @@ class Streamed:
     def _names_by_stage(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = defaultdict(list)
         for key, parameter in self._loader.parameter_of.items():
-            names[self._stage_name(parameter)].append(key)
+            namesakes = self._loader.ties.names(parameter) if self._loader.ties.is_lent(parameter) else ()
+            stages = [self._stage_name(name) for name in (parameter, *namesakes)]
+            names[_OUTER if _OUTER in stages else stages[0]].append(key)
         return names
 
     def _stage_name(self, parameter: str) -> str:
@@ -175,6 +178,10 @@ def streamed_logits(folder: str | Path, input_ids: Tensor, device: str = "cpu") 
             host.free(stage)
         logits: Tensor = lanes.outputs()[0].logits
     return logits
+
+
+def _names_in(module: nn.Module, prefix: str = "") -> list[str]:
+    return [name for name, _ in module.named_parameters(prefix, remove_duplicate=False)]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,105 @@
+"""What kind of model a checkpoint holds, as its configuration tells: refused here, before anything is loaded."""
+
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    __version__,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmprune.checkpoint import Source
+from llmprune.errors import CheckpointError, UnsupportedModelError, did_you_mean
+
+
+def read_config(source: Source, trust_remote_code: bool) -> Any:
+    """Return the checkpoint's configuration as transformers reads it.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized.
+        UnsupportedModelError: it is not a causal language model, or needs code of its own and that is not allowed.
+    """
+    _require_not_quantized(source)
+    _require_known_type(source, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # configurations check themselves, each with errors of its own
+        raise UnsupportedModelError(f"{source.folder}/config.json is not understood: {first_line(error)}") from None
+    _require_causal(source, config, trust_remote_code)
+    return config
+
+
+def unknown_fields(source: Source, config: Any) -> list[str]:
+    """Return the fields of the checkpoint's config.json that transformers keeps but has no use for."""
+    try:
+        default = type(config)()
+    except Exception:  # a few classes, each with an error of its own, have no defaults to compare with
+        return []
+    known = vars(default).keys() | dir(type(config))
+    return [field for field in source.config if field in vars(config) and field not in known]
+
+
+def _require_not_quantized(source: Source) -> None:
+    parts = [source.config, *(part for part in source.config.values() if isinstance(part, dict))]
+    if any(part.get("quantization_config") or part.get("compression_config") for part in parts):
+        raise CheckpointError(f"{source.folder} is already quantized: prune the original checkpoint, then quantize")
+
+
+def _require_known_type(source: Source, trust_remote_code: bool) -> None:
+    model_type = source.config.get("model_type")
+    if model_type in CONFIG_MAPPING or ("auto_map" in source.config and trust_remote_code):
+        return
+    if "auto_map" in source.config:
+        raise UnsupportedModelError(
+            f"{source.folder} runs code of its own; read it, then allow it with --trust-remote-code"
+        )
+    raise UnsupportedModelError(
+        f"{source.folder} is of type '{model_type}', which transformers {__version__} does not know: "
+        f"{did_you_mean(str(model_type), CONFIG_MAPPING)}"
+    )
+
+
+def _require_causal(source: Source, config: Any, trust_remote_code: bool) -> None:
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(f"{source.folder} is a '{config.model_type}' model, not a causal language model")
+    architectures = source.config.get("architectures") or []
+    architectures = [architectures] if isinstance(architectures, str) else architectures
+    known = _causal_classes(config)
+    if architectures and not known & set(architectures):
+        raise UnsupportedModelError(
+            f"{source.folder} is a {architectures[0]}, not a causal language model ({', '.join(sorted(known))})"
+        )
+
+
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Say whether a loaded model is one; code that came with a model is taken at its word."""
+    if type(model).__module__.startswith("transformers_modules."):
+        return True
+    # The text part of a multimodal model has a configuration of its own, which no auto class knows.
+    parts = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _flat(names)}
+    known = _causal_classes(model.config) | parts
+    return any(parent.__name__ in known for parent in type(model).__mro__)
+
+
+def _causal_classes(config: Any) -> set[str]:
+    """Return the names of the classes whose checkpoints hold a causal language model, multimodal ones as a part."""
+    mappings = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping
+    if type(config) not in mappings[0]:
+        return set()
+    found = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    return {cls.__name__ for classes in found for cls in _flat(classes)}
+
+
+def _flat(one_or_several: Any) -> tuple[Any, ...]:
+    return one_or_several if isinstance(one_or_several, tuple) else (one_or_several,)
+
+
+def first_line(error: object) -> str:
+    """Return what an error says in one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
