@@ -71,8 +71,8 @@ class Loader:
         self._renamed: dict[str, str] = {}  # parameters that are one tensor of the source as it stands: its name there
         self.parameter_of = self._map_names()
 
-    def load(self, names: list[str], device: torch.device) -> None:
-        """Read the tensors called `names` in the source into the model, on `device`.
+    def load(self, names: list[str], device: torch.device, source: Source | None = None) -> None:
+        """Read the tensors called `names` in the source into the model, on `device`; `source` stands in for it.
 
         Raises:
             CheckpointError: they do not fit the model.
@@ -85,7 +85,7 @@ class Loader:
             weight_mapping=copy.deepcopy(self._mapping),  # type: ignore[arg-type]
             device_map={"": str(device)},
         )
-        with quiet(), self._source.slices(names) as opened:
+        with quiet(), (source or self._source).slices(names) as opened:
             info, _ = convert_and_load_state_dict_in_model(self._model, opened, config)
         faults = [*info.mismatched_keys, *info.conversion_errors]
         if faults:
