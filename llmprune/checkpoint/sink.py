@@ -20,10 +20,11 @@ from llmprune.checkpoint import durable
 from llmprune.checkpoint.journal import this_process
 from llmprune.checkpoint.place import Place, announced, folder_id, is_committed, pruned
 from llmprune.checkpoint.source import CONFIG, Source
-from llmprune.errors import CheckpointError, Interrupted, LlmpruneError
+from llmprune.errors import CheckpointError, Interrupted, LlmpruneError, NumericalError, UnsupportedModelError
 from llmprune.progress import Progress
 
 REPORT = "llmprune.json"
+_FINAL = (NumericalError, UnsupportedModelError)  # a run that goes on would end in these again
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ _log = logging.getLogger(__name__)
 class Sink:
     """Context manager: `copy_source`, `write` and `finish` stages, then `commit`.
 
-    Leaving without a commit removes the work, unless a stage is finished: then it is kept for a run with `resume`.
+    Leaving without a commit removes the work, unless a stage is finished: then it is kept for a run with `resume`. It
+    is removed too where the numbers or the model are at fault, which would only stop the next run at the same place.
 
     Args:
         source: what is copied.
@@ -58,7 +60,7 @@ class Sink:
         try:
             self._begin()
         except BaseException:
-            self._leave()
+            self._leave(keep=bool(pruned(self._journal)))
             raise
         return self
 
@@ -110,15 +112,15 @@ class Sink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave()
-        stages = len(pruned(self._journal))
-        if error is not None and stages and not self._committed:
+        stages = 0 if self._committed or isinstance(error, _FINAL) else len(pruned(self._journal))
+        self._leave(keep=stages > 0)
+        if error is not None and stages:
             _explain(error, f"{stages} blocks are kept in {self.place.partial}, run the same with --resume to continue")
 
-    def _leave(self) -> None:
-        """Remove what nobody needs, and let go of the rest."""
+    def _leave(self, keep: bool) -> None:
+        """Let go of the work, and remove it if nobody needs it."""
         try:
-            if self._committed or not pruned(self._journal):
+            if not keep:
                 self.place.remove()
         except OSError as fault:
             _log.warning("cannot remove %s: %s", self.place.partial, fault.strerror)
