@@ -137,9 +137,10 @@ def main() -> None:
     except (LlmpruneError, click.ClickException) as error:
         _fail(error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort) as error:
-        kept = error.args[0] if isinstance(error, Interrupted) else "nothing was written"
+        cause = error.__cause__ or error  # click turns what Ctrl-C raises into an Abort
+        kept = cause.args[0] if isinstance(cause, Interrupted) else "nothing was written"
         click.echo(f"llmprune: interrupted, {kept}", err=True)
-        sys.exit(143 if signal.SIGTERM in error.args else 130)
+        sys.exit(143 if signal.SIGTERM in cause.args else 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

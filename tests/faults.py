@@ -70,6 +70,16 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def interrupt() -> None:
+    """Send this process what Ctrl-C sends it."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def terminate() -> None:
+    """Send this process what a scheduler sends it before its time is up."""
+    signal.raise_signal(signal.SIGTERM)
+
+
 def prune(
     *arguments: Any,
     point: int | None = None,

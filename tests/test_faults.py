@@ -48,10 +48,13 @@ def content(folder: Path) -> dict[str, Any]:
     return found
 
 
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def require_whole_or_none(out: Path, whole: dict[str, Any]) -> None:
     """Whatever looks like a model is the complete one, and nothing else loads."""
-    partial = out.with_name(out.name + ".partial")
-    for folder in (out, partial, partial / "model"):
+    for folder in (out, partial_of(out), partial_of(out) / "model"):
         if (folder / "config.json").exists():
             assert content(folder) == whole
         else:
@@ -91,10 +94,9 @@ def test_a_run_that_is_killed_anywhere_is_continued_to_the_same_bytes(name: str,
 
 def require_continued(source: str | Path, out: Path, whole: dict[str, Any], **options: Any) -> None:
     """A killed run that left no journal was complete; any other is continued, to the same bytes."""
-    partial = out.with_name(out.name + ".partial")
-    if not out.exists() or (partial / "journal.jsonl").exists():
+    if not out.exists() or (partial_of(out) / "journal.jsonl").exists():
         assert faults.prune(source, out, resume=True, **options) == 0
-        assert not partial.exists()
+        assert not partial_of(out).exists()
     assert content(out) == whole
 
 
@@ -114,12 +116,36 @@ def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new(exchan
         require_continued(source, out, whole, **options)
 
 
-def test_a_run_that_is_killed_again_and_again_gets_there(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_in_every_block_gets_there(tmp_path: Path) -> None:
     source, out, options = source_of("llama", tmp_path), tmp_path / "out", {"calibration": IDS}
     whole, events = uninterrupted(source, tmp_path / "whole", **options)
-    reach = events.index("after write", events.index("after pwrite")) + 3  # one block and a little
-    for _ in range(20):
-        if faults.prune(source, out, resume=True, point=reach, **options) == 0:
-            break
-        require_whole_or_none(out, whole)
+    _, first, second, *_ = (point for point, event in enumerate(events) if event == "after write")
+    assert faults.prune(source, out, point=first + 1, **options) == -9
+    ends = [faults.prune(source, out, resume=True, point=second - first + 3, **options) for _ in range(tiny.BLOCKS)]
+    assert ends == [-9] * (tiny.BLOCKS - 1) + [0]
     assert content(out) == whole
+
+
+@pytest.mark.parametrize(("strike", "status"), [(faults.interrupt, 130), (faults.terminate, 143)])
+@pytest.mark.parametrize("moment", ["in copy", "in block 2", "in commit"])
+def test_a_signal_ends_a_run_with_one_line_that_says_how_to_go_on(
+    strike: faults.Strike, status: int, moment: str, tmp_path: Path
+) -> None:
+    source, out, said = source_of("llama", tmp_path), tmp_path / "out", tmp_path / "said"
+    whole, events = uninterrupted(source, tmp_path / "whole", **QUICK)
+    written = events.index("after write", events.index("after pwrite"))
+    point = {
+        "in copy": 9,
+        "in block 2": events.index("after pwrite", written),
+        "in commit": events.index("before rename"),
+    }
+    ended = faults.command("prune", source, out, "--method", "magnitude", said=said, point=point[moment], strike=strike)
+    line = said.read_text().strip()
+    assert (ended, line.count("\n")) == (status, 0)
+    if moment == "in copy":
+        assert line == "llmprune: interrupted, nothing was written"
+        assert not out.exists() and not partial_of(out).exists()
+    else:
+        assert line.startswith("llmprune: interrupted, ") and "blocks are kept" in line and "--resume" in line
+        require_whole_or_none(out, whole)
+        require_continued(source, out, whole, **QUICK)
