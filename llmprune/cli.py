@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from llmprune.errors import LlmpruneError, RecipeError
+from llmprune.errors import Interrupted, LlmpruneError, RecipeError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,11 +71,14 @@ def cli() -> None:
 @click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'.")
 @click.option("--recipe", type=click.Path(), metavar="FILE.yaml", help="Options in a file; the command line wins.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder; give up an unfinished run.")
+@click.option("--resume", is_flag=True, help="Continue an unfinished run at OUT, if there is one.")
 @_where
 @_model
 @_json
-def prune(model: str, out: Path, recipe: str | None, overwrite: bool, as_json: bool, **options: Any) -> None:
+def prune(
+    model: str, out: Path, recipe: str | None, overwrite: bool, resume: bool, as_json: bool, **options: Any
+) -> None:
     """Prune MODEL into the folder OUT, one block in memory at a time."""
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if "method_option" in given:
@@ -86,7 +89,7 @@ def prune(model: str, out: Path, recipe: str | None, overwrite: bool, as_json: b
     in_file = read_recipe(recipe) if recipe else {}
     if "method_options" in given:
         given["method_options"] = (in_file.get("method_options") or {}) | given["method_options"]
-    report = run(model, out, overwrite=overwrite, **(in_file | given))
+    report = run(model, out, overwrite=overwrite, resume=resume, **(in_file | given))
     if as_json:
         _print_json({"out": str(out), **report.to_json()})
     else:
@@ -134,8 +137,10 @@ def main() -> None:
     except (LlmpruneError, click.ClickException) as error:
         _fail(error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort) as error:
-        click.echo("llmprune: interrupted, nothing was written", err=True)
-        sys.exit(143 if error.args == (signal.SIGTERM,) else 130)
+        cause = error.__cause__ or error  # click turns what Ctrl-C raises into an Abort
+        kept = cause.args[0] if isinstance(cause, Interrupted) else "nothing was written"
+        click.echo(f"llmprune: interrupted, {kept}", err=True)
+        sys.exit(143 if signal.SIGTERM in cause.args else 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

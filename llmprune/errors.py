@@ -38,6 +38,14 @@ class NumericalError(LlmpruneError):
     """A weight, an activation or a statistic is not finite, or a solve failed at every damping."""
 
 
+class ResourceError(LlmpruneError):
+    """Memory ran out."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user or the system stopped a run of which a part is kept; the first argument says how to continue it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that offers the nearest known name, or lists them all when none is near."""
     names = sorted(known)

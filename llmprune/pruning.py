@@ -1,7 +1,7 @@
 """The line of a run: a checkpoint in, one block at a time through memory, a pruned checkpoint out."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,23 @@ import torch
 from llmprune.allocation import global_magnitude
 from llmprune.calibration import batches
 from llmprune.checkpoint import Sink, Source
-from llmprune.checkpoint.sink import require_place
+from llmprune.checkpoint.place import require_place
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.methods.magnitude import Magnitude
 from llmprune.model import Lanes, Resident, Streamed, load_tokenizer
 from llmprune.model.collect import Collector, Group
 from llmprune.model.memory import batch_size, home_device, statistics_budget
-from llmprune.model.sites import Site, Stage, require_finite
+from llmprune.model.sites import Site, require_finite
 from llmprune.patterns import Pattern, Unstructured
 from llmprune.plan import Host, Plan, make_plan
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
-from llmprune.report import Clock, Report, SiteReport
+from llmprune.report import Clock, Report, SiteReport, hardware, versions
 from llmprune.solving import prune_matrix
+from llmprune.storing import InMemory, OnDisk, Store
+
+_DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
 
 _SMALL_SHARE = 0.5  # of the parameters beside embeddings; below it a run warns that most of the model stays dense
 
@@ -32,7 +35,13 @@ _log = logging.getLogger(__name__)
 
 
 def prune(
-    model: Any, out: str | Path | None = None, *, tokenizer: Any = None, overwrite: bool = False, **options: Any
+    model: Any,
+    out: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Any,
 ) -> Report:
     """Prune a causal language model.
 
@@ -41,25 +50,27 @@ def prune(
             `PreTrainedModel`: pruned in place, where its blocks lie.
         out: the output folder; loads with plain `AutoModelForCausalLM.from_pretrained`.
         tokenizer: for a loaded model and calibration text.
-        overwrite: replace `out` if it is a model folder.
+        overwrite: replace `out` if it is a model folder, and give up an unfinished run.
+        resume: continue an unfinished run at `out`, if there is one, where it was interrupted.
         options: the fields of `llmprune.Recipe`.
 
     Raises:
-        LlmpruneError: one of its kinds, before any work wherever that is possible; `out` then does not exist.
+        LlmpruneError: one of its kinds, before any work wherever that is possible; `out` then does not exist. Once a
+            block is done, what is done is kept for `resume`.
     """
     recipe = Recipe.of(options)
     if not isinstance(model, str | Path):
-        if out is not None or overwrite:
+        if out is not None or overwrite or resume:
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
         return _prune_in_place(model, tokenizer, recipe)
     if out is None:
         raise RecipeError("an output folder is needed: prune(model, out, ...)")
-    return _prune_checkpoint(model, Path(out), recipe, overwrite)
+    return _prune_checkpoint(model, Path(out), recipe, overwrite, resume)
 
 
-def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: bool) -> Report:
+def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: bool, resume: bool) -> Report:
     source = Source.open(locate(model, recipe.revision))
-    require_place(source, out, overwrite)
+    require_place(source, out, overwrite, resume)
     recipe = recipe.for_model(model)
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
@@ -67,19 +78,26 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
     report = Report.begin(str(model), recipe.to_json(), host, plan)
     report.notes.extend(host.notes())
     home = home_device(recipe.place(), plan.rows, host.config, host.dtype)
-    with report.clock.phase("load"):
-        host.open(home)
-    with Sink(source, out) as sink:
+    with Sink(source, out, _fingerprint(source, report), resume) as sink:
+        with report.clock.phase("load"):
+            host.open(home)
         with report.clock.phase("copy"):
             sink.copy_source()
-
-        def store(stage: Stage, sites: list[Site]) -> None:
-            for name, tensor in host.stored(stage, sites):
-                sink.write(name, tensor)
-
-        _run(host, plan, recipe, home, report, store)
+        _run(host, plan, recipe, home, report, OnDisk(host, sink, report))
         sink.commit(report.to_json())
     return report
+
+
+def _fingerprint(source: Source, report: Report) -> dict[str, Any]:
+    """Return all that decides the bytes of a run's result."""
+    installed = versions()
+    return {
+        "source": source.fingerprint(),
+        "recipe": report.recipe,
+        "calibration": report.calibration,
+        "versions": {package: installed[package] for package in _DECISIVE if package in installed},
+        "hardware": hardware(),
+    }
 
 
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
@@ -90,7 +108,7 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan)
-    _run(host, plan, recipe, host.home, report, lambda stage, sites: None)
+    _run(host, plan, recipe, host.home, report, InMemory())
     return report
 
 
@@ -104,32 +122,31 @@ def _warn_of_small_share(plan: Plan) -> None:
         )
 
 
-def _run(
-    host: Host,
-    plan: Plan,
-    recipe: Recipe,
-    home: torch.device,
-    report: Report,
-    store: Callable[[Stage, list[Site]], None],
-) -> None:
-    """Visit the stages in order: load, collect statistics, solve, run on with the pruned weights, store, free."""
+def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Report, store: Store) -> None:
+    """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
     patterns, clock = _patterns(host, plan), report.clock
-    if embedding := plan.sites.get(host.embedding.name):
+    embedding = plan.sites.get(host.embedding.name)
+    if embedding and not store.has(host.embedding):
         _prune_sites(host, _unfed(embedding), patterns, recipe, report)
-        store(host.embedding, embedding)
-    with _lanes(host, plan, recipe, home) as lanes, Progress(len(plan.stages), "pruning", "block") as bar:
+        store.keep(host.embedding, embedding)
+    stages = [] if all(store.has(stage) for stage in plan.stages) else plan.stages
+    with _lanes(host, plan, recipe, home) as lanes, Progress(len(stages), "pruning", "block") as bar:
         collector = _collector(lanes, host, recipe)
-        for index, stage in enumerate(plan.stages):
-            with clock.phase("load"):
-                host.load(stage)
-            sites = plan.sites.get(stage.name, [])
-            groups = _timed(collector.groups(index, sites), clock) if collector else _unfed(sites)
-            _prune_sites(host, groups, patterns, recipe, report)
+        for index, stage in enumerate(stages):
+            if store.has(stage):
+                with clock.phase("recall"):
+                    store.recall(stage)
+            else:
+                with clock.phase("load"):
+                    host.load(stage)
+                sites = plan.sites.get(stage.name, [])
+                groups = _timed(collector.groups(index, sites), clock) if collector else _unfed(sites)
+                _prune_sites(host, groups, patterns, recipe, report)
+                with clock.phase("write"):
+                    store.keep(stage, sites)
             if lanes and index + 1 < len(plan.stages):
                 with clock.phase("forward"):
                     lanes.advance(index)
-            with clock.phase("write"):
-                store(stage, sites)
             host.free(stage)
             bar.step()
     report.close(plan, collector.most_runs if collector else 0)

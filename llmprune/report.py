@@ -58,6 +58,11 @@ class SiteReport:
         notes = notes + outcome.notes
         return cls(site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, notes)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "SiteReport":
+        """Return the report that `asdict` and JSON have made plain."""
+        return cls(**values | {"shape": tuple(values["shape"]), "notes": tuple(values["notes"])})
+
 
 @dataclass
 class Clock:

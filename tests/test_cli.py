@@ -308,7 +308,7 @@ def test_an_output_inside_the_source_is_one_line(run: Run, model: Path) -> None:
 
 
 def test_too_little_disk_is_one_line(run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.checkpoint.sink.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("llmprune.checkpoint.place.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     refused = run("prune", llama, tmp_path / "out", "--method", "magnitude")
     assert_refused(refused, tmp_path / "out", "too little disk")
 
@@ -409,7 +409,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_only_what_was_given_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
     run("prune", "demo", "out")
-    assert recorded == {"model": "demo", "out": Path("out"), "overwrite": False}
+    assert recorded == {"model": "demo", "out": Path("out"), "overwrite": False, "resume": False}
 
 
 def test_every_option_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
@@ -417,7 +417,18 @@ def test_every_option_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
         *("prune", "demo", "out", "--method", "sparsegpt", "--pattern", "2:4", "--comparison-group", "row"),
         *("--method-option", "damp=0.1", "--method-option", "block_size=64", "--calibration", "c4", "--samples", "3"),
         *("--length", "9", "--seed", "5", "--true-sequential", "--include", "a", "--include", "b", "--exclude", "c"),
-        *("--overwrite", "--device", "cpu", "--dtype", "float16", "--batch-size", "2", "--revision", "main"),
+        *(
+            "--overwrite",
+            "--resume",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float16",
+            "--batch-size",
+            "2",
+            "--revision",
+            "main",
+        ),
         *("--trust-remote-code", "--json"),
     )
     assert recorded == {
@@ -435,6 +446,7 @@ def test_every_option_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
         "include": ("a", "b"),
         "exclude": ("c",),
         "overwrite": True,
+        "resume": True,
         "device": "cpu",
         "dtype": "float16",
         "batch_size": 2,

@@ -23,6 +23,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.recipe"},
     {"llmprune.plan", "llmprune.solving"},
     {"llmprune.report"},
+    {"llmprune.storing"},
     {"llmprune.pruning", "llmprune.inspection"},
     {"llmprune_eval"},
     {"llmprune.cli"},

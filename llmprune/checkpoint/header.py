@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from llmprune.checkpoint.guard import MAX_JSON_BYTES
 from llmprune.errors import CheckpointError
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -46,35 +47,75 @@ def read_header(path: Path) -> list[TensorEntry]:
     """Return the tensors of a safetensors file in the order of their bytes.
 
     Raises:
-        CheckpointError: the file is not safetensors, or ends before its tensors do.
+        CheckpointError: the file is not safetensors, ends before its tensors do, or its tensors overlap, leave gaps,
+            or share a name.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path} is truncated or not a safetensors file: download it again")
-        text = file.read(length)
     try:
-        fields = json.loads(text)
+        with path.open("rb") as file:
+            size, length = path.stat().st_size, _length(file.read(8))
+            if not 0 < length <= min(MAX_JSON_BYTES, size - 8):
+                raise CheckpointError(f"{path} is truncated or not a safetensors file: download it again")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        fields = json.loads(text, object_pairs_hook=_unique)
         entries = [_entry(path, name, value, 8 + length) for name, value in fields.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} has an unreadable safetensors header: download it again") from None
-    entries.sort(key=lambda entry: entry.start)
-    _require_complete(path, entries, size)
+    entries.sort(key=lambda entry: (entry.start, entry.size))
+    _require_seamless(path, entries, 8 + length, size)
     return entries
+
+
+def require_readable(entry: TensorEntry) -> None:
+    """Read a tensor's bytes once: a disk that fails is an error here, but kills the process in mapped memory.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    left, buffer = entry.size, memoryview(bytearray(min(entry.size, _READ_BYTES)))
+    try:
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            while left:
+                count = file.readinto(buffer[:left])
+                if not count:
+                    raise CheckpointError(f"cannot read {entry.name}: {entry.file} is truncated")
+                left -= count
+    except OSError as error:
+        raise CheckpointError(f"cannot read {entry.name} from {entry.file}: {error.strerror}") from None
+
+
+def _length(prefix: bytes) -> int:
+    return int(struct.unpack("<Q", prefix)[0]) if len(prefix) == 8 else 0
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
 
 
 def _entry(path: Path, name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
     begin, end = value["data_offsets"]
-    return TensorEntry(name, path, value["dtype"], tuple(value["shape"]), data_start + begin, end - begin)
+    dtype, shape = value["dtype"], tuple(value["shape"])
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError("a dtype is a word, a shape and offsets are whole numbers")
+    return TensorEntry(name, path, dtype, shape, data_start + begin, end - begin)
 
 
-def _require_complete(path: Path, entries: list[TensorEntry], size: int) -> None:
-    end = max((entry.start + entry.size for entry in entries), default=0)
-    if end > size:
-        raise CheckpointError(f"{path} is truncated: its tensors need {end} bytes, it has {size}; download it again")
+def _require_seamless(path: Path, entries: list[TensorEntry], start: int, size: int) -> None:
+    """Every byte after the header must belong to exactly one tensor, as the format asks."""
     for entry in entries:
+        if entry.start != start or entry.size < 0:
+            raise CheckpointError(f"{path}: {entry.name} overlaps another tensor or leaves a gap: download it again")
         wide = DTYPES.get(entry.dtype)
         if wide is not None and entry.size != entry.count * wide.itemsize:
             raise CheckpointError(f"{path}: {entry.name} has {entry.size} bytes, which its shape and dtype contradict")
+        start += entry.size
+    if start > size:
+        raise CheckpointError(f"{path} is truncated: its tensors need {start} bytes, it has {size}; download it again")
+    if start < size:
+        raise CheckpointError(f"{path} has {size - start} bytes that belong to no tensor: download it again")

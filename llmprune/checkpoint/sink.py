@@ -1,148 +1,194 @@
 """An output folder that appears all at once: a copy of the source in which pruned tensors are overwritten.
 
 The copy keeps shard names, key order, dtypes and metadata, and every tensor that is not written stays byte-identical.
-Until `commit` the work lies in `OUT.partial`; if anything fails before that, nothing is left behind.
+Until `commit` the work lies in `OUT.partial/model`, without the `config.json` that would make it a model. A journal
+beside it says which stages are on the disk for good; a run that was interrupted is continued from there.
 """
 
-import fcntl
 import json
-import os
-import shutil
-import tempfile
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from llmprune.checkpoint.source import Source
-from llmprune.errors import CheckpointError
+from llmprune.checkpoint import durable
+from llmprune.checkpoint.journal import this_process
+from llmprune.checkpoint.place import Place, announced, folder_id, is_committed, pruned
+from llmprune.checkpoint.source import CONFIG, Source
+from llmprune.errors import CheckpointError, Interrupted, LlmpruneError, NumericalError, UnsupportedModelError
 from llmprune.progress import Progress
 
 REPORT = "llmprune.json"
-_MARKER = "llmprune.partial"  # tells our own unfinished folder from somebody's folder of the same name
+_FINAL = (NumericalError, UnsupportedModelError)  # a run that goes on would end in these again
+
+_log = logging.getLogger(__name__)
 
 
 class Sink:
-    """Context manager: `copy_source`, `write` tensors, then `commit`; leaving without a commit removes the work."""
+    """Context manager: `copy_source`, `write` and `finish` stages, then `commit`.
 
-    def __init__(self, source: Source, out: Path) -> None:
-        self.out = out.resolve()  # `.` has no name of its own
-        self._source = source
-        self._partial = self.out.with_name(self.out.name + ".partial")
-        self._entries = {name: replace(entry, file=self._target(entry.file)) for name, entry in source.entries.items()}
+    Leaving without a commit removes the work, unless a stage is finished: then it is kept for a run with `resume`. It
+    is removed too where the numbers or the model are at fault, which would only stop the next run at the same place.
+
+    Args:
+        source: what is copied.
+        out: the output folder.
+        fingerprint: plain values that decide the result; a run is only continued by one that has the same.
+        resume: continue an unfinished run where there is one.
+    """
+
+    def __init__(
+        self, source: Source, out: Path, fingerprint: dict[str, Any] | None = None, resume: bool = False
+    ) -> None:
+        self.place = Place.of(out)
+        self._source, self._resume = source, resume
+        self._fingerprint = json.loads(json.dumps(fingerprint or {}))
+        entries = {name: replace(entry, file=self._target(entry.file)) for name, entry in source.entries.items()}
+        shards = tuple(self._target(path) for path in source.shards)
+        self.copy = Source(self.place.model, entries, source.config, shards)  # what has been written so far
+        self.done: dict[str, dict[str, Any]] = {}  # the records of the stages that an earlier run has finished
+        self._touched: set[Path] = set()
+        self._committed = False
 
     def __enter__(self) -> "Sink":
-        _discard_leftover(self._partial)
+        self._journal = self.place.claim()
         try:
-            self._partial.mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot create {self._partial}: {error.strerror}") from None
-        self._lock = _lock(self._partial / _MARKER)
+            self._begin()
+        except BaseException:
+            self._leave(keep=bool(pruned(self._journal)))
+            raise
         return self
 
     def copy_source(self) -> None:
-        """Copy the source's weights and the files that go with them.
+        """Copy the source's weights and the files that go with them, unless an earlier run has.
 
         Raises:
-            CheckpointError: a file cannot be read or written.
+            CheckpointError: a file cannot be read or written, or was changed.
         """
-        paths = [*self._source.companions(), *self._source.shards]
+        if self.done:
+            return
+        paths = [path for path in self._source.companions() if path.name != CONFIG] + [*self._source.shards]
         with Progress(len(paths), "copying", "file") as bar:
             for path in paths:
-                self._copy(path)
+                with _writing(self._target(path), f"copy {path} to"):
+                    durable.copy(path, self._target(path))
                 bar.step()
+        self._source.require_unchanged()
+        with _writing(self.place.model):
+            durable.sync_tree(self.place.model)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrite the tensor called `name`; its shape must be the stored one, its values are cast to that dtype."""
-        entry = self._entries[name]
+        entry = self.copy.entries[name]
         if tuple(tensor.shape) != entry.shape:
             raise AssertionError(f"{name}: shape {tuple(tensor.shape)} written over {entry.shape}")
         data = tensor.detach().to("cpu", entry.torch_dtype).contiguous().view(-1).view(torch.uint8).numpy()
-        try:
-            with entry.file.open("r+b") as file:
-                file.seek(entry.start)
-                file.write(data.data)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {name} to {entry.file}: {error.strerror}") from None
+        with _writing(entry.file, f"write {name} to"):
+            durable.overwrite(entry.file, entry.start, data.data)
+        self._touched.add(entry.file)
+
+    def finish(self, stage: str, record: dict[str, Any]) -> None:
+        """Note that all tensors of a stage are written, with what is to be known of it; on return that is durable."""
+        for path in sorted(self._touched):
+            with _writing(path, f"write {stage} to"):
+                durable.sync(path)
+        self._touched.clear()
+        self._note({"stage": stage, **record})
 
     def commit(self, report: dict[str, Any]) -> None:
         """Add the report and let the output appear under its own name."""
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-        (self._partial / REPORT).write_text(text + "\n", "utf-8")
-        (self._partial / _MARKER).unlink()
-        if not self.out.exists():
-            self._partial.rename(self.out)
-            return
-        aside = Path(tempfile.mkdtemp(prefix=f"{self.out.name}.replaced-", dir=self.out.parent))
-        self.out.rename(aside / self.out.name)
-        self._partial.rename(self.out)
-        shutil.rmtree(aside, ignore_errors=True)
+        if not is_committed(self.place, self._journal):
+            self._complete(report)
+            self._note({"commit": folder_id(self.place.model)})
+            with _writing(self.place.out):
+                durable.move(self.place.model, self.place.out, self.place.replaced)
+        self._committed = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        stages = 0 if self._committed or isinstance(error, _FINAL) else len(pruned(self._journal))
+        self._leave(keep=stages > 0)
+        if error is not None and stages:
+            _explain(error, f"{stages} blocks are kept in {self.place.partial}, run the same with --resume to continue")
 
-    def _copy(self, path: Path) -> None:
-        target = self._target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def _leave(self, keep: bool) -> None:
+        """Let go of the work, and remove it if nobody needs it."""
         try:
-            shutil.copyfile(path, target)
-        except OSError as error:
-            raise CheckpointError(f"cannot copy {path} to {target}: {error.strerror}") from None
+            if not keep:
+                self.place.remove()
+        except OSError as fault:
+            _log.warning("cannot remove %s: %s", self.place.partial, fault.strerror)
+        finally:
+            self._journal.close()
+
+    def _begin(self) -> None:
+        """Continue the run that is there, or start one."""
+        if self._resume and pruned(self._journal):
+            self._require_same()
+            self.done = pruned(self._journal)
+            return
+        with _writing(self.place.partial):
+            self.place.clear()
+            self._journal.clear()
+            self.place.model.mkdir()
+        self._note({"run": self._fingerprint})
+
+    def _require_same(self) -> None:
+        found = self._journal.records[0].get("run")
+        if difference := _difference(found, self._fingerprint):
+            raise CheckpointError(
+                f"{self.place.partial} was begun with another {difference}: continue with what it was, "
+                "or start anew with --overwrite"
+            )
+        there = self.place.model.is_dir() and announced(self._journal) in (None, folder_id(self.place.model))
+        if not there and not is_committed(self.place, self._journal):
+            raise CheckpointError(f"{self.place.partial} has lost its model: start anew with --overwrite")
+
+    def _complete(self, report: dict[str, Any]) -> None:
+        """Add what makes the folder a model."""
+        self._source.require_unchanged()
+        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+        with _writing(self.place.model):
+            durable.write_text(self.place.model / REPORT, text + "\n")
+            durable.copy(self._source.folder / CONFIG, self.place.model / CONFIG)
+            durable.sync(self.place.model)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        with _writing(self._journal.path):
+            self._journal.append(record | {"by": this_process()})
 
     def _target(self, path: Path) -> Path:
-        return self._partial / path.relative_to(self._source.folder)
+        return self.place.model / path.relative_to(self._source.folder)
 
 
-def require_place(source: Source, out: Path, overwrite: bool) -> None:
-    """Check, before any work, that the output can be written.
-
-    Raises:
-        CheckpointError: the output exists, lies inside the source (or the source inside it), would replace something
-            that is not a model, cannot be created, or does not fit on the disk.
-    """
-    inside, resolved = source.folder.resolve(), out.resolve()
-    if resolved == inside or inside in resolved.parents or resolved in inside.parents:
-        raise CheckpointError(f"output {out} and source {source.folder} must not lie inside each other")
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"output {out} exists: choose another folder, or pass --overwrite to replace it")
-    if out.exists() and not _is_model(out) and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"output {out} is not a model folder: llmprune does not replace it")
-    parent = next(folder for folder in resolved.parents if folder.exists())
-    if not parent.is_dir():
-        raise CheckpointError(f"output {out} cannot be created: {parent} is a file, not a folder")
-    if not os.access(parent, os.W_OK):
-        raise CheckpointError(f"output {out} cannot be created: no permission to write in {parent}")
-    needed, free = source.output_bytes(), shutil.disk_usage(parent).free
-    if needed > free:
-        raise CheckpointError(f"too little disk for {out}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
-
-
-def _discard_leftover(partial: Path) -> None:
-    if not partial.exists():
-        return
-    if not (partial / _MARKER).exists():
-        raise CheckpointError(f"{partial} is in the way and was not made by llmprune: move it")
-    with _lock(partial / _MARKER):
-        shutil.rmtree(partial)
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def _lock(marker: Path) -> IO[str]:
-    """Hold the marker for as long as the returned file is open; the system lets go of it if the process dies."""
-    file = marker.open("w")
+@contextmanager
+def _writing(path: Path, action: str = "write") -> Iterator[None]:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise CheckpointError(
-            f"another run is writing {marker.parent}: wait for it, or choose another output"
-        ) from None
-    return file
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot {action} {path}: {error.strerror}") from None
+
+
+def _explain(error: BaseException, kept: str) -> None:
+    """Add to an error what is left of the run; errors that are not ours keep their traceback and get a warning."""
+    if isinstance(error, LlmpruneError):
+        raise type(error)(f"{error}; {kept}") from error.__cause__
+    if isinstance(error, KeyboardInterrupt):
+        raise Interrupted(kept, *error.args) from None
+    _log.warning("%s", kept)
+
+
+def _difference(old: Any, new: Any, name: str = "") -> str | None:
+    """Return the first value in which two nestings of plain values differ, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if found := _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
+                return found
+        return None
+    return None if old == new else f"{name} ({old}, now {new})"

@@ -1,18 +1,21 @@
 """A checkpoint folder, opened without loading anything: which tensor lies in which file."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmprune.checkpoint.header import TensorEntry, read_header
+from llmprune.checkpoint.guard import read_json, require_inside, require_modest
+from llmprune.checkpoint.header import TensorEntry, read_header, require_readable
 from llmprune.errors import CheckpointError
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What belongs to a model beside its weights. Weights in other formats would still be dense, so they are left behind.
@@ -23,6 +26,8 @@ COMPANIONS = (
 DOWNLOADED = (*COMPANIONS, "*.safetensors")
 _CHECK_ELEMENTS = 1 << 20  # a tensor is looked at in chunks of this many elements
 
+Identity = tuple[int, int]  # size in bytes, time of the last change in ns
+
 
 @dataclass(frozen=True)
 class Source:
@@ -32,6 +37,7 @@ class Source:
     entries: dict[str, TensorEntry]
     config: dict[str, Any]
     shards: tuple[Path, ...]
+    identities: dict[Path, Identity] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Source":
@@ -39,15 +45,21 @@ class Source:
 
         Raises:
             CheckpointError: no such folder, no config, no safetensors weights, an index that points to a missing
-                file or outside the folder, or a damaged file.
+                file or contradicts the files, a link out of the folder, or a damaged or outsized file.
         """
         folder = Path(folder)
-        config = _read_json(_existing_folder(folder) / "config.json", "not a model folder: it has no config.json")
-        shards = _shards(folder)
-        entries = {entry.name: entry for shard in shards for entry in read_header(shard)}
-        if not entries:
-            raise CheckpointError(f"{folder} holds no tensors: download the model again")
-        return cls(folder, entries, config, shards)
+        config_path = _existing_folder(folder) / CONFIG
+        if not config_path.is_file():
+            raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIG}")
+        config, places = read_json(folder, CONFIG), _places(folder)
+        shards = tuple(_shard(folder, name) for name in sorted(set(places.values()) or {SINGLE}))
+        identities = {path: _identity(path) for path in (config_path, *shards)}
+        entries = _entries(shards)
+        _require_placed(folder, places, entries)
+        source = cls(folder, entries, config, shards, identities)
+        for path in source.companions():
+            require_modest(require_inside(folder, path))
+        return source
 
     def companions(self) -> list[Path]:
         """Return the files other than weights that a copy of the model needs: tokenizer, configs, licence, card."""
@@ -58,18 +70,40 @@ class Source:
         """Return the disk space that a copy of the model takes."""
         return sum(path.stat().st_size for path in [*self.shards, *self.companions()])
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what tells this checkpoint from another: its files' sizes and times, and a hash of all headers."""
+        headers = [(e.name, e.file.name, e.dtype, e.shape, e.start) for e in self.entries.values()]
+        text = json.dumps([self.config, sorted(headers)], sort_keys=True)
+        files = {path.relative_to(self.folder).as_posix(): identity for path, identity in self.identities.items()}
+        named = {name: {"size": size, "mtime_ns": mtime} for name, (size, mtime) in files.items()}
+        return {"files": named, "headers": hashlib.sha256(text.encode()).hexdigest()}
+
+    def require_unchanged(self, paths: Iterable[Path] | None = None) -> None:
+        """Check that files are as they were when the checkpoint was opened; all of them if none are named.
+
+        Raises:
+            CheckpointError: one was changed or is gone.
+        """
+        for path in self.identities if paths is None else paths:
+            if path in self.identities and _identity(path) != self.identities[path]:
+                raise CheckpointError(f"{path} was changed while it was in use: restore it")
+
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Open the named tensors as safetensors slices: nothing is read until a slice is indexed."""
+        """Open the named tensors as safetensors slices: nothing is held in memory until a slice is indexed.
+
+        Raises:
+            CheckpointError: a file cannot be read, or was changed.
+        """
+        entries = [self.entries[name] for name in names]
+        paths = {entry.file: None for entry in entries}
+        self.require_unchanged(paths)
+        for entry in entries:
+            require_readable(entry)
         with ExitStack() as stack:
-            files: dict[Path, Any] = {}
-            opened = {}
-            for name in names:
-                path = self.entries[name].file
-                if path not in files:
-                    files[path] = stack.enter_context(_open(path))
-                opened[name] = files[path].get_slice(name)
-            yield opened
+            files = {path: stack.enter_context(_open(path)) for path in paths}
+            yield {entry.name: files[entry.file].get_slice(entry.name) for entry in entries}
+        self.require_unchanged(paths)
 
     def chunks(self, name: str, multiple: int = 1) -> Iterator[torch.Tensor]:
         """Yield the tensor called `name` in pieces of a multiple of `multiple` rows (a scalar as it is)."""
@@ -90,36 +124,55 @@ def _existing_folder(folder: Path) -> Path:
     return folder
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} is {missing}")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return content
-
-
-def _shards(folder: Path) -> tuple[Path, ...]:
+def _places(folder: Path) -> dict[str, str]:
+    """Return which file each tensor is in as the index says; empty where there is no index."""
     if (folder / SINGLE).is_file():  # transformers too prefers the single file when both are there
-        return (folder / SINGLE,)
-    if (folder / INDEX).is_file():
-        mapping = _read_json(folder / INDEX, "").get("weight_map")
-        if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
-            raise CheckpointError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
-        return tuple(_shard(folder, name) for name in sorted(set(mapping.values())))
-    raise CheckpointError(_no_weights(folder))
+        return {}
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(_no_weights(folder))
+    mapping = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise CheckpointError(f"{folder / INDEX} has no 'weight_map' from tensors to files")
+    return mapping
 
 
 def _shard(folder: Path, name: str) -> Path:
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise CheckpointError(f"{folder / INDEX} names '{name}', which lies outside the model's folder")
-    if not (folder / relative).is_file():
+    if not _is_file(folder / relative):
         raise CheckpointError(f"{folder / INDEX} names '{name}', which is missing: download the model again")
-    return folder / relative
+    if relative.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{folder / INDEX} names '{name}', which is no .safetensors file: llmprune loads no other"
+        )
+    return require_inside(folder, folder / relative)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _entries(shards: Iterable[Path]) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for entry in (entry for shard in shards for entry in read_header(shard)):
+        if entry.name in entries:
+            raise CheckpointError(f"{entry.name} is both in {entries[entry.name].file} and in {entry.file}: remove one")
+        entries[entry.name] = entry
+    if not entries:
+        raise CheckpointError(f"{', '.join(map(str, shards))} holds no tensors: download the model again")
+    return entries
+
+
+def _require_placed(folder: Path, places: dict[str, str], entries: dict[str, TensorEntry]) -> None:
+    for name, file in places.items():
+        if name not in entries or entries[name].file != folder / file:
+            raise CheckpointError(
+                f"{folder / INDEX} places {name} in '{file}', which lacks it: download the model again"
+            )
 
 
 def _no_weights(folder: Path) -> str:
@@ -130,6 +183,14 @@ def _no_weights(folder: Path) -> str:
         f"{folder} has only pickled weights ({pickles[0]}), which llmprune does not load; convert them with: python -c "
         f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('NEW')\""
     )
+
+
+def _identity(path: Path) -> Identity:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

@@ -56,8 +56,8 @@ class Loader:
         if not any(isinstance(entry, WeightConverter) for entry in self._mapping):
             self._require_all()  # converters make parameters that no tensor of the source is named after
 
-    def load(self, names: list[str], device: torch.device) -> None:
-        """Read the tensors called `names` in the source into the model, on `device`.
+    def load(self, names: list[str], device: torch.device, source: Source | None = None) -> None:
+        """Read the tensors called `names` in the source into the model, on `device`; `source` stands in for it.
 
         Raises:
             CheckpointError: they do not fit the model.
@@ -70,7 +70,7 @@ class Loader:
             weight_mapping=copy.deepcopy(self._mapping),  # type: ignore[arg-type]
             device_map={"": str(device)},
         )
-        with quiet(), self._source.slices(names) as opened:
+        with quiet(), (source or self._source).slices(names) as opened:
             info, _ = convert_and_load_state_dict_in_model(self._model, opened, config)
         faults = [*info.mismatched_keys, *info.conversion_errors]
         if faults:

@@ -67,14 +67,14 @@ class Streamed:
                     self._require_loaded(name, parameter)
         give_back_freed_memory()
 
-    def load(self, stage: Stage) -> None:
-        """Read a stage's tensors from disk.
+    def load(self, stage: Stage, source: Source | None = None) -> None:
+        """Read a stage's tensors from disk: from the checkpoint, or from another `source` that has the same names.
 
         Raises:
             CheckpointError: one is missing or does not fit.
             NumericalError: one is not finite.
         """
-        self._loader.load(self._names[stage.name], self.place)
+        self._loader.load(self._names[stage.name], self.place, source)
         self._loader.ties.link(self.model, _names_in(stage.module, stage.name))
         for module in stage.module.modules():
             _move_buffers(module, self.place)
@@ -130,6 +130,15 @@ class Streamed:
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
                 yield key, _cast(tensor, self.source.entries[key].torch_dtype)
+
+    def rounds(self, stage: Stage) -> bool:
+        """Say whether a loaded stage's weights lose precision in the dtypes in which they are stored."""
+        state = stage.module.state_dict(prefix=f"{stage.name}.")
+        return any(
+            torch.promote_types(stored, state[name].dtype) != stored
+            for key, name in self._loader.parameter_of.items()
+            if name in state and (stored := self.source.entries[key].torch_dtype).is_floating_point
+        )
 
     def _require_loaded(self, name: str, parameter: Tensor) -> None:
         if parameter.is_meta:

@@ -1,0 +1,63 @@
+"""What becomes of a stage once it is pruned: it stays in memory, or it is written, and recalled by a resumed run."""
+
+from dataclasses import asdict
+from typing import Protocol
+
+from llmprune.checkpoint import Sink
+from llmprune.model import Streamed
+from llmprune.model.sites import Site, Stage
+from llmprune.report import Report, SiteReport
+
+
+class Store(Protocol):
+    """Takes the stages of a run in their order."""
+
+    def has(self, stage: Stage) -> bool:
+        """Say whether the stage was kept before, be it by an earlier run that was interrupted."""
+
+    def recall(self, stage: Stage) -> None:
+        """Load a stage that was kept before, pruned as it is."""
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        """Take a pruned stage, which is loaded; the model runs on with what was kept."""
+
+
+class InMemory:
+    """For a loaded model: there is nothing to do."""
+
+    def has(self, stage: Stage) -> bool:
+        return False
+
+    def recall(self, stage: Stage) -> None:
+        raise AssertionError(f"{stage.name} was never kept")
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        pass
+
+
+class OnDisk:
+    """For a streamed model: its stages go to a sink, whose journal also holds the report on each."""
+
+    def __init__(self, host: Streamed, sink: Sink, report: Report) -> None:
+        self._host, self._sink, self._report = host, sink, report
+        self._kept = set(sink.done)
+        for record in sink.done.values():
+            report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
+            report.clock.seconds.update(record["seconds"])
+        self._reported = len(report.sites)
+
+    def has(self, stage: Stage) -> bool:
+        return stage.name in self._kept
+
+    def recall(self, stage: Stage) -> None:
+        self._host.load(stage, self._sink.copy)
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        for name, tensor in self._host.stored(stage, sites):
+            self._sink.write(name, tensor)
+        reports = [asdict(site) for site in self._report.sites[self._reported :]]
+        self._sink.finish(stage.name, {"sites": reports, "seconds": self._report.clock.seconds})
+        self._kept.add(stage.name)
+        self._reported = len(self._report.sites)
+        if self._host.rounds(stage):  # a resumed run can only go on with what was written, so every run does
+            self.recall(stage)

@@ -1,0 +1,130 @@
+"""Faults on demand: a run in a process of its own that is stopped at a chosen call to the operating system.
+
+A call is an event; a run can be stopped before it, after it and, where it writes, half-way through it.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llmprune
+from llmprune import cli
+from llmprune.checkpoint import durable
+
+Strike = Callable[[], None]
+
+_WRITES: tuple[tuple[Any, str], ...] = ((os, "write"), (os, "pwrite"))
+_OTHERS: tuple[tuple[Any, str], ...] = (
+    (os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (shutil, "copyfile"),
+    (durable, "_exchange"),
+)  # fmt: skip
+_FORKS = multiprocessing.get_context("forkserver")  # one import of torch for all runs
+_FORKS.set_forkserver_preload(["warm", "faults"])
+
+
+class Events:
+    """Counts the moments before, in and after calls of a run, and strikes at the one with number `point`."""
+
+    def __init__(self, point: int | None = None, strike: Strike | None = None) -> None:
+        self.names: list[str] = []
+        self._point, self._strike = point, strike
+
+    def watch(self) -> None:
+        """Watch this process from now on."""
+        for module, name in (*_WRITES, *_OTHERS):
+            setattr(module, name, self._watched(getattr(module, name), name, (module, name) in _WRITES))
+
+    def _watched(self, call: Callable[..., Any], name: str, writes: bool) -> Callable[..., Any]:
+        def watched(*args: Any, **options: Any) -> Any:
+            self._at(f"before {name}")
+            if writes and self._due():
+                call(args[0], args[1][: len(args[1]) // 2], *args[2:])
+            if writes:
+                self._at(f"in {name}")
+            result = call(*args, **options)
+            self._at(f"after {name}")
+            return result
+
+        return watched
+
+    def _due(self) -> bool:
+        return len(self.names) == self._point
+
+    def _at(self, moment: str) -> None:
+        due = self._due()
+        self.names.append(moment)
+        if due and self._strike:
+            self._strike()
+
+
+def kill() -> None:
+    """End this process as a power cut would end it, as far as a process can."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt() -> None:
+    """Send this process what Ctrl-C sends it."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def terminate() -> None:
+    """Send this process what a scheduler sends it before its time is up."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+def prune(
+    *arguments: Any,
+    point: int | None = None,
+    strike: Strike = kill,
+    exchange: bool = True,
+    log: Path | None = None,
+    **options: Any,
+) -> int:
+    """Run `llmprune.prune` in a process of its own, struck at `point`; return its exit code, minus a signal's number.
+
+    Without `exchange` its file system cannot swap two names in one step. The names of all events go to `log`.
+    """
+    return _exit_code(_prune, arguments, options, point, strike, exchange, log)
+
+
+def command(*arguments: str | Path, said: Path, point: int | None = None, strike: Strike = kill) -> int:
+    """Run the command line likewise; what it says on stderr goes to the file `said`."""
+    return _exit_code(_command, [str(argument) for argument in arguments], said, point, strike)
+
+
+def _exit_code(target: Callable[..., None], *arguments: Any) -> int:
+    process = _FORKS.Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _prune(
+    arguments: Any, options: dict[str, Any], point: int | None, strike: Strike, exchange: bool, log: Path | None
+) -> None:
+    torch.set_num_threads(1)
+    if not exchange:
+        durable._exchange = lambda one, other: False
+    events = Events(point, strike)
+    events.watch()
+    llmprune.prune(*arguments, **options)
+    if log:
+        log.write_text(json.dumps(events.names))
+
+
+def _command(arguments: list[str], said: Path, point: int | None, strike: Strike) -> None:
+    torch.set_num_threads(1)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = ["llmprune", *arguments]
+    Events(point, strike).watch()
+    cli.main()
