@@ -17,7 +17,7 @@ from llmprune.locate import locate
 from llmprune.methods.magnitude import Magnitude
 from llmprune.model import Lanes, Resident, Streamed, load_tokenizer
 from llmprune.model.collect import Collector, Group
-from llmprune.model.memory import batch_size, home_device, statistics_budget
+from llmprune.model.memory import batch_size, fits_side_by_side, home_device, statistics_budget
 from llmprune.model.sites import Site, require_finite
 from llmprune.patterns import Pattern, Unstructured
 from llmprune.plan import Host, Plan, make_plan
@@ -131,7 +131,7 @@ def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Rep
         store.keep(host.embedding, embedding)
     stages = [] if all(store.has(stage) for stage in plan.stages) else plan.stages
     with _lanes(host, plan, recipe, home) as lanes, Progress(len(stages), "pruning", "block") as bar:
-        collector = _collector(lanes, host, recipe)
+        collector = _collector(lanes, host, plan, recipe)
         for index, stage in enumerate(stages):
             if store.has(stage):
                 with clock.phase("recall"):
@@ -143,7 +143,9 @@ def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Rep
                 groups = _timed(collector.groups(index, sites), clock) if collector else _unfed(sites)
                 _prune_sites(host, groups, patterns, recipe, report)
                 with clock.phase("write"):
-                    store.keep(stage, sites)
+                    changed = store.keep(stage, sites)
+                if changed and lanes:
+                    lanes.finish({})
             if lanes and index + 1 < len(plan.stages):
                 with clock.phase("forward"):
                     lanes.advance(index)
@@ -160,12 +162,14 @@ def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> Abstra
     return Lanes(host.model, plan.stages, batches(plan.tokens, size), home, host.device_of)
 
 
-def _collector(lanes: Lanes | None, host: Host, recipe: Recipe) -> Collector | None:
+def _collector(lanes: Lanes | None, host: Host, plan: Plan, recipe: Recipe) -> Collector | None:
     needs = recipe.solver().needs
     if lanes is None or needs is None:
         return None
-    largest = max(_nbytes(block.module) for block in host.blocks)
-    return Collector(lanes, needs, statistics_budget(largest, host.place), recipe.true_sequential)
+    budget = statistics_budget(max(_nbytes(block.module) for block in host.blocks), host.place)
+    tokens = sum(len(row) for row in plan.rows)
+    fits = fits_side_by_side(tokens, host.config, host.dtype, host.place)
+    return Collector(lanes, needs, budget, recipe.true_sequential, fits)
 
 
 def _nbytes(module: torch.nn.Module) -> int:

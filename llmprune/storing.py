@@ -18,8 +18,8 @@ class Store(Protocol):
     def recall(self, stage: Stage) -> None:
         """Load a stage that was kept before, pruned as it is."""
 
-    def keep(self, stage: Stage, sites: list[Site]) -> None:
-        """Take a pruned stage, which is loaded; the model runs on with what was kept."""
+    def keep(self, stage: Stage, sites: list[Site]) -> bool:
+        """Take a pruned stage, which is loaded; return whether the model runs on with other weights than before."""
 
 
 class InMemory:
@@ -31,8 +31,8 @@ class InMemory:
     def recall(self, stage: Stage) -> None:
         raise AssertionError(f"{stage.name} was never kept")
 
-    def keep(self, stage: Stage, sites: list[Site]) -> None:
-        pass
+    def keep(self, stage: Stage, sites: list[Site]) -> bool:
+        return False
 
 
 class OnDisk:
@@ -52,12 +52,14 @@ class OnDisk:
     def recall(self, stage: Stage) -> None:
         self._host.load(stage, self._sink.copy)
 
-    def keep(self, stage: Stage, sites: list[Site]) -> None:
+    def keep(self, stage: Stage, sites: list[Site]) -> bool:
         for name, tensor in self._host.stored(stage, sites):
             self._sink.write(name, tensor)
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
         self._sink.finish(stage.name, {"sites": reports, "seconds": self._report.clock.seconds})
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
-        if self._host.rounds(stage):  # a resumed run can only go on with what was written, so every run does
+        rounded = self._host.rounds(stage)
+        if rounded:  # a resumed run can only go on with what was written, so every run does
             self.recall(stage)
+        return rounded

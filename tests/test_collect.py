@@ -1,6 +1,7 @@
 """What sites are fed is seen wherever it is multiplied, summed once per shared input, and never lost or mixed up."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -155,6 +156,68 @@ def test_experts_of_which_none_is_reached_have_no_statistic_and_say_so(caplog: p
     assert [group.statistic for group in fed] == [None] * 3
     assert all("magnitude" in group.notes[0] for group in fed)
     assert "no token reached any expert" in caplog.text
+
+
+@pytest.mark.parametrize("needs", [Gram, ColumnNorm])
+@pytest.mark.parametrize("family", GROUPS)
+def test_lanes_side_by_side_see_what_runs_group_by_group_see(family: str, needs: type[Gram] | type[ColumnNorm]) -> None:
+    """With every site changed once it is yielded, as pruning does, and in one run of the block instead of many."""
+    batches = [tiny.ids(2), tiny.ids(1, 9), tiny.ids(2, 9)]
+    fed, outputs, runs = [], [], []
+    for side_by_side in (True, False):
+        host = Resident(tiny.model(family))
+        with lanes_of(host, batches) as lanes:
+            collector = Collector(lanes, needs, 1 << 30, true_sequential=True, side_by_side=side_by_side)
+            found = {}
+            for index in range(2):
+                with counting_calls(host.blocks[index].module) as calls:
+                    for group in collector.groups(index, sites_of(host.blocks[index])):
+                        for site in group.sites:
+                            found[site.name] = matrix(group.statistic).clone()
+                            host.weight(site).mul_(0.5)
+                    lanes.advance(index)
+                runs.append(len(calls))
+            fed.append(found)
+            outputs.append([lanes.run(2, lane) for lane in range(len(batches))])
+    assert fed[0].keys() == fed[1].keys()
+    assert all(torch.equal(fed[0][name], fed[1][name]) for name in fed[0])
+    assert all(torch.equal(first(a), first(b)) for a, b in zip(*outputs, strict=True))
+    assert runs[:2] == [len(batches)] * 2
+    assert runs[2] > len(batches)
+
+
+def first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+@contextmanager
+def counting_calls(module: nn.Module) -> Iterator[list[None]]:
+    calls: list[None] = []
+    handle = module.register_forward_pre_hook(lambda module, args: calls.append(None))
+    yield calls
+    handle.remove()
+
+
+def test_lanes_that_are_left_within_a_block_leave_no_trace() -> None:
+    host = Resident(tiny.model("llama"))
+    before = tiny.logits(host.model, tiny.ids(2))
+    with lanes_of(host, [tiny.ids(2)]) as lanes:
+        collector = Collector(lanes, Gram, 1 << 30, true_sequential=True, side_by_side=True)
+        groups = collector.groups(0, sites_of(host.blocks[0]))
+        next(groups)
+        groups.close()
+        assert not any(module._forward_pre_hooks for module in host.blocks[0].module.modules())
+    assert torch.equal(tiny.logits(host.model, tiny.ids(2)), before)
+
+
+def test_an_error_within_a_block_reaches_the_caller() -> None:
+    host = Resident(tiny.model("llama"))
+    with lanes_of(host, [tiny.ids(2)]) as lanes:
+        host.model.get_submodule("model.layers.0.mlp").forward = lambda x: 1 / 0
+        collector = Collector(lanes, Gram, 1 << 30, true_sequential=True, side_by_side=True)
+        with pytest.raises(ZeroDivisionError):
+            list(collector.groups(0, sites_of(host.blocks[0])))
 
 
 def expert_lanes(inputs: Sequence[Tensor]) -> tuple[Stage, Lanes]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -13,6 +13,7 @@ from torch import Tensor
 from llmprune.model.lanes import Lanes
 from llmprune.model.observe import observing
 from llmprune.model.sites import Site
+from llmprune.model.walks import Walks
 from llmprune.statistics import ColumnNorm, Gram
 
 StatisticType = type[ColumnNorm] | type[Gram]
@@ -62,15 +63,18 @@ class Collector:
         needs: the kind of statistic.
         budget: bytes that the statistics of a stage may take at once.
         true_sequential: let each site see the earlier ones of its block pruned.
+        side_by_side: with `true_sequential`, hold all lanes before each site, so that a stage is run once. Takes the
+            memory of all lanes' activations; without it, the stage is run once for each group.
     """
 
     lanes: Lanes
     needs: StatisticType
     budget: int
     true_sequential: bool = False
+    side_by_side: bool = False
     most_runs: int = field(default=0, init=False)  # how often a stage was run at most to collect its statistics
 
-    def groups(self, index: int, sites: Sequence[Site]) -> Iterator[Group]:
+    def groups(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, None]:
         """Yield the groups of stage `index` with their statistics; each is to be solved before the next is asked for.
 
         Statistics that do not fit into the budget together are collected in several runs, those of the last sites
@@ -80,8 +84,37 @@ class Collector:
         Raises:
             NumericalError: an input holds NaN or infinity.
         """
-        if not sites:
-            return
+        experts = any(Group([site]).of_expert for site in sites)  # lanes do not come to all of them
+        if self.true_sequential and self.side_by_side and not experts:
+            sites = yield from self._side_by_side(index, sites)
+            if sites:
+                self.lanes.finish({})  # what is pruned now changes the outputs
+        if sites:
+            yield from self._by_runs(index, sites)
+
+    def _side_by_side(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, list[Site]]:
+        """Yield each site as the lanes come to it; return those that no module's call led to."""
+        statistic, last = None, list[Tensor]()
+        done = set[Site]()
+        with Walks(self.lanes, index, sites) as walks:
+            for site, inputs in walks.stops():
+                if site in done:
+                    continue  # called again: it runs as it was pruned
+                if statistic is None or [_identity(x) for x in inputs] != [_identity(x) for x in last]:
+                    statistic, last = self._statistic(index, site, inputs), inputs
+                done.add(site)
+                yield Group([site], statistic=statistic)
+        self.most_runs = max(self.most_runs, 1)
+        return [site for site in sites if site not in done]
+
+    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
+        group = Group([site])
+        for lane, x in zip(self.lanes.waiting_at(index), inputs, strict=True):
+            self._add(group, x, lane)
+        _require_finite([group])
+        return group.statistic
+
+    def _by_runs(self, index: int, sites: Sequence[Site]) -> Iterator[Group]:
         groups, seen = _first_lane(self.lanes, index, sites)
         units = _units(groups)
         if not self.true_sequential and self._bytes(groups) <= self.budget:
@@ -142,9 +175,7 @@ class Collector:
                 self._add(by_leader[leader], x, lane=0)
         for lane in range(1 if seen is not None else 0, len(self.lanes)):
             self._sum_lane(index, lane, by_leader)
-        for group in groups:
-            if group.statistic is not None:
-                group.statistic.require_finite(group.sites[0].name)
+        _require_finite(groups)
 
     def _sum_lane(self, index: int, lane: int, by_leader: dict[Site, Group]) -> None:
         waiting = {leader: group.calls for leader, group in by_leader.items()}
@@ -169,6 +200,17 @@ class Collector:
             group.statistic.add(part, sequences // len(parts))
 
 
+def _require_finite(groups: Sequence[Group]) -> None:
+    for group in groups:
+        if group.statistic is not None:
+            group.statistic.require_finite(group.sites[0].name)
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    """Tell tensors apart that are alive at the same time; an empty one has no address."""
+    return x.data_ptr() or id(x), x.shape, x.stride(), x._version
+
+
 def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
     """Group the sites of stage `index` by the tensors they read, in reading order, as the first lane tells.
 
@@ -184,9 +226,7 @@ def _first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[G
         lanes.run(index, 0)
     groups: dict[tuple[Any, ...], Group] = {}
     for site, seen in inputs.items():
-        # An empty tensor has no address: it is told apart by its identity.
-        key = tuple((x.data_ptr() or id(x), x.shape, x.stride(), x._version) for x in seen)
-        groups.setdefault(key, Group([], len(seen))).sites.append(site)
+        groups.setdefault(tuple(_identity(x) for x in seen), Group([], len(seen))).sites.append(site)
     unreached = [Group([site]) for site in sites if site not in inputs]
     return [*groups.values(), *unreached], inputs
 

@@ -53,8 +53,9 @@ class Lanes:
     ) -> None:
         self._model, self._stages, self._batches = model, stages, batches
         self._home, self._device_of = home, device_of
-        self._passing = False
+        self._passing: set[greenlet] = set()  # those that run a stage, and are not to park there
         self._arrivals: list[Arrival | None] = []
+        self._finished: dict[int, Any] = {}  # outputs of the stage at which lanes wait that are there already
         self._results: list[Any] = []
         self._lanes: list[greenlet] = []
         self._restore: list[Callable[[], None]] = []
@@ -93,6 +94,14 @@ class Lanes:
         """Return the number of sequences in a lane's batch."""
         return len(self._batches[lane])
 
+    def waiting_at(self, index: int) -> list[int]:
+        """Return the lanes that wait at stage `index`; the model's forward may lead some past it."""
+        return [lane for lane, arrival in enumerate(self._arrivals) if arrival is not None and arrival.stage == index]
+
+    def finish(self, outputs: dict[int, Any]) -> None:
+        """Take the outputs of the stage for some lanes: `advance` uses them instead of running it."""
+        self._finished = outputs
+
     def run(self, index: int, lane: int) -> Any:
         """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.
 
@@ -103,11 +112,11 @@ class Lanes:
             return None
         device = self._device_of(self._stages[index])
         args, kwargs = send_to_device((arrival.args, arrival.kwargs), device)
-        self._passing = True
+        self._passing.add(getcurrent())
         try:
             return self._stages[index].module(*args, **kwargs)
         finally:
-            self._passing = False
+            self._passing.discard(getcurrent())
 
     def advance(self, index: int) -> None:
         """Run stage `index` for every lane that waits there, and let it go on to a later one or to its end.
@@ -115,11 +124,10 @@ class Lanes:
         Raises:
             UnsupportedModelError: a lane goes back.
         """
-        for lane, arrival in enumerate(self._arrivals):
-            if arrival is not None and arrival.stage == index:
-                output = self._send_home(self.run(index, lane))
-                self._arrivals[lane] = None
-                self._arrivals[lane] = self._onward(self._resume(lane, output), index)
+        for lane in self.waiting_at(index):
+            output = self._finished.pop(lane) if lane in self._finished else self.run(index, lane)
+            self._arrivals[lane] = None
+            self._arrivals[lane] = self._onward(self._resume(lane, self._send_home(output)), index)
 
     def outputs(self) -> list[Any]:
         """Return what the model's forward returned for each batch, once all stages are behind."""
@@ -166,7 +174,7 @@ class Lanes:
 
     def _parking(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def park(*args: Any, **kwargs: Any) -> Any:
-            if self._passing:
+            if getcurrent() in self._passing:
                 return forward(*args, **kwargs)
             return self._coordinator.switch(Arrival(index, args, kwargs))
 
@@ -182,6 +190,7 @@ class Lanes:
         for module in self._training:
             module.training = True
         self._arrivals.clear()
+        self._finished.clear()
         self._modes.close()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 _DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
 _STATISTICS_SHARE = 0.4  # of a GPU's free memory
 _HOST_STATISTICS_SHARE = 1 / 32  # of the host's available memory: others live there too
+_SIDE_BY_SIDE_SHARE = 0.25  # of the free memory of the device, for one block's activations of all lanes
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
 
 
@@ -19,13 +20,8 @@ def batch_size(length: int, config: Any, dtype: torch.dtype, device: torch.devic
     """Return how many sequences of `length` tokens go through a block at once."""
     if device.type != "cuda":
         return 1  # a CPU gains little from more, and rounds as the papers' scripts do, sequence by sequence
-    text = config.get_text_config()
-    hidden = getattr(text, "hidden_size", 1024)
-    widest = getattr(text, "intermediate_size", None)
-    widest = widest if isinstance(widest, int) else 4 * hidden
-    token_bytes = (6 * hidden + 3 * widest) * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, int(_DEVICE_SHARE * free // (token_bytes * length)))
+    return max(1, int(_DEVICE_SHARE * free // (token_bytes(config, dtype) * length)))
 
 
 def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype: torch.dtype) -> torch.device:
@@ -44,6 +40,24 @@ def statistics_budget(block_bytes: int, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(_STATISTICS_SHARE * free)
     return max(block_bytes, int(_HOST_STATISTICS_SHARE * psutil.virtual_memory().available))
+
+
+def fits_side_by_side(tokens: int, config: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Say whether the activations of all calibration tokens within one block fit into the memory of the device."""
+    if device.type == "cuda":
+        room = _SIDE_BY_SIDE_SHARE * torch.cuda.mem_get_info(device)[0]
+    else:
+        room = _SIDE_BY_SIDE_SHARE * psutil.virtual_memory().available
+    return tokens * token_bytes(config, dtype) <= room
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of activations that a token takes at most while a block computes."""
+    text = config.get_text_config()
+    hidden = getattr(text, "hidden_size", 1024)
+    widest = getattr(text, "intermediate_size", None)
+    widest = widest if isinstance(widest, int) else 4 * hidden
+    return (6 * hidden + 3 * widest) * dtype.itemsize
 
 
 def give_back_freed_memory() -> None:
