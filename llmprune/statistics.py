@@ -204,6 +204,49 @@ class Gram:
         self._factors.clear()
 
 
+class CrossGram(Gram):
+    """A Gram matrix that also relates the inputs P to those that the dense model has in their place, D.
+
+    With a target between the two models' outputs, `share`·D Wᵀ + (1-share)·P Wᵀ, the least squares problem over the
+    pruned weights is that of other weights W*, to which every solver applies unchanged; compare GPTAQ (Li et al., 2025,
+    arXiv:2504.02692), which quantizes towards the dense model's outputs in the same way.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self._cross_II: Tensor | None = None
+
+    def add(self, x_TI: Tensor, sequences: int, dense_TI: Tensor | None = None) -> None:
+        """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
+        if dense_TI is not None:
+            if self._cross_II is None:
+                self._cross_II = torch.zeros_like(self._mean_II)
+            total = self.sequences + sequences
+            self._cross_II.mul_(self.sequences / total)
+            self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), alpha=2 / total)
+        super().add(x_TI, sequences)
+
+    @staticmethod
+    def nbytes(inputs: int) -> int:
+        return 2 * Gram.nbytes(inputs)
+
+    def target(self, weight_OI: Tensor, share: float, damp: float) -> Tensor:
+        """Return W* = (W C + λW)(H + λ)⁻¹ in fp32, C = `share`·DᵀP + (1-share)·PᵀP; W where D was not seen.
+
+        Args:
+            weight_OI: the dense weights.
+            share: of the target that is the dense model's output, 0 to 1.
+            damp: λ relative to the mean of H's diagonal.
+        """
+        weight_OI = weight_OI.float()
+        if self._cross_II is None or not share:
+            return weight_OI
+        factor = self.factor(damp)
+        ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
+        goal_OI = share * (weight_OI @ self._cross_II) + (1 - share) * (weight_OI @ self.hessian_II) + ridge * weight_OI
+        return (goal_OI @ factor.upper_II.T) @ factor.upper_II
+
+
 @dataclass(frozen=True)
 class Factor:
     """Upper Cholesky factor U of the inverse of the damped Hessian: H⁻¹ = Uᵀ U."""

@@ -3,7 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmprune.model.lanes import Lanes
 from llmprune.model.observe import observing
+from llmprune.model.originals import Originals
 from llmprune.model.sites import Site
 from llmprune.model.walks import Walks
 from llmprune.statistics import ColumnNorm, Gram
@@ -65,6 +66,8 @@ class Collector:
         true_sequential: let each site see the earlier ones of its block pruned.
         side_by_side: with `true_sequential`, hold all lanes before each site, so that a stage is run once. Takes the
             memory of all lanes' activations; without it, the stage is run once for each group.
+        twins: the second half of the lanes are the same batches again, to go through the dense model. With
+            `side_by_side`, statistics that can (`CrossGram`) then also see what the dense model feeds a site.
     """
 
     lanes: Lanes
@@ -72,6 +75,7 @@ class Collector:
     budget: int
     true_sequential: bool = False
     side_by_side: bool = False
+    twins: bool = False
     most_runs: int = field(default=0, init=False)  # how often a stage was run at most to collect its statistics
 
     def groups(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, None]:
@@ -85,18 +89,43 @@ class Collector:
             NumericalError: an input holds NaN or infinity.
         """
         experts = any(Group([site]).of_expert for site in sites)  # lanes do not come to all of them
-        if self.true_sequential and self.side_by_side and not experts:
+        if sites and self.true_sequential and self.side_by_side and not experts:
             sites = yield from self._side_by_side(index, sites)
             if sites:
-                self.lanes.finish({})  # what is pruned now changes the outputs
+                self.outdate()
+        else:
+            self.run_twins(index)
         if sites:
             yield from self._by_runs(index, sites)
+
+    def run_twins(self, index: int) -> None:
+        """Run the dense model's lanes through stage `index` while its weights still are dense."""
+        if self.twins:
+            self.lanes.finish(
+                {lane: self.lanes.run(index, lane) for lane in self.lanes.waiting_at(index) if self._is_twin(lane)}
+            )
+
+    def outdate(self) -> None:
+        """Have the pruned model's lanes run the stage again: weights have changed since they did."""
+        self.lanes.unfinish(range(self._batches))
+
+    @property
+    def _batches(self) -> int:
+        return len(self.lanes) // 2 if self.twins else len(self.lanes)
+
+    def _is_twin(self, lane: int) -> bool:
+        return lane >= self._batches
 
     def _side_by_side(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, list[Site]]:
         """Yield each site as the lanes come to it; return those that no module's call led to."""
         statistic, last = None, list[Tensor]()
         done = set[Site]()
-        with Walks(self.lanes, index, sites) as walks:
+        dense = Originals(sites) if self.twins else None
+
+        def weights_of(lane: int) -> AbstractContextManager[None]:
+            return dense.in_place() if dense and self._is_twin(lane) else nullcontext()
+
+        with Walks(self.lanes, index, sites, weights_of) as walks:
             for site, inputs in walks.stops():
                 if site in done:
                     continue  # called again: it runs as it was pruned
@@ -109,8 +138,10 @@ class Collector:
 
     def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
         group = Group([site])
-        for lane, x in zip(self.lanes.waiting_at(index), inputs, strict=True):
-            self._add(group, x, lane)
+        given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))
+        for lane, x in given.items():
+            if not self._is_twin(lane):
+                self._add(group, x, lane, given.get(lane + self._batches) if self.twins else None)
         _require_finite([group])
         return group.statistic
 
@@ -173,7 +204,7 @@ class Collector:
         for leader, inputs in (seen or {}).items():
             for x in inputs if leader in by_leader else ():
                 self._add(by_leader[leader], x, lane=0)
-        for lane in range(1 if seen is not None else 0, len(self.lanes)):
+        for lane in range(1 if seen is not None else 0, self._batches):
             self._sum_lane(index, lane, by_leader)
         _require_finite(groups)
 
@@ -190,14 +221,23 @@ class Collector:
         with observing(self.lanes.stage(index), list(by_leader), see), suppress(_Enough):
             self.lanes.run(index, lane)
 
-    def _add(self, group: Group, x: Tensor, lane: int) -> None:
+    def _add(self, group: Group, x: Tensor, lane: int, dense: Tensor | None = None) -> None:
+        """Add a lane's input, and what the dense model's lane is given in its place."""
         if group.statistic is None:
             group.statistic = self.needs(x.shape[-1], x.device)
         sequences = self.lanes.sequences(lane)
-        # One sequence at a time, as the papers' scripts see them: masks then do not depend on the batch size.
-        parts = x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
-        for part in parts:
-            group.statistic.add(part, sequences // len(parts))
+        parts = _sequences(x, sequences)
+        pairs = zip(parts, _sequences(dense, sequences), strict=True) if dense is not None else ((p,) for p in parts)
+        for pair in pairs:
+            group.statistic.add(pair[0], sequences // len(parts), *pair[1:])
+
+
+def _sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
+    """Split into one part [tokens, inputs] per sequence where the input has them apart.
+
+    So the papers' scripts see them: masks then do not depend on the batch size.
+    """
+    return x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
 
 
 def _require_finite(groups: Sequence[Group]) -> None:

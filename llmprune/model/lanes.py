@@ -10,7 +10,7 @@ the same everywhere, and an error in a lane surfaces in the coordinator by itsel
 """
 
 import contextvars
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -100,7 +100,12 @@ class Lanes:
 
     def finish(self, outputs: dict[int, Any]) -> None:
         """Take the outputs of the stage for some lanes: `advance` uses them instead of running it."""
-        self._finished = outputs
+        self._finished |= outputs
+
+    def unfinish(self, lanes: Iterable[int]) -> None:
+        """Forget such outputs, as the weights have changed since."""
+        for lane in lanes:
+            self._finished.pop(lane, None)
 
     def run(self, index: int, lane: int) -> Any:
         """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.

@@ -6,7 +6,7 @@ So each site runs once, with its pruned weights, and what a site is fed has pass
 
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -33,10 +33,17 @@ class Walks:
         lanes: they wait at the stage.
         index: of the stage.
         sites: modules of the stage before which lanes are held.
+        weights_of: within this context the weights are those that a lane is to run with.
     """
 
-    def __init__(self, lanes: Lanes, index: int, sites: Sequence[Site]) -> None:
-        self._lanes, self._index, self._sites = lanes, index, sites
+    def __init__(
+        self,
+        lanes: Lanes,
+        index: int,
+        sites: Sequence[Site],
+        weights_of: Callable[[int], AbstractContextManager[None]] = lambda lane: nullcontext(),
+    ) -> None:
+        self._lanes, self._index, self._sites, self._weights_of = lanes, index, sites, weights_of
         self._hooks = ExitStack()
         self._walks: list[greenlet] = []
         self._outputs: dict[int, Any] = {}
@@ -90,7 +97,8 @@ class Walks:
         """Let every walk go on to its next site or to its end; return those that are held."""
         held = []
         for lane, walk in zip(self._lanes.waiting_at(self._index), self._walks, strict=True):
-            reached = None if walk.dead else walk.switch()
+            with self._weights_of(lane):
+                reached = None if walk.dead else walk.switch()
             if isinstance(reached, _Held):
                 held.append(reached)
             elif walk.dead and lane not in self._outputs:

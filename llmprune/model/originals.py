@@ -1,0 +1,34 @@
+"""The dense weights of a stage, kept while it is pruned, so that the model as it was can run beside the pruned one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from llmprune.errors import UnsupportedModelError
+from llmprune.model.sites import Site
+
+
+class Originals:
+    """Copies of the parameters that hold some sites, made before these are pruned.
+
+    Raises:
+        UnsupportedModelError: a parameter is not in memory, as accelerate offloads it.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        parameters = {site.tensor: site.module.get_parameter(site.parameter) for site in sites}
+        for name, parameter in parameters.items():
+            if parameter.is_meta:
+                raise UnsupportedModelError(f"{name} is offloaded: a dense target needs the whole block in memory")
+        self._kept = [(parameter, parameter.data.clone()) for parameter in parameters.values()]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the modules compute with the dense weights inside the block."""
+        pruned = [parameter.data for parameter, _ in self._kept]
+        for parameter, dense in self._kept:
+            parameter.data = dense
+        try:
+            yield
+        finally:
+            for (parameter, _), data in zip(self._kept, pruned, strict=True):
+                parameter.data = data
