@@ -68,6 +68,12 @@ def cli() -> None:
 @click.option(
     "--true-sequential", is_flag=True, default=None, help="Let each site see the block's earlier ones pruned."
 )
+@click.option(
+    "--dense-target",
+    type=float,
+    metavar="SHARE",
+    help="Share of the dense model's outputs to fit to, 0 to 1  [default: 0]",
+)
 @click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'.")
 @click.option("--recipe", type=click.Path(), metavar="FILE.yaml", help="Options in a file; the command line wins.")

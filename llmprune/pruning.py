@@ -25,6 +25,7 @@ from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.report import Clock, Report, SiteReport, hardware, versions
 from llmprune.solving import prune_matrix
+from llmprune.statistics import CrossGram
 from llmprune.storing import InMemory, OnDisk, Store
 
 _DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
@@ -135,6 +136,9 @@ def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Rep
         for index, stage in enumerate(stages):
             if store.has(stage):
                 with clock.phase("recall"):
+                    if collector and collector.twins:
+                        host.load(stage)
+                        collector.run_twins(index)
                     store.recall(stage)
             else:
                 with clock.phase("load"):
@@ -144,8 +148,8 @@ def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Rep
                 _prune_sites(host, groups, patterns, recipe, report)
                 with clock.phase("write"):
                     changed = store.keep(stage, sites)
-                if changed and lanes:
-                    lanes.finish({})
+                if changed and collector:
+                    collector.outdate()
             if lanes and index + 1 < len(plan.stages):
                 with clock.phase("forward"):
                     lanes.advance(index)
@@ -159,7 +163,8 @@ def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> Abstra
         return nullcontext()
     longest = max(len(row) for row in plan.rows)
     size = recipe.batch_size or batch_size(longest, host.config, host.dtype, host.place)
-    return Lanes(host.model, plan.stages, batches(plan.tokens, size), home, host.device_of)
+    rows = batches(plan.tokens, size)
+    return Lanes(host.model, plan.stages, [*rows, *rows] if recipe.dense_target else rows, home, host.device_of)
 
 
 def _collector(lanes: Lanes | None, host: Host, plan: Plan, recipe: Recipe) -> Collector | None:
@@ -167,9 +172,14 @@ def _collector(lanes: Lanes | None, host: Host, plan: Plan, recipe: Recipe) -> C
     if lanes is None or needs is None:
         return None
     budget = statistics_budget(max(_nbytes(block.module) for block in host.blocks), host.place)
-    tokens = sum(len(row) for row in plan.rows)
+    twins = bool(recipe.dense_target)
+    tokens = sum(len(row) for row in plan.rows) * (2 if twins else 1)
     fits = fits_side_by_side(tokens, host.config, host.dtype, host.place)
-    return Collector(lanes, needs, budget, recipe.true_sequential, fits)
+    if twins and not fits:
+        raise RecipeError(
+            f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
+        )
+    return Collector(lanes, CrossGram if twins else needs, budget, recipe.true_sequential, fits, twins)
 
 
 def _nbytes(module: torch.nn.Module) -> int:
@@ -201,7 +211,8 @@ def _prune_sites(
         for site in group.sites:
             with report.clock.phase("solve"):
                 pattern = patterns[site.name]
-                outcome = prune_matrix(site.name, method, host.weight(site), group.statistic, pattern, recipe.seed)
+                weight_OI, target = host.weight(site), recipe.dense_target
+                outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, recipe.seed, target)
             report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
 
 

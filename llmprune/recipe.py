@@ -13,6 +13,7 @@ from llmprune.errors import RecipeError, did_you_mean
 from llmprune.locate import DEMO
 from llmprune.methods import Method
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
+from llmprune.statistics import Gram
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -34,6 +35,8 @@ class Recipe:
         dtype: `auto` (as the checkpoint is stored), `float32`, `float16` or `bfloat16`.
         batch_size: sequences a forward; None sizes it to the memory.
         true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
+        dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
+            outputs that the dense matrix has on the pruned model's inputs. Needs `true_sequential`.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
         revision: branch, tag or commit of a Hub model.
         trust_remote_code: run code that comes with the model.
@@ -51,6 +54,7 @@ class Recipe:
     dtype: str = "auto"
     batch_size: int | None = None
     true_sequential: bool = False
+    dense_target: float = 0.0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     revision: str | None = None
@@ -84,6 +88,15 @@ class Recipe:
         self.solver()
         self.target()
         self.place()
+        self._require_dense_target()
+
+    def _require_dense_target(self) -> None:
+        if not isinstance(self.dense_target, int | float) or not 0 <= self.dense_target <= 1:
+            raise RecipeError(f"dense_target must be a number from 0 to 1, not {self.dense_target!r}")
+        if self.dense_target and self.solver().needs is not Gram:
+            raise RecipeError(f"{methods.name_of(self.solver())} fits no outputs: leave out dense_target")
+        if self.dense_target and not self.true_sequential:
+            raise RecipeError("dense_target needs true_sequential, so that a block is solved as its inputs change")
 
     def solver(self) -> Method:
         """Return the method with its hyper-parameters set."""

@@ -12,9 +12,10 @@ from llmprune.methods import Method, Solution
 from llmprune.model.sites import require_finite
 from llmprune.patterns import Pattern
 from llmprune.recipe import Recipe
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, Gram
 
 _ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
+_TARGET_DAMP = 0.01  # SparseGPT's own: its factor then serves both
 
 
 @torch.no_grad()
@@ -43,7 +44,9 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, *
         raise PatternError(f"the matrix {why}")
     require_finite("the matrix", weight)
     generator = _generator(recipe.seed, "the matrix")
-    return checked_solution("the matrix", method, weight, _fed(method, statistic, weight), pattern, generator)
+    return checked_solution(
+        "the matrix", method, weight, _fed(method, statistic, weight), pattern, generator, weight.dtype
+    )
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,23 @@ class Outcome:
     notes: tuple[str, ...]
 
 
-def prune_matrix(name: str, method: Method, weight_OI: Tensor, statistic: Any, pattern: Pattern, seed: int) -> Outcome:
+def prune_matrix(
+    name: str,
+    method: Method,
+    weight_OI: Tensor,
+    statistic: Any,
+    pattern: Pattern,
+    seed: int,
+    dense_target: float = 0.0,
+) -> Outcome:
     """Overwrite a matrix with its solution, a few rows at a time where rows are independent."""
     generator = _generator(seed, name)
     zeros, error, scale, notes = 0, 0.0, 0.0, dict[str, None]()
     for rows in _chunks(weight_OI) if method.row_wise and pattern.row_wise else (weight_OI,):
         here = rows.to(statistic.device) if statistic else rows  # accelerate may keep weights off the GPU
-        solution = checked_solution(name, method, here, statistic, pattern, generator)
-        change, whole = energies(here, solution.weight_OI, statistic)
+        goal = statistic.target(here, dense_target, _TARGET_DAMP) if isinstance(statistic, CrossGram) else here
+        solution = checked_solution(name, method, goal, statistic, pattern, generator, rows.dtype)
+        change, whole = energies(goal, solution.weight_OI, statistic)
         error, scale = error + change, scale + whole
         zeros += here.numel() - int(solution.weight_OI.count_nonzero())
         notes |= dict.fromkeys(solution.notes)
@@ -71,12 +83,20 @@ def prune_matrix(name: str, method: Method, weight_OI: Tensor, statistic: Any, p
 
 
 def checked_solution(
-    name: str, method: Method, weight_OI: Tensor, statistic: Any, pattern: Pattern, generator: torch.Generator
+    name: str,
+    method: Method,
+    weight_OI: Tensor,
+    statistic: Any,
+    pattern: Pattern,
+    generator: torch.Generator,
+    dtype: torch.dtype | None = None,
 ) -> Solution:
-    """Solve, and vouch for the result: exactly the pattern, finite, every zero a positive one."""
+    """Solve, and vouch for the result: exactly the pattern, in `dtype`, finite, every zero a positive one."""
     solution = method.solve(weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
-    pruned_OI = solution.weight_OI.masked_fill(~solution.keep_OI, 0).add_(0.0)  # adding zero turns -0.0 into +0.0
+    pruned_OI = (
+        solution.weight_OI.to(dtype or weight_OI.dtype).masked_fill(~solution.keep_OI, 0).add_(0.0)
+    )  # adding zero turns -0.0 into +0.0
     require_finite(f"the solution of {name}", pruned_OI)
     return Solution(pruned_OI, solution.keep_OI, solution.notes)
 

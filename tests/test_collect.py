@@ -12,7 +12,7 @@ import tiny
 from llmprune.model import Lanes, Resident
 from llmprune.model.collect import Collector, Group, StatisticType, find_groups
 from llmprune.model.sites import Site, Stage, sites_of
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, Gram
 
 CPU = torch.device("cpu")
 
@@ -184,6 +184,45 @@ def test_lanes_side_by_side_see_what_runs_group_by_group_see(family: str, needs:
     assert all(torch.equal(first(a), first(b)) for a, b in zip(*outputs, strict=True))
     assert runs[:2] == [len(batches)] * 2
     assert runs[2] > len(batches)
+
+
+@pytest.mark.parametrize("family", [*GROUPS, "qwen3-moe"])
+def test_the_dense_models_lanes_stay_those_of_the_dense_model(family: str) -> None:
+    """Whatever becomes of the weights, also where experts keep lanes from going side by side."""
+    batches, host = [tiny.ids(2), tiny.ids(1, 9)], Resident(tiny.model(family))
+    expected = [tiny.logits(host.model, batch) for batch in batches]
+    stages = [*host.blocks, host.head]
+    with Lanes(host.model, stages, batches * 2, CPU, host.device_of) as lanes:
+        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, twins=True)
+        for index, block in enumerate(host.blocks):
+            for group in collector.groups(index, sites_of(block)):
+                for site in group.sites:
+                    host.weight(site).mul_(0.5)
+            lanes.advance(index)
+        lanes.advance(len(host.blocks))
+        logits = [output.logits for output in lanes.outputs()]
+    assert all(torch.equal(a, b) for a, b in zip(logits[2:], expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(logits[:2], expected, strict=True))
+
+
+def test_the_dense_models_inputs_are_related_to_the_pruned_ones() -> None:
+    """For a block of two matrices, the second is fed by the first, which is pruned."""
+    first_weight, x = torch.randn(4, 4), torch.randn(2, 5, 4)
+    block: Any = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))
+    block[0].weight.data.copy_(first_weight)
+    model: Any = nn.Module()
+    model.block = block
+    model.forward = lambda input_ids, use_cache: block(x)
+    stage = Stage("block", block)
+    with Lanes(model, [stage], [tiny.ids(2, 5)] * 2, CPU, lambda stage: CPU) as lanes:
+        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, twins=True)
+        groups = collector.groups(0, sites_of(stage))
+        next(groups).sites[0].module.get_parameter("weight").data.mul_(0.5)
+        second: Any = next(groups).statistic
+    dense, weight = (x @ first_weight.T).reshape(-1, 4), torch.randn(3, 4)
+    found = second.target(weight, 1.0, 0.0)
+    assert torch.allclose(found, 2 * weight, atol=1e-4), "half the inputs need twice the weights"
+    assert torch.allclose(second.hessian_II, 2 / 2 * (dense.T @ dense) / 4, rtol=1e-4)
 
 
 def first(output: Any) -> Tensor:

@@ -49,7 +49,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.calibration": {"llmprune.errors", "llmprune.documents", "llmprune.progress"},
     "llmprune.locate": {"llmprune.errors", "llmprune.hub", "llmprune.checkpoint"},
     "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.statistics"},
-    "llmprune.recipe": {"llmprune.errors", "llmprune.methods", "llmprune.patterns", "llmprune.locate"},
+    "llmprune.recipe": {
+        "llmprune.errors",
+        "llmprune.methods",
+        "llmprune.patterns",
+        "llmprune.locate",
+        "llmprune.statistics",
+    },
 }
 
 

@@ -29,6 +29,7 @@ GOOD: dict[str, Any] = {
     "dtype": "bfloat16",
     "batch_size": 2,
     "true_sequential": True,
+    "dense_target": 0.0,
     "include": ("lm_head.weight",),
     "exclude": ("*.0.*",),
     "revision": "main",
@@ -216,3 +217,16 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.yaml: No such file"):
         read_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dense_target": 1.5, "true_sequential": True}, "from 0 to 1"),
+        ({"dense_target": "half", "true_sequential": True}, "from 0 to 1"),
+        ({"dense_target": 0.5}, "needs true_sequential"),
+        ({"dense_target": 0.5, "true_sequential": True, "method": "wanda"}, "wanda fits no outputs"),
+    ],
+)
+def test_a_dense_target_that_cannot_be_met_is_refused(options: dict[str, Any], says: str) -> None:
+    assert says in message(options)

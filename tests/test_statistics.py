@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmprune import statistics
 from llmprune.errors import NumericalError
-from llmprune.statistics import ColumnNorm, Gram, factorize
+from llmprune.statistics import ColumnNorm, CrossGram, Gram, factorize
 
 CPU = torch.device("cpu")
 KINDS = [ColumnNorm, Gram]
@@ -197,3 +197,26 @@ def test_a_gram_is_factored_once_for_the_sites_that_share_it() -> None:
     first = statistic.factor(0.01)
     assert statistic.factor(0.01) is first
     assert statistic.factor(0.1).damp == 0.1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_target_solves_the_ridge_problem_towards_both_models(share: float) -> None:
+    """min |G Wᵀ - P W*ᵀ|² + λ |W* - W|² with the mixed goal G Wᵀ, solved by stacking the ridge under the inputs."""
+    pruned, dense, weight_OI = torch.randn(3, 7, 5), torch.randn(3, 7, 5), torch.randn(4, 5)
+    statistic = CrossGram(5, CPU)
+    for x, d in zip(pruned, dense, strict=True):
+        statistic.add(x, 1, d)
+    p, d = (x.reshape(-1, 5).double() * (2 / 3) ** 0.5 for x in (pruned, dense))
+    root = (0.1 * (p.T @ p).diagonal().mean()).sqrt() * torch.eye(5, dtype=torch.float64)
+    goal = (share * d + (1 - share) * p) @ weight_OI.double().T
+    expected = torch.linalg.lstsq(torch.cat([p, root]), torch.cat([goal, root @ weight_OI.double().T])).solution.T
+    assert torch.allclose(
+        statistic.target(weight_OI, share, 0.1).double(), expected if share else weight_OI.double(), atol=1e-4
+    )
+
+
+def test_without_the_dense_models_inputs_the_target_is_the_weight_itself() -> None:
+    statistic = CrossGram(5, CPU)
+    statistic.add(torch.randn(9, 5), 1)
+    weight_OI = torch.randn(4, 5)
+    assert torch.equal(statistic.target(weight_OI, 0.5, 0.01), weight_OI)
