@@ -7,69 +7,24 @@ python scripts/architectures.py --only mixtral     # again for one, the other ro
 
 import argparse
 import json
-import multiprocessing
 import re
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval"), str(ROOT / "tests")]
 
-import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import zoo  # noqa: E402
 from llmprune.report import versions  # noqa: E402
-from zoo.check import DTYPES, Row, check  # noqa: E402
+from zoo.check import DTYPES, Row  # noqa: E402
+from zoo.isolated import Job, run  # noqa: E402
 
-LIMIT = 300.0  # seconds for one architecture
 NAMED = 5  # places of matrices left dense that are named for one reason
-
-Job = tuple[str, str]  # architecture and dtype
-
-
-def run(jobs: list[Job], at_once: int) -> Iterator[Row]:
-    """Yield the row of every job as it ends, each in a process of its own: one that dies ends no other."""
-    context = multiprocessing.get_context("fork")
-    waiting, running = list(reversed(jobs)), dict[Any, tuple[Any, Job, float]]()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            receiver, sender = context.Pipe(duplex=False)
-            job = waiting.pop()
-            process = context.Process(target=_child, args=(sender, *job))
-            process.start()
-            sender.close()
-            running[receiver] = (process, job, time.monotonic())
-        ready: list[Any] = wait(list(running), timeout=1.0)
-        for receiver in ready:
-            process, job, _ = running.pop(receiver)
-            yield _received(receiver, job)
-            process.join()
-        for receiver, (process, job, started) in list(running.items()):
-            if time.monotonic() - started > LIMIT:
-                process.kill()
-                del running[receiver]
-                yield Row(*job, detail=f"took more than {LIMIT:.0f} s")
-
-
-def _child(sender: Connection, name: str, dtype: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        sender.send(check(name, Path(folder), dtype))
-
-
-def _received(receiver: Any, job: Job) -> Row:
-    try:
-        row: Row = receiver.recv()
-    except EOFError:
-        return Row(*job, detail="the process died")
-    return row
 
 
 def read_rows(path: Path) -> dict[Job, Row]:
@@ -123,7 +78,7 @@ def _totals(rows: dict[Job, Row], built: list[Row]) -> Iterator[str]:
             yield f"{dtype}: " + ", ".join(parts)
 
 
-_WORDS = {"pass": "pass", "refused": "are refused", "wrong": "are wrong", "not built": "cannot run in transformers"}
+_WORDS = {"pass": "pass", "refused": "refused", "wrong": "wrong", "not built": "that transformers cannot run so"}
 _CELLS = {"pass": "yes", "refused": "refused", "wrong": "WRONG", "not built": "-"}
 
 
@@ -180,9 +135,6 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROOT / "build/architectures.jsonl", help="one JSON object a row")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/ARCHITECTURES.md")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     rows = read_rows(args.rows) if args.resume or args.only else {}
     args.rows.parent.mkdir(parents=True, exist_ok=True)
     with args.rows.open("a" if rows else "w") as file:
