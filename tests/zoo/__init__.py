@@ -71,7 +71,7 @@ def _holder(name: str) -> Any:
 def model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a tiny model with random weights."""
     torch.manual_seed(0)
-    made: PreTrainedModel = _holder(name).from_config(config(name))
+    made: PreTrainedModel = _holder(name).from_config(config(name), dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
