@@ -45,11 +45,12 @@ def read_config(source: Source, trust_remote_code: bool) -> Any:
     except Exception as error:  # configurations check themselves, each with errors of its own
         raise UnsupportedModelError(f"{source.folder}/config.json is not understood: {_first_line(error)}") from None
     _require_causal(source, config, trust_remote_code)
+    _require_as_many_tensors(source, config)
     return config
 
 
 def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """Return the model with its parameters on the meta device and its computed buffers in CPU memory."""
+    """Return the model with all of it on the meta device."""
     try:
         with quiet(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -57,7 +58,6 @@ def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Pre
             )
     except Exception as error:  # whatever a model's own code raises on values that make no sense
         raise UnsupportedModelError(f"no model can be built from config.json: {_first_line(error)}") from None
-    _fill_buffers(model)
     model.eval()
     return model
 
@@ -142,16 +142,23 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _fill_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint stores (rotary tables, masks), as `from_pretrained` does."""
-    with torch.no_grad(), initialization.guard_torch_init_functions():
-        for module in model.modules():
-            for name in module._non_persistent_buffers_set:
-                buffer = module._buffers.get(name)
-                if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        for module, init_weights in _with_owner(model, model._init_weights):
-            init_weights(module)
+def fill_buffers(model: PreTrainedModel) -> None:
+    """Compute, in CPU memory, the buffers that no checkpoint stores (rotary tables, masks), as `from_pretrained` does.
+
+    Raises:
+        UnsupportedModelError: the configuration asks for buffers that make no sense.
+    """
+    try:
+        with torch.no_grad(), initialization.guard_torch_init_functions():
+            for module in model.modules():
+                for name in module._non_persistent_buffers_set:
+                    buffer = module._buffers.get(name)
+                    if buffer is not None:
+                        module._buffers[name] = torch.empty_like(buffer, device="cpu")
+            for module, init_weights in _with_owner(model, model._init_weights):
+                init_weights(module)
+    except Exception as error:  # whatever a model's own code raises on values that make no sense
+        raise UnsupportedModelError(f"no model can be built from config.json: {_first_line(error)}") from None
 
 
 def _with_owner(
@@ -170,13 +177,27 @@ def _require_causal(source: Source, config: Any, trust_remote_code: bool) -> Non
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in mapping:
         raise UnsupportedModelError(f"{source.folder} is a '{config.model_type}' model, not a causal language model")
-    architectures = source.config.get("architectures") or []
-    architectures = [architectures] if isinstance(architectures, str) else architectures
+    architectures = _architectures(source)
     known = {cls.__name__ for cls in _flat(mapping[type(config)])} if not remote else set(architectures)
     if architectures and not known & set(architectures):
         raise UnsupportedModelError(
             f"{source.folder} is a {architectures[0]}, not a causal language model ({', '.join(sorted(known))})"
         )
+
+
+def _architectures(source: Source) -> list[str]:
+    named = source.config.get("architectures") or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UnsupportedModelError(f"{source.folder}/config.json is not understood: architectures must be names")
+    return named
+
+
+def _require_as_many_tensors(source: Source, config: Any) -> None:
+    """A model of a billion blocks would never be built, and has a billion tensors."""
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > len(source.entries):
+        raise CheckpointError(f"{source.folder} has {len(source.entries)} tensors, too few for {blocks} blocks")
 
 
 def is_causal_lm(model: PreTrainedModel) -> bool:

@@ -13,7 +13,7 @@ from llmprune.model.blocks import find_blocks, find_ends
 from llmprune.model.lanes import Lanes
 from llmprune.model.memory import give_back_freed_memory
 from llmprune.model.sites import Site, Stage, require_finite
-from llmprune.model.skeleton import Loader, empty_model, quiet, read_config
+from llmprune.model.skeleton import Loader, empty_model, fill_buffers, quiet, read_config
 
 _OUTER = ""  # what belongs to no stage: embeddings, final norm
 
@@ -42,6 +42,7 @@ class Streamed:
         self.blocks = [Stage(f"{self.blocks_name}.{index}", block) for index, block in enumerate(blocks)]
         self.embedding, self.head = find_ends(self.model)
         self._loader = Loader(source, self.model, self.dtype)
+        fill_buffers(self.model)  # now that the files have confirmed the shapes that the configuration asks for
         self._names = self._names_by_stage()
 
     def open(self, home: torch.device) -> None:
