@@ -44,6 +44,7 @@ class OnDisk:
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
             report.clock.seconds.update(record["seconds"])
+            report.most_runs = record["runs"]
         self._reported = len(report.sites)
 
     def has(self, stage: Stage) -> bool:
@@ -56,7 +57,8 @@ class OnDisk:
         for name, tensor in self._host.stored(stage, sites):
             self._sink.write(name, tensor)
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
-        self._sink.finish(stage.name, {"sites": reports, "seconds": self._report.clock.seconds})
+        measured = {"seconds": self._report.clock.seconds, "runs": self._report.most_runs}
+        self._sink.finish(stage.name, {"sites": reports, **measured})
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
         if self._host.rounds(stage):  # a resumed run can only go on with what was written, so every run does
