@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,19 @@ from llmprune.allocation import global_magnitude
 from llmprune.calibration import batches
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.place import require_place
-from llmprune.errors import RecipeError
+from llmprune.errors import RecipeError, ResourceError
 from llmprune.locate import locate
 from llmprune.methods.magnitude import Magnitude
 from llmprune.model import Lanes, Resident, Streamed, load_tokenizer
 from llmprune.model.collect import Collector, Group
-from llmprune.model.memory import batch_size, home_device, statistics_budget
-from llmprune.model.sites import Site, require_finite
+from llmprune.model.memory import (
+    batch_size,
+    give_back_freed_memory,
+    home_device,
+    out_of_memory_in,
+    statistics_budget,
+)
+from llmprune.model.sites import Site, Stage, require_finite
 from llmprune.patterns import Pattern, Unstructured
 from llmprune.plan import Host, Plan, make_plan
 from llmprune.progress import Progress
@@ -122,41 +128,79 @@ def _warn_of_small_share(plan: Plan) -> None:
 
 
 def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Report, store: Store) -> None:
-    """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
-    patterns, clock = _patterns(host, plan), report.clock
+    """Prune the embedding if that is asked for, then stream the stages; with half the batch if memory runs out."""
+    patterns = _patterns(host, plan)
     embedding = plan.sites.get(host.embedding.name)
     if embedding and not store.has(host.embedding):
         _prune_sites(host, _unfed(embedding), patterns, recipe, report)
         store.keep(host.embedding, embedding)
-    stages = [] if all(store.has(stage) for stage in plan.stages) else plan.stages
-    with _lanes(host, plan, recipe, home) as lanes, Progress(len(stages), "pruning", "block") as bar:
-        collector = _collector(lanes, host, recipe)
-        for index, stage in enumerate(stages):
-            if store.has(stage):
-                with clock.phase("recall"):
-                    store.recall(stage)
-            else:
-                with clock.phase("load"):
-                    host.load(stage)
-                sites = plan.sites.get(stage.name, [])
-                groups = _timed(collector.groups(index, sites), clock) if collector else _unfed(sites)
-                _prune_sites(host, groups, patterns, recipe, report)
-                report.most_runs = max(report.most_runs, collector.most_runs if collector else 0)
-                with clock.phase("write"):
-                    store.keep(stage, sites)
-            if lanes and index + 1 < len(plan.stages):
-                with clock.phase("forward"):
-                    lanes.advance(index)
-            host.free(stage)
-            bar.step()
+    store.batch_size = store.batch_size or _batch_size(host, plan, recipe)
+    while not all(store.has(stage) for stage in plan.stages):
+        try:
+            _stream(host, plan, patterns, recipe, home, report, store)
+        except ResourceError as error:
+            if store.batch_size == 1 or not store.go_back():
+                raise
+            store.batch_size //= 2
+            _log.warning("%s; going on with %d sequences a forward", error, store.batch_size)
+        give_back_freed_memory()
     report.close(plan)
 
 
-def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> AbstractContextManager[Lanes | None]:
+def _stream(
+    host: Host,
+    plan: Plan,
+    patterns: dict[str, Pattern],
+    recipe: Recipe,
+    home: torch.device,
+    report: Report,
+    store: Store,
+) -> None:
+    """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
+    clock = report.clock
+    with (
+        out_of_memory_in(host.embedding.name),
+        _lanes(host, plan, store.batch_size, home) as lanes,
+        Progress(len(plan.stages), "pruning", "block") as bar,
+    ):
+        collector = _collector(lanes, host, recipe)
+        for index, stage in enumerate(plan.stages):
+            with out_of_memory_in(stage.name), _freed(host, stage):
+                if store.has(stage):
+                    with clock.phase("recall"):
+                        store.recall(stage)
+                else:
+                    with clock.phase("load"):
+                        host.load(stage)
+                    sites = plan.sites.get(stage.name, [])
+                    groups = _timed(collector.groups(index, sites), clock) if collector else _unfed(sites)
+                    _prune_sites(host, groups, patterns, recipe, report)
+                    report.most_runs = max(report.most_runs, collector.most_runs if collector else 0)
+                    with clock.phase("write"):
+                        store.keep(stage, sites)
+                if lanes and index + 1 < len(plan.stages):
+                    with clock.phase("forward"):
+                        lanes.advance(index)
+            bar.step()
+
+
+@contextmanager
+def _freed(host: Host, stage: Stage) -> Iterator[None]:
+    """Free a stage after use, and after a failure, when it will be loaded again."""
+    try:
+        yield
+    finally:
+        host.free(stage)
+
+
+def _batch_size(host: Host, plan: Plan, recipe: Recipe) -> int:
+    longest = max((len(row) for row in plan.rows), default=1)
+    return recipe.batch_size or batch_size(longest, host.config, host.dtype, host.place)
+
+
+def _lanes(host: Host, plan: Plan, size: int, home: torch.device) -> AbstractContextManager[Lanes | None]:
     if plan.tokens is None:
         return nullcontext()
-    longest = max(len(row) for row in plan.rows)
-    size = recipe.batch_size or batch_size(longest, host.config, host.dtype, host.place)
     return Lanes(host.model, plan.stages, batches(plan.tokens, size), home, host.device_of)
 
 
@@ -195,7 +239,7 @@ def _prune_sites(
         if group.statistic is None and method.needs is not None:
             method = Magnitude()  # experts that no token reached; the group's notes say so
         for site in group.sites:
-            with report.clock.phase("solve"):
+            with report.clock.phase("solve"), out_of_memory_in(site.name):
                 pattern = patterns[site.name]
                 outcome = prune_matrix(site.name, method, host.weight(site), group.statistic, pattern, recipe.seed)
             report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
