@@ -12,7 +12,7 @@ from llmprune.errors import CheckpointError
 from llmprune.model.blocks import find_blocks, find_ends
 from llmprune.model.lanes import Lanes
 from llmprune.model.memory import give_back_freed_memory
-from llmprune.model.sites import Site, Stage, require_finite
+from llmprune.model.sites import Site, Stage, out_of_range, require_finite
 from llmprune.model.skeleton import Loader, empty_model, fill_buffers, quiet, read_config
 
 _OUTER = ""  # what belongs to no stage: embeddings, final norm
@@ -129,7 +129,7 @@ class Streamed:
         wanted = {site.tensor for site in sites} | {tied[site.tensor] for site in sites if site.tensor in tied}
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
-                yield key, _cast(tensor, self.source.entries[key].torch_dtype)
+                yield key, _cast(key, tensor, self.source.entries[key].torch_dtype)
 
     def rounds(self, stage: Stage) -> bool:
         """Say whether a loaded stage's weights lose precision in the dtypes in which they are stored."""
@@ -187,9 +187,13 @@ def streamed_logits(folder: str | Path, input_ids: Tensor, device: str = "cpu") 
     return logits
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast without making a -0.0: that is what small negative numbers become in a narrower dtype."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype).add_(0.0)
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast without making a -0.0, which small negative numbers become in a narrower dtype, or an infinity."""
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype).add_(0.0)
+    require_finite(f"the solution of {key}", cast, out_of_range(dtype))
+    return cast
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
