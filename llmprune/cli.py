@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from llmprune.errors import Interrupted, LlmpruneError, RecipeError
+from llmprune.errors import Interrupted, LlmpruneError, RecipeError, redact
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    click.echo(f"llmprune: {' '.join(message.split())}", err=True)
+    click.echo(f"llmprune: {redact(' '.join(message.split()))}", err=True)
     sys.exit(2)
 
 

@@ -11,6 +11,9 @@ from llmprune.errors import DataError
 TEXT_SUFFIXES = (".txt", ".text", ".raw", ".md")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".parquet")
 
+_MOST_UNPACKED = 100  # times its own size that a gzip file may unpack to; honest text stays below 20
+_SMALL_BYTES = 1 << 24  # to which any file may unpack
+
 
 def suffix(path: Path) -> str:
     """Return the suffix that tells the format, without that of gzip, in small letters."""
@@ -26,8 +29,7 @@ def contents(name: str, path: Path) -> bytes:
         DataError: there is no such file, it is a folder, empty, or cannot be read.
     """
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+        data = _unpacked(name, path) if path.suffix.lower() == ".gz" else path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{name}: no such file") from None
     except IsADirectoryError:
@@ -38,6 +40,15 @@ def contents(name: str, path: Path) -> bytes:
         raise DataError(f"{name} cannot be read: {error.strerror}") from None
     if not data or data.isspace():
         raise DataError(f"{name} is empty")
+    return data
+
+
+def _unpacked(name: str, path: Path) -> bytes:
+    limit = max(_SMALL_BYTES, _MOST_UNPACKED * path.stat().st_size)
+    with gzip.open(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise DataError(f"{name} unpacks to more than {_MOST_UNPACKED} times its size, which no text does")
     return data
 
 

@@ -4,14 +4,24 @@ Every message is one line that names the thing, the cause and the way out. The c
 with status 2; anything that is not an `LlmpruneError` is a bug of llmprune.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 _SHOWN = 20  # names in one message
+_LONGEST = 2000  # characters of a message
+_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{12,}|(?<=://)[^/@\s]+@")
 
 
 class LlmpruneError(Exception):
-    """Base of all errors that llmprune raises on purpose."""
+    """Base of all errors that llmprune raises on purpose.
+
+    As text it is one line without tokens or passwords, whatever the names and values are that it quotes.
+    """
+
+    def __str__(self) -> str:
+        visible = "".join(letter if letter.isprintable() else " " for letter in super().__str__())
+        return redact(" ".join(visible.split()))[:_LONGEST]
 
 
 class RecipeError(LlmpruneError):
@@ -44,6 +54,11 @@ class ResourceError(LlmpruneError):
 
 class Interrupted(KeyboardInterrupt):
     """The user or the system stopped a run of which a part is kept; the first argument says how to continue it."""
+
+
+def redact(text: str, mark: str = "***") -> str:
+    """Return a text with a mark in place of the Hub's access tokens, and of user names and passwords in addresses."""
+    return _SECRET.sub(mark, text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

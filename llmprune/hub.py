@@ -4,7 +4,6 @@ Without a network the libraries retry for half a minute before they give up. Her
 cannot be fetched fails within seconds in one line. No message holds a token or the password of a mirror.
 """
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from types import ModuleType
 
-from llmprune.errors import CheckpointError
-
-_SECRET = re.compile(r"hf_\w{8,}|(?<=://)[^/@\s]+@")
+from llmprune.errors import CheckpointError, redact
 
 
 def reachable(timeout_s: float = 3.0) -> bool:
@@ -75,13 +72,13 @@ def endpoint() -> str:
     """Return the address of the Hub in use, without a user name or password."""
     from huggingface_hub import constants
 
-    return _SECRET.sub("", constants.ENDPOINT)
+    return redact(constants.ENDPOINT, "")
 
 
 def one_line(error: BaseException) -> str:
     """Return the kind of `error` and the first line of its message, tokens and passwords blotted out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _SECRET.sub("***", ": ".join([type(error).__name__, *lines[:1]]))
+    return redact(": ".join([type(error).__name__, *lines[:1]]))
 
 
 def fetch_model(model_id: str, revision: str | None, patterns: list[str]) -> Path:

@@ -1,35 +1,23 @@
-"""The line of a run: a checkpoint in, one block at a time through memory, a pruned checkpoint out."""
+"""Prune a model: check everything, set up the run, let it run, and let its result appear."""
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llmprune.allocation import global_magnitude
-from llmprune.calibration import batches
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.place import require_place
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
-from llmprune.methods.magnitude import Magnitude
-from llmprune.model import Lanes, Resident, Streamed, load_tokenizer
-from llmprune.model.collect import Collector, Group
-from llmprune.model.memory import batch_size, fits_side_by_side, home_device, statistics_budget
-from llmprune.model.sites import Site, require_finite
-from llmprune.patterns import Pattern, Unstructured
-from llmprune.plan import Host, Plan, make_plan
-from llmprune.progress import Progress
+from llmprune.model import Resident, Streamed, load_tokenizer
+from llmprune.model.memory import home_device
+from llmprune.model.sites import require_finite
+from llmprune.plan import Plan, make_plan
 from llmprune.recipe import Recipe
-from llmprune.report import Clock, Report, SiteReport, hardware, versions
-from llmprune.solving import prune_matrix
-from llmprune.statistics import CrossGram
-from llmprune.storing import InMemory, OnDisk, Store
+from llmprune.report import Report, hardware, versions
+from llmprune.run import Run
+from llmprune.storing import InMemory, OnDisk
 
 _DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
-
 _SMALL_SHARE = 0.5  # of the parameters beside embeddings; below it a run warns that most of the model stays dense
 
 _log = logging.getLogger(__name__)
@@ -84,7 +72,7 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
             host.open(home)
         with report.clock.phase("copy"):
             sink.copy_source()
-        _run(host, plan, recipe, home, report, OnDisk(host, sink, report))
+        Run(host, plan, recipe, home, report, OnDisk(host, sink, report)).prune()
         sink.commit(report.to_json())
     return report
 
@@ -109,7 +97,7 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan)
-    _run(host, plan, recipe, host.home, report, InMemory())
+    Run(host, plan, recipe, host.home, report, InMemory()).prune()
     return report
 
 
@@ -121,112 +109,3 @@ def _warn_of_small_share(plan: Plan) -> None:
             "tells what stays dense and why",
             100 * plan.coverage,
         )
-
-
-def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Report, store: Store) -> None:
-    """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
-    patterns, clock = _patterns(host, plan), report.clock
-    embedding = plan.sites.get(host.embedding.name)
-    if embedding and not store.has(host.embedding):
-        _prune_sites(host, _unfed(embedding), patterns, recipe, report)
-        store.keep(host.embedding, embedding)
-    stages = [] if all(store.has(stage) for stage in plan.stages) else plan.stages
-    with _lanes(host, plan, recipe, home) as lanes, Progress(len(stages), "pruning", "block") as bar:
-        collector = _collector(lanes, host, plan, recipe)
-        for index, stage in enumerate(stages):
-            if store.has(stage):
-                with clock.phase("recall"):
-                    if collector and collector.twins:
-                        host.load(stage)
-                        collector.run_twins(index)
-                    store.recall(stage)
-            else:
-                with clock.phase("load"):
-                    host.load(stage)
-                sites = plan.sites.get(stage.name, [])
-                groups = _timed(collector.groups(index, sites), clock) if collector else _unfed(sites)
-                _prune_sites(host, groups, patterns, recipe, report)
-                with clock.phase("write"):
-                    changed = store.keep(stage, sites)
-                if changed and collector:
-                    collector.outdate()
-            if lanes and index + 1 < len(plan.stages):
-                with clock.phase("forward"):
-                    lanes.advance(index)
-            host.free(stage)
-            bar.step()
-    report.close(plan, collector.most_runs if collector else 0)
-
-
-def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> AbstractContextManager[Lanes | None]:
-    if plan.tokens is None:
-        return nullcontext()
-    longest = max(len(row) for row in plan.rows)
-    size = recipe.batch_size or batch_size(longest, host.config, host.dtype, host.place)
-    rows = batches(plan.tokens, size)
-    return Lanes(host.model, plan.stages, [*rows, *rows] if recipe.dense_target else rows, home, host.device_of)
-
-
-def _collector(lanes: Lanes | None, host: Host, plan: Plan, recipe: Recipe) -> Collector | None:
-    needs = recipe.solver().needs
-    if lanes is None or needs is None:
-        return None
-    budget = statistics_budget(max(_nbytes(block.module) for block in host.blocks), host.place)
-    twins = bool(recipe.dense_target)
-    tokens = sum(len(row) for row in plan.rows) * (2 if twins else 1)
-    fits = fits_side_by_side(tokens, host.config, host.dtype, host.place)
-    if twins and not fits:
-        raise RecipeError(
-            f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
-        )
-    return Collector(lanes, CrossGram if twins else needs, budget, recipe.true_sequential, fits, twins)
-
-
-def _nbytes(module: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _timed(groups: Iterator[Group], clock: Clock) -> Iterator[Group]:
-    """Count the time it takes to come by each group, and let go of its statistic after use."""
-    while True:
-        with clock.phase("statistics"):
-            group = next(groups, None)
-        if group is None:
-            return
-        yield group
-        group.statistic = None
-
-
-def _unfed(sites: Iterable[Site]) -> Iterator[Group]:
-    return (Group([site]) for site in sites)
-
-
-def _prune_sites(
-    host: Host, groups: Iterable[Group], patterns: dict[str, Pattern], recipe: Recipe, report: Report
-) -> None:
-    for group in groups:
-        method = recipe.solver()
-        if group.statistic is None and method.needs is not None:
-            method = Magnitude()  # experts that no token reached; the group's notes say so
-        for site in group.sites:
-            with report.clock.phase("solve"):
-                pattern = patterns[site.name]
-                weight_OI, target = host.weight(site), recipe.dense_target
-                outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, recipe.seed, target)
-            report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
-
-
-def _patterns(host: Host, plan: Plan) -> dict[str, Pattern]:
-    """Return every site's pattern; a budget over the whole model is split by one look at all weights."""
-    sites = plan.all_sites()
-    if not (isinstance(plan.pattern, Unstructured) and plan.pattern.group == "model"):
-        return {site.name: plan.pattern for site in sites}
-
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for stage in [host.embedding, *plan.stages]:
-            if stage.name in plan.sites:
-                host.load(stage)
-                yield from ((site.name, host.weight(site)) for site in plan.sites[stage.name])
-                host.free(stage)
-
-    return dict(global_magnitude(weights, plan.pattern.sparsity))

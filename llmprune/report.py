@@ -96,6 +96,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
+    most_runs: int = 0  # how often a block was run to collect its statistics, at most
 
     @classmethod
     def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan) -> "Report":
@@ -111,18 +112,14 @@ class Report:
             }
         return report
 
-    def close(self, plan: Plan, most_runs: int) -> None:
-        """Note the memory that was needed, and which sites no calibration input ever reached.
-
-        Args:
-            plan: what was to be done.
-            most_runs: how often a block was run to collect its statistics, at most.
-        """
+    def close(self, plan: Plan) -> None:
+        """Note the memory that was needed, and which sites no calibration input ever reached."""
         self.peak = peak_memory()
         order = {site.name: place for place, site in enumerate(plan.all_sites())}
         self.sites.sort(key=lambda site: order[site.name])
-        if most_runs > 1 and not self.recipe["true_sequential"]:
-            self.notes.append(f"statistics of a block were collected in up to {most_runs} runs, to bound their memory")
+        if self.most_runs > 1 and not self.recipe["true_sequential"]:
+            runs = f"up to {self.most_runs} runs"
+            self.notes.append(f"statistics of a block were collected in {runs}, to bound their memory")
         pruned = {site.name for site in self.sites}
         self.left_dense |= {s.name: "never given an input" for s in plan.all_sites() if s.name not in pruned}
 

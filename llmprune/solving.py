@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmprune.errors import PatternError, RecipeError
 from llmprune.methods import Method, Solution
-from llmprune.model.sites import require_finite
+from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import Pattern
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
@@ -94,10 +94,9 @@ def checked_solution(
     """Solve, and vouch for the result: exactly the pattern, in `dtype`, finite, every zero a positive one."""
     solution = method.solve(weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
-    pruned_OI = (
-        solution.weight_OI.to(dtype or weight_OI.dtype).masked_fill(~solution.keep_OI, 0).add_(0.0)
-    )  # adding zero turns -0.0 into +0.0
-    require_finite(f"the solution of {name}", pruned_OI)
+    pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype).masked_fill(~solution.keep_OI, 0)
+    pruned_OI.add_(0.0)  # turns -0.0 into +0.0
+    require_finite(f"the solution of {name}", pruned_OI, out_of_range(pruned_OI.dtype))
     return Solution(pruned_OI, solution.keep_OI, solution.notes)
 
 

@@ -296,5 +296,6 @@ def _inverse_factor(damped_II: Tensor) -> Tensor | None:
 def _require_finite(sums: Tensor, name: str) -> None:
     if not bool(torch.isfinite(sums).all()):
         raise NumericalError(
-            f"{name}: its calibration inputs hold NaN or infinity; check the checkpoint, or run with --dtype float32"
+            f"{name}: its calibration inputs hold NaN or infinity; where float16 overflows run with --dtype bfloat16 "
+            "or float32, else check the checkpoint"
         )

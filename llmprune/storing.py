@@ -10,7 +10,13 @@ from llmprune.report import Report, SiteReport
 
 
 class Store(Protocol):
-    """Takes the stages of a run in their order."""
+    """Takes the stages of a run in their order.
+
+    Attributes:
+        batch_size: sequences a forward, 0 as long as nobody has set it; a resumed run goes on with the same.
+    """
+
+    batch_size: int
 
     def has(self, stage: Stage) -> bool:
         """Say whether the stage was kept before, be it by an earlier run that was interrupted."""
@@ -21,22 +27,36 @@ class Store(Protocol):
     def keep(self, stage: Stage, sites: list[Site]) -> bool:
         """Take a pruned stage, which is loaded; return whether the model runs on with other weights than before."""
 
+    def go_back(self) -> bool:
+        """Forget what was done of a stage that was not kept; False if that is not possible."""
+
 
 class InMemory:
-    """For a loaded model: there is nothing to do."""
+    """For a loaded model: its stages stay where they are, and are never loaded again."""
+
+    batch_size = 0
+
+    def __init__(self) -> None:
+        self._kept: set[str] = set()
 
     def has(self, stage: Stage) -> bool:
-        return False
+        return stage.name in self._kept
 
     def recall(self, stage: Stage) -> None:
-        raise AssertionError(f"{stage.name} was never kept")
+        pass
 
     def keep(self, stage: Stage, sites: list[Site]) -> bool:
+        self._kept.add(stage.name)
+        return False
+
+    def go_back(self) -> bool:
         return False
 
 
 class OnDisk:
     """For a streamed model: its stages go to a sink, whose journal also holds the report on each."""
+
+    batch_size = 0
 
     def __init__(self, host: Streamed, sink: Sink, report: Report) -> None:
         self._host, self._sink, self._report = host, sink, report
@@ -44,6 +64,7 @@ class OnDisk:
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
             report.clock.seconds.update(record["seconds"])
+            report.most_runs, self.batch_size = record["runs"], record["batch_size"]
         self._reported = len(report.sites)
 
     def has(self, stage: Stage) -> bool:
@@ -56,10 +77,15 @@ class OnDisk:
         for name, tensor in self._host.stored(stage, sites):
             self._sink.write(name, tensor)
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
-        self._sink.finish(stage.name, {"sites": reports, "seconds": self._report.clock.seconds})
+        run = {"batch_size": self.batch_size, "runs": self._report.most_runs, "seconds": self._report.clock.seconds}
+        self._sink.finish(stage.name, {"sites": reports, **run})
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
         rounded = self._host.rounds(stage)
         if rounded:  # a resumed run can only go on with what was written, so every run does
             self.recall(stage)
         return rounded
+
+    def go_back(self) -> bool:
+        del self._report.sites[self._reported :]
+        return True

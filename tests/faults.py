@@ -3,9 +3,12 @@
 A call is an event; a run can be stopped before it, after it and, where it writes, half-way through it.
 """
 
+import errno
+import io
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -78,6 +81,44 @@ def interrupt() -> None:
 def terminate() -> None:
     """Send this process what a scheduler sends it before its time is up."""
     signal.raise_signal(signal.SIGTERM)
+
+
+def fill_disk() -> None:
+    """Fail as a write to a full disk does."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond `size` bytes from now on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def change(path: Path, how: str) -> None:
+    """Do to a file what somebody else might do meanwhile."""
+    data = path.read_bytes()
+    if how == "truncated":
+        os.truncate(path, len(data) // 2)
+    elif how == "rewritten":
+        path.write_bytes(bytes(len(data)))
+    elif how == "touched":
+        os.utime(path, ns=(0, 0))
+    else:
+        path.unlink()
+
+
+def break_reads() -> None:
+    """Let every read of a tensor's bytes fail as a broken disk does from now on."""
+    plain = Path.open
+
+    def broken(self: Path, mode: str = "r", buffering: int = -1, *args: Any) -> Any:
+        return _Broken(self) if (mode, buffering) == ("rb", 0) else plain(self, mode, buffering, *args)
+
+    Path.open = broken  # type: ignore[assignment, method-assign]
+
+
+class _Broken(io.FileIO):
+    def readinto(self, buffer: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def prune(

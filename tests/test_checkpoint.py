@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import struct
 import tempfile
@@ -140,6 +141,15 @@ def header(value: Any) -> Callable[[bytes], bytes]:
     return lambda data: whole
 
 
+def raw_header(text: str) -> Callable[[bytes], bytes]:
+    whole = text.replace("W", json.dumps(entry("F32", [16], 0, 64))).encode()
+    return lambda data: struct.pack("<Q", len(whole)) + whole + bytes(64)
+
+
+def entry(dtype: Any, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
 DAMAGE = {
     "truncated": cut,
     "empty": lambda data: b"",
@@ -149,6 +159,20 @@ DAMAGE = {
     "header that is a list": header([1]),
     "entry without offsets": header({"w": {"dtype": "F32", "shape": [4, 4]}}),
     "entry that is a number": header({"w": 3}),
+    "header of a terabyte": lambda data: struct.pack("<Q", 1 << 40) + data[8:],
+    "header nested too deeply": lambda data: struct.pack("<Q", 1 << 17) + b"[" * (1 << 17),
+    "name that occurs twice": raw_header('{"w": W, "w": W}'),
+    "bytes of no tensor": header({"w": {"dtype": "F32", "shape": [15], "data_offsets": [0, 60]}}),
+    "gap": header({"v": entry("F32", [4], 0, 16), "w": entry("F32", [8], 32, 64)}),
+    "overlap": header({"v": entry("F32", [12], 0, 48), "w": entry("F32", [8], 32, 64)}),
+    "the same bytes twice": header({"v": entry("F32", [16], 0, 64), "w": entry("F32", [16], 0, 64)}),
+    "offsets beyond the end": header({"w": entry("F32", [1 << 40], 0, 4 << 40)}),
+    "negative offsets": header({"w": entry("F32", [16], -64, 0)}),
+    "offsets in reverse": header({"w": entry("F32", [0], 64, 0)}),
+    "offsets that are no whole numbers": header({"w": entry("F32", [16], 0.0, 64)}),
+    "negative shape": header({"w": entry("F32", [-4, -4], 0, 64)}),
+    "shape of words": header({"w": entry("F32", ["4"], 0, 64)}),
+    "dtype that is no word": header({"w": entry(["F32"], [16], 0, 64)}),
     "size that contradicts the shape": header({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 60]}}),
 }
 
@@ -158,6 +182,96 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path: Path, damage: Callable[[by
     folder = single(tmp_path / "m")
     (folder / SINGLE).write_bytes(damage((folder / SINGLE).read_bytes()))
     with pytest.raises(CheckpointError, match=SINGLE):
+        Source.open(folder)
+
+
+def test_an_index_that_contradicts_the_files_is_refused(tmp_path: Path) -> None:
+    folder = two_shards(tmp_path / "m")
+    write_index(folder, {"a": "one.safetensors", "c": "one.safetensors"})
+    with pytest.raises(CheckpointError, match=r"places c in 'one\.safetensors', which lacks it"):
+        Source.open(folder)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    folder = two_shards(tmp_path / "m")
+    shutil.copy(folder / "one.safetensors", folder / "three.safetensors")
+    write_index(folder, {"a": "one.safetensors", "b": "three.safetensors"})
+    with pytest.raises(
+        CheckpointError, match=r"is both in \S+one\.safetensors and in \S+three\.safetensors: remove one"
+    ):
+        Source.open(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "weights.pt", "weights"])
+def test_an_index_that_names_a_file_of_another_kind_is_refused(tmp_path: Path, name: str) -> None:
+    folder = single(tmp_path / "m")
+    (folder / SINGLE).rename(folder / name)
+    write_index(folder, {"w": name})
+    with pytest.raises(CheckpointError, match="llmprune loads no other"):
+        Source.open(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE, "tokenizer.json", "README.md"])
+@pytest.mark.parametrize("linked", ["file", "folder"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str, linked: str) -> None:
+    folder, outside = single(tmp_path / "m"), tmp_path / "outside"
+    (folder / name).touch()
+    outside.mkdir()
+    (folder / name).rename(outside / name)
+    if linked == "folder":
+        (folder / "way").symlink_to(outside)
+        (folder / name).symlink_to(f"way/{name}")
+    else:
+        (folder / name).symlink_to(outside / name)
+    with pytest.raises(CheckpointError, match=f"{name} is a link out of the model's folder"):
+        Source.open(folder)
+
+
+def test_a_folder_of_shards_that_is_a_link_out_is_refused(tmp_path: Path) -> None:
+    folder, outside = single(tmp_path / "m"), tmp_path / "outside"
+    outside.mkdir()
+    (folder / SINGLE).rename(outside / "w.safetensors")
+    (folder / "weights").symlink_to(outside)
+    write_index(folder, {"w": "weights/w.safetensors"})
+    with pytest.raises(CheckpointError, match="is a link out of the model's folder"):
+        Source.open(folder)
+
+
+def test_links_within_the_folder_and_to_it_are_followed(tmp_path: Path) -> None:
+    folder = single(tmp_path / "m")
+    (folder / SINGLE).rename(folder / "real.safetensors")
+    (folder / SINGLE).symlink_to("real.safetensors")
+    (tmp_path / "link").symlink_to(folder)
+    with Sink(Source.open(tmp_path / "link"), tmp_path / "out") as sink:
+        sink.copy_source()
+        sink.commit({})
+    assert not (tmp_path / "out" / SINGLE).is_symlink()
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (folder / SINGLE).read_bytes()
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_folder_of_links(tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--name"
+    snapshot = single(repository / "snapshots" / "0123abcd")
+    (repository / "blobs").mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(repository / "blobs" / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    with Sink(Source.open(snapshot), tmp_path / "out") as sink:
+        sink.copy_source()
+        sink.commit({})
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    (tmp_path / "elsewhere").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../../elsewhere")
+    with pytest.raises(CheckpointError, match="is a link out"):
+        Source.open(snapshot)
+
+
+@pytest.mark.parametrize(("name", "size"), [("tokenizer.json", 1 << 30), ("config.json", 64 << 20), (INDEX, 64 << 20)])
+def test_a_file_that_is_larger_than_any_honest_one_is_refused(tmp_path: Path, name: str, size: int) -> None:
+    folder = two_shards(tmp_path / "m")
+    (folder / name).touch()
+    os.truncate(folder / name, size)  # takes no space on the disk
+    with pytest.raises(CheckpointError, match=rf"{name} has \d\.\d\d GB"):
         Source.open(folder)
 
 

@@ -3,17 +3,30 @@
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 import faults
+import llmprune
 import tiny
+from llmprune import cli, solving
+from llmprune.checkpoint import Sink
+from llmprune.checkpoint.journal import Journal
+from llmprune.errors import CheckpointError, ResourceError
+from llmprune.methods.sparsegpt import SparseGPT
+from llmprune.model import Lanes, Streamed
 
 IDS = tiny.ids(4, 16)
 QUICK: dict[str, Any] = {"method": "magnitude"}
@@ -24,6 +37,7 @@ KILLED: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"calibration": IDS, "pattern": "2:4"},
 }
 KILLS = 20
+_VARYING = ("model", "timings", "peak_memory_bytes")  # of a report: how the source was named, and what was measured
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +58,7 @@ def content(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     if "llmprune.json" in found:
         report = json.loads(found["llmprune.json"])
-        found["llmprune.json"] = {k: v for k, v in report.items() if k not in ("timings", "peak_memory_bytes")}
+        found["llmprune.json"] = {k: v for k, v in report.items() if k not in _VARYING}
     return found
 
 
@@ -117,7 +131,7 @@ def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new(exchan
 
 
 def test_a_run_that_is_killed_in_every_block_gets_there(tmp_path: Path) -> None:
-    source, out, options = source_of("llama", tmp_path), tmp_path / "out", {"calibration": IDS}
+    source, out, options = source_of("llama", tmp_path), tmp_path / "out", KILLED["demo"]
     whole, events = uninterrupted(source, tmp_path / "whole", **options)
     _, first, second, *_ = (point for point, event in enumerate(events) if event == "after write")
     assert faults.prune(source, out, point=first + 1, **options) == -9
@@ -146,6 +160,394 @@ def test_a_signal_ends_a_run_with_one_line_that_says_how_to_go_on(
         assert line == "llmprune: interrupted, nothing was written"
         assert not out.exists() and not partial_of(out).exists()
     else:
-        assert line.startswith("llmprune: interrupted, ") and "blocks are kept" in line and "--resume" in line
+        assert line.startswith("llmprune: interrupted, ") and "kept in" in line and "--resume" in line
         require_whole_or_none(out, whole)
         require_continued(source, out, whole, **QUICK)
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A model, what an undisturbed run makes of it, that run's events, and the first write of its second block."""
+
+    source: Path
+    whole: dict[str, Any]
+    events: list[str]
+    start: int
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    place = tmp_path_factory.mktemp("whole")
+    source = tiny.save(tiny.model("llama"), place / "source")
+    whole, events = uninterrupted(source, place / "out", **QUICK)
+    start = events.index("before pwrite", events.index("after write", events.index("after pwrite")))
+    return Undisturbed(source, whole, events, start)
+
+
+# Where a run is struck, how, and what it says then.
+FULL_DISK: dict[str, tuple[str, str]] = {
+    "tensor": ("before pwrite", r"cannot write model\.layers\.1\.\S+\.weight to \S+out\.partial/model/model-0000"),
+    "half a tensor": ("in pwrite", r"cannot write model\.layers\.1\.\S+\.weight to \S+\.safetensors"),
+    "sync": ("before fsync", r"cannot write model\.layers\.1 to \S+\.safetensors"),
+    "journal": ("before write", r"cannot write model\.layers\.1 to \S+journal\.jsonl"),
+    "half a line": ("in write", r"cannot write model\.layers\.1 to \S+journal\.jsonl"),
+}
+
+
+def struck(source: Path, out: Path, point: int, strike: faults.Strike) -> str:
+    """Return the one line that a run ends with."""
+    said = out.with_name("said")
+    status = faults.command("prune", source, out, "--method", "magnitude", said=said, point=point, strike=strike)
+    assert status == 2, said.read_text()
+    (line,) = said.read_text().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("name", FULL_DISK)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
+    name: str, run: Undisturbed, tmp_path: Path
+) -> None:
+    (event, says), out = FULL_DISK[name], tmp_path / "out"
+    line = struck(run.source, out, run.events.index(event, run.start), faults.fill_disk)
+    assert re.search(says + r"\S*: No space left on device; 1 block kept in \S+out\.partial: .*--resume", line), line
+    require_whole_or_none(out, run.whole)
+    require_continued(run.source, out, run.whole, **QUICK)
+
+
+@pytest.mark.parametrize("event", ["before copyfile", "after copyfile", "before mkdir"])
+def test_a_disk_that_is_full_before_a_block_is_done_leaves_nothing(
+    event: str, run: Undisturbed, tmp_path: Path
+) -> None:
+    line = struck(run.source, tmp_path / "out", run.events.index(event), faults.fill_disk)
+    assert "No space left on device" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["said"]
+
+
+def test_a_limit_on_the_size_of_files_is_one_line_that_names_both_files(run: Undisturbed, tmp_path: Path) -> None:
+    line = struck(run.source, tmp_path / "out", 0, partial(faults.limit_files, 50_000))
+    assert re.search(r"cannot copy \S+/source/(\S+\.safetensors) to \S+out\.partial/model/\1: File too large", line), (
+        line
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["said"]
+
+
+def test_a_disk_that_cannot_be_read_is_one_line_and_the_run_goes_on_when_it_can(
+    run: Undisturbed, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    line = struck(run.source, out, run.start, faults.break_reads)
+    assert re.search(
+        r"cannot read model\.layers\.2\.\S+ from \S+\.safetensors: Input/output error; 2 blocks kept", line
+    ), line
+    require_whole_or_none(out, run.whole)
+    require_continued(run.source, out, run.whole, **QUICK)
+
+
+@pytest.mark.parametrize("change", ["truncated", "touched", "rewritten", "removed"])
+@pytest.mark.parametrize("moment", ["before pwrite", "after copyfile", "before mkdir"])
+def test_a_source_that_changes_is_one_line_and_the_run_goes_on_when_it_is_restored(
+    change: str, moment: str, run: Undisturbed, tmp_path: Path
+) -> None:
+    source, out, kept = Path(shutil.copytree(run.source, tmp_path / "source")), tmp_path / "out", tmp_path / "kept"
+    shard = max(source.glob("*.safetensors"))
+    shutil.copy2(shard, kept)
+    point = run.start if moment == "before pwrite" else run.events.index(moment)
+    line = struck(source, out, point, partial(faults.change, shard, change))
+    assert re.search(rf"{shard.name} was changed|cannot (read|copy) \S*{shard.name}", line), line
+    require_whole_or_none(out, run.whole)
+    shutil.copy2(kept, shard)
+    require_continued(source, out, run.whole, **QUICK)
+
+
+def interrupt_after(stages: int, patch: pytest.MonkeyPatch) -> None:
+    """Let a run in this process end as Ctrl-C ends it, once that many stages are done."""
+    finish, left = Sink.finish, iter(range(stages))
+
+    def finish_or_stop(sink: Sink, stage: str, record: dict[str, Any]) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        finish(sink, stage, record)
+
+    patch.setattr(Sink, "finish", finish_or_stop)
+
+
+def interrupted(source: Path, out: Path, stages: int, **options: Any) -> Path:
+    """Prune, and stop after that many stages; return OUT.partial."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(stages, patch)
+        llmprune.prune(source, out, **options)
+    return partial_of(out)
+
+
+# What a resumed run has to rebuild: hidden states, budgets over the model, rounding, tied and renamed weights.
+RESUMED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "sparsegpt": ("llama", torch.bfloat16, {"calibration": IDS}),
+    "true sequential": ("llama", torch.float32, {"calibration": IDS, "true_sequential": True}),
+    "batches": ("qwen3", torch.float32, {"calibration": IDS, "batch_size": 3, "method": "wanda"}),
+    "sliding and full attention, tied head": (
+        "gemma2",
+        torch.float32,
+        {"calibration": IDS, "include": "lm_head.weight"},
+    ),
+    "transposed": ("gpt2", torch.float16, {"calibration": IDS, "pattern": "2:4"}),
+    "biases": ("opt", torch.float32, {"calibration": IDS, "method": "wanda"}),
+    "experts": ("qwen3-moe", torch.bfloat16, {"calibration": IDS}),
+    "head": ("llama", torch.float32, {"calibration": IDS, "include": "lm_head.weight"}),
+    "wider than stored": ("llama", torch.bfloat16, {"calibration": IDS, "dtype": "float32"}),
+    "narrower than stored": ("llama", torch.float32, {"calibration": IDS, "dtype": "bfloat16"}),
+    "random": ("llama", torch.float32, {"method": "random", "seed": 3}),
+    "one budget": ("llama-tied", torch.float32, QUICK | {"comparison_group": "model", "include": "*"}),
+    "blocks left dense": ("llama", torch.float32, {"calibration": IDS, "exclude": "model.layers.0.*"}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_is_resumed_after_any_of_its_stages(name: str, tmp_path: Path) -> None:
+    family, dtype, options = RESUMED[name]
+    source = tiny.save(tiny.model(family, dtype), tmp_path / "source")
+    report = llmprune.prune(source, tmp_path / "whole", **options)
+    whole = content(tmp_path / "whole")
+    for done in range(1, report.blocks):
+        out = tmp_path / f"out-{done}"
+        interrupted(source, out, done, **options)
+        resumed = llmprune.prune(source, out, resume=True, **options)
+        assert content(out) == whole
+        assert [site.name for site in resumed.sites] == [site.name for site in report.sites]
+
+
+def test_a_run_that_is_resumed_does_not_solve_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.save(tiny.model("llama"), tmp_path / "source")
+    interrupted(source, tmp_path / "out", 2, calibration=IDS)
+    solved: list[str] = []
+    plain = solving.prune_matrix
+
+    def record(name: str, *rest: Any) -> solving.Outcome:
+        solved.append(name)
+        return plain(name, *rest)
+
+    monkeypatch.setattr("llmprune.pruning.prune_matrix", record)
+    llmprune.prune(source, tmp_path / "out", resume=True, calibration=IDS)
+    assert {name.split(".")[2] for name in solved} == {"2"}
+
+
+def test_what_was_done_is_neither_used_nor_lost_unasked(tmp_path: Path) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    left = content(interrupted(source, out, 2, **QUICK))
+    with pytest.raises(CheckpointError, match=r"unfinished run \(2 blocks done\).*--resume.*--overwrite"):
+        llmprune.prune(source, out, **QUICK)
+    assert content(partial_of(out)) == left
+    llmprune.prune(source, out, overwrite=True, method="random")
+    assert not partial_of(out).exists()
+    assert llmprune.inspect(out).verified
+
+
+def test_there_need_not_be_anything_to_resume(tmp_path: Path) -> None:
+    source = tiny.save(tiny.model("llama"), tmp_path / "source")
+    llmprune.prune(source, tmp_path / "out", resume=True, **QUICK)
+    assert llmprune.inspect(tmp_path / "out").verified
+    with pytest.raises(CheckpointError, match="exists"):
+        llmprune.prune(source, tmp_path / "out", resume=True, **QUICK)
+
+
+def touch(source: Path, patch: pytest.MonkeyPatch) -> None:
+    os.utime(source / "config.json", ns=(0, 0))
+
+
+def other_threads(source: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "get_num_threads", lambda: 99)
+
+
+def other_version(source: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("llmprune.pruning.versions", lambda: {"torch": "9.9"})
+
+
+CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "recipe": ({"pattern": "60%"}, None, r"recipe\.pattern \(50%, now 60%\)"),
+    "seed": ({"seed": 1}, None, r"recipe\.seed \(0, now 1\)"),
+    "data": ({"calibration": tiny.ids(4, 16, seed=9)}, None, r"calibration\.fingerprint"),
+    "source": ({}, touch, r"source\.files\.config\.json\.mtime_ns"),
+    "threads": ({}, other_threads, r"hardware\.threads \(\d+, now 99\)"),
+    "version": ({}, other_version, r"versions\.\w+ \(\S+, now None\)"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_is_not_continued_by_another_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    options = {"method": "wanda", "calibration": IDS}
+    left = content(interrupted(source, out, 1, **options))
+    other, prepare, says = CHANGES[name]
+    if prepare:
+        prepare(source, monkeypatch)
+    with pytest.raises(CheckpointError, match=rf"begun with another {says}.*--overwrite") as caught:
+        llmprune.prune(source, out, resume=True, **options | other)
+    assert "\n" not in str(caught.value)
+    assert content(partial_of(out)) == left
+
+
+def test_a_run_that_is_at_work_is_not_resumed_and_stops_others_at_once(tmp_path: Path) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    partial_folder = interrupted(source, out, 1, **QUICK)
+    with closing(Journal(partial_folder / "journal.jsonl")):
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(CheckpointError, match=r"another run \(process \d+ on .*\) is writing"):
+                llmprune.prune(source, out, **QUICK | options)
+    llmprune.prune(source, out, resume=True, **QUICK)
+
+
+def test_a_journal_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    journal = interrupted(source, out, 2, **QUICK) / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + b"?" + lines[1] + lines[2])
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl is damaged in line 2: start anew with --overwrite"):
+        llmprune.prune(source, out, resume=True, **QUICK)
+
+
+def test_a_last_line_that_is_torn_is_forgotten(tmp_path: Path) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    llmprune.prune(source, tmp_path / "whole", **QUICK)
+    journal = interrupted(source, out, 2, **QUICK) / "journal.jsonl"
+    os.truncate(journal, journal.stat().st_size - 7)
+    llmprune.prune(source, out, resume=True, **QUICK)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_model_that_was_taken_out_of_the_partial_folder_is_missed(tmp_path: Path) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    shutil.rmtree(interrupted(source, out, 2, **QUICK) / "model")
+    with pytest.raises(CheckpointError, match="has lost its model: start anew with --overwrite"):
+        llmprune.prune(source, out, resume=True, **QUICK)
+
+
+def test_a_bug_keeps_its_traceback_and_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    blocks = iter([None])
+
+    def load(*arguments: Any) -> None:
+        next(blocks)
+        plain(*arguments)
+
+    plain = Streamed.free
+    monkeypatch.setattr(Streamed, "free", load)
+    with pytest.raises(StopIteration):
+        llmprune.prune(source, out, **QUICK)
+    assert "2 blocks kept" in caplog.text and "--resume" in caplog.text
+    monkeypatch.undo()
+    llmprune.prune(source, out, resume=True, **QUICK)
+    assert llmprune.inspect(out).verified
+
+
+def run_out_of_memory(patch: pytest.MonkeyPatch, most: int, error: Exception) -> None:
+    """Let the second block take no batch of more than `most` sequences."""
+    plain = Lanes.run
+
+    def run(lanes: Lanes, index: int, lane: int) -> Any:
+        if index == 1 and lanes.sequences(lane) > most:
+            raise error
+        return plain(lanes, index, lane)
+
+    patch.setattr(Lanes, "run", run)
+
+
+OUT_OF_MEMORY = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tiny.save(tiny.model("llama"), tmp_path / "source")
+    options: dict[str, Any] = {"calibration": tiny.ids(8, 16), "batch_size": 8}
+    undisturbed = llmprune.prune(source, tmp_path / "whole", **options)
+    run_out_of_memory(monkeypatch, 3, OUT_OF_MEMORY[kind])
+    report = llmprune.prune(source, tmp_path / "out", **options)
+    said = [record.getMessage() for record in caplog.records]
+    assert all(line.startswith("out of memory in model.layers.1: ") for line in said)
+    assert [line.rpartition("; ")[2] for line in said] == [f"going on with {n} sequences a forward" for n in (4, 2)]
+    assert [(site.name, site.zeros) for site in report.sites] == [(s.name, s.zeros) for s in undisturbed.sites]
+    one, two = tiny.tensors(tmp_path / "whole"), tiny.tensors(tmp_path / "out")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+def test_memory_that_does_not_suffice_for_one_sequence_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    run_out_of_memory(monkeypatch, 0, OUT_OF_MEMORY["gpu"])
+    with pytest.raises(ResourceError, match=r"^out of memory in model\.layers\.1: .*; 1 block kept in .*--resume"):
+        llmprune.prune(source, out, calibration=IDS, batch_size=2)
+    monkeypatch.undo()
+    llmprune.prune(source, out, resume=True, calibration=IDS, batch_size=2)
+    assert llmprune.inspect(out).verified
+
+
+def test_a_loaded_model_that_runs_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_out_of_memory(monkeypatch, 1, OUT_OF_MEMORY["gpu"])
+    with pytest.raises(ResourceError, match=r"out of memory in model\.layers\.1"):
+        llmprune.prune(tiny.model("llama"), calibration=IDS, batch_size=4)
+
+
+def test_a_solve_that_does_not_fit_names_its_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> NoReturn:
+        raise OUT_OF_MEMORY["gpu"]
+
+    source = tiny.save(tiny.model("llama"), tmp_path / "source")
+    monkeypatch.setattr(SparseGPT, "solve", fail)
+    with pytest.raises(ResourceError, match=r"out of memory in model\.layers\.0\.self_attn\.q_proj\.weight"):
+        llmprune.prune(source, tmp_path / "out", calibration=IDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"  # of the form of a real one
+
+
+def test_no_token_is_written_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    caplog.set_level("DEBUG")
+    source = tiny.save(tiny.model("llama"), tmp_path / "source")
+    interrupted(source, tmp_path / "part", 1, calibration=IDS)
+    report = llmprune.prune(source, tmp_path / "out", calibration=IDS)
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
+    assert TOKEN not in caplog.text and TOKEN not in str(report)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (f"https://me:{TOKEN}@huggingface.co/org/name", "out"),
+        ("org/name", "out", "--revision", TOKEN),
+        ("demo", "out", "--calibration", f"https://{TOKEN}@huggingface.co/rows.jsonl"),
+        ("demo", "out", "--metod", TOKEN),
+        ("demo", "out", "--samples", TOKEN),
+    ],
+)
+def test_no_message_repeats_a_token(
+    arguments: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", ["llmprune", "prune", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capfd.readouterr()
+    assert (stopped.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert TOKEN not in said.err and "//me" not in said.err
+
+
+def test_names_from_a_checkpoint_cannot_write_to_the_terminal() -> None:
+    error = CheckpointError("tensor \x1b[2J\x07evil\nllmprune: all is well\r has no shape")
+    assert str(error) == "tensor [2J evil llmprune: all is well has no shape"
+    assert len(str(CheckpointError("x" * 1_000_000))) <= 2_000

@@ -98,7 +98,7 @@ class Sink:
             with _writing(path, f"write {stage} to"):
                 durable.sync(path)
         self._touched.clear()
-        self._note({"stage": stage, **record})
+        self._note({"stage": stage, **record}, f"write {stage} to")
 
     def commit(self, report: dict[str, Any]) -> None:
         """Add the report and let the output appear under its own name."""
@@ -115,7 +115,8 @@ class Sink:
         stages = 0 if self._committed or isinstance(error, _FINAL) else len(pruned(self._journal))
         self._leave(keep=stages > 0)
         if error is not None and stages:
-            _explain(error, f"{stages} blocks are kept in {self.place.partial}, run the same with --resume to continue")
+            kept = f"{stages} block{'s' if stages > 1 else ''} kept in {self.place.partial}"
+            _explain(error, f"{kept}: run the same with --resume to continue")
 
     def _leave(self, keep: bool) -> None:
         """Let go of the work, and remove it if nobody needs it."""
@@ -159,8 +160,8 @@ class Sink:
             durable.copy(self._source.folder / CONFIG, self.place.model / CONFIG)
             durable.sync(self.place.model)
 
-    def _note(self, record: dict[str, Any]) -> None:
-        with _writing(self._journal.path):
+    def _note(self, record: dict[str, Any], action: str = "write") -> None:
+        with _writing(self._journal.path, action):
             self._journal.append(record | {"by": this_process()})
 
     def _target(self, path: Path) -> Path:

@@ -68,13 +68,20 @@ def _require_causal(source: Source, config: Any, trust_remote_code: bool) -> Non
         return
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModelError(f"{source.folder} is a '{config.model_type}' model, not a causal language model")
-    architectures = source.config.get("architectures") or []
-    architectures = [architectures] if isinstance(architectures, str) else architectures
+    architectures = _architectures(source)
     known = _causal_classes(config)
     if architectures and not known & set(architectures):
         raise UnsupportedModelError(
             f"{source.folder} is a {architectures[0]}, not a causal language model ({', '.join(sorted(known))})"
         )
+
+
+def _architectures(source: Source) -> list[str]:
+    named = source.config.get("architectures") or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UnsupportedModelError(f"{source.folder}/config.json is not understood: architectures must be names")
+    return named
 
 
 def is_causal_lm(model: PreTrainedModel) -> bool:

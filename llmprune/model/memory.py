@@ -2,12 +2,15 @@
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+
+from llmprune.errors import ResourceError
 
 _DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
 _STATISTICS_SHARE = 0.4  # of a GPU's free memory
@@ -42,6 +45,19 @@ def statistics_budget(block_bytes: int, device: torch.device) -> int:
     return max(block_bytes, int(_HOST_STATISTICS_SHARE * psutil.virtual_memory().available))
 
 
+@contextmanager
+def out_of_memory_in(name: str) -> Iterator[None]:
+    """Turn every library's way to say that memory ran out into a ResourceError that names a part of the model."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"out of memory in {name}: free some, or start anew with fewer --samples or on another --device"
+        ) from None
+
+
 def fits_side_by_side(tokens: int, config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the activations of all calibration tokens within one block fit into the memory of the device."""
     if device.type == "cuda":
@@ -60,8 +76,14 @@ def token_bytes(config: Any, dtype: torch.dtype) -> int:
     return (6 * hidden + 3 * widest) * dtype.itemsize
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def give_back_freed_memory() -> None:
     """Return freed memory to the system: glibc keeps it, scattered, and a run would grow from block to block."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in other C libraries
         if trim is not None:

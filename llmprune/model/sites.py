@@ -127,10 +127,15 @@ def is_router(name: str) -> bool:
     return _matches(name, ROUTERS)
 
 
-def require_finite(name: str, weight: Tensor) -> None:
-    """Raise NumericalError, naming the tensor, when a weight is NaN or infinite."""
+def require_finite(name: str, weight: Tensor, why: str = "the checkpoint is damaged, download it again") -> None:
+    """Raise NumericalError, naming the tensor and saying why, when a weight is NaN or infinite."""
     if weight.is_floating_point() and not all(bool(torch.isfinite(part).all()) for part in _parts(weight)):
-        raise NumericalError(f"{name} holds NaN or infinity: the checkpoint is damaged, download it again")
+        raise NumericalError(f"{name} holds NaN or infinity: {why}")
+
+
+def out_of_range(dtype: torch.dtype) -> str:
+    """Return why a solution is not finite, and the way out."""
+    return f"its new weights are out of the range of {dtype}; --exclude it, or use --method wanda, which changes none"
 
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:

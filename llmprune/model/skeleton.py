@@ -30,7 +30,7 @@ from llmprune.model.ties import Ties, untied
 
 
 def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """Return the model with its parameters on the meta device and its computed buffers in CPU memory."""
+    """Return the model with all of it on the meta device."""
     try:
         with quiet(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -38,7 +38,6 @@ def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Pre
             )
     except Exception as error:  # whatever a model's own code raises on values that make no sense
         raise UnsupportedModelError(f"no model can be built from config.json: {first_line(error)}") from None
-    _fill_buffers(model)
     model.eval()
     return model
 
@@ -135,16 +134,23 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _fill_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint stores (rotary tables, masks), as `from_pretrained` does."""
-    with torch.no_grad(), initialization.guard_torch_init_functions():
-        for module in model.modules():
-            for name in module._non_persistent_buffers_set:
-                buffer = module._buffers.get(name)
-                if buffer is not None:
-                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        for module, init_weights in _with_owner(model, model._init_weights):
-            init_weights(module)
+def fill_buffers(model: PreTrainedModel) -> None:
+    """Compute, in CPU memory, the buffers that no checkpoint stores (rotary tables, masks), as `from_pretrained` does.
+
+    Raises:
+        UnsupportedModelError: the configuration asks for buffers that make no sense.
+    """
+    try:
+        with torch.no_grad(), initialization.guard_torch_init_functions():
+            for module in model.modules():
+                for name in module._non_persistent_buffers_set:
+                    buffer = module._buffers.get(name)
+                    if buffer is not None:
+                        module._buffers[name] = torch.empty_like(buffer, device="cpu")
+            for module, init_weights in _with_owner(model, model._init_weights):
+                init_weights(module)
+    except Exception as error:  # whatever a model's own code raises on values that make no sense
+        raise UnsupportedModelError(f"no model can be built from config.json: {first_line(error)}") from None
 
 
 def _with_owner(

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from llmprune.model.blocks import find_blocks, find_ends
 from llmprune.model.configuration import read_config, unknown_fields
 from llmprune.model.lanes import Lanes
 from llmprune.model.memory import give_back_freed_memory
-from llmprune.model.sites import Site, Stage, require_finite
-from llmprune.model.skeleton import Loader, empty_model
+from llmprune.model.sites import Site, Stage, out_of_range, require_finite
+from llmprune.model.skeleton import Loader, empty_model, fill_buffers
 
 _OUTER = ""  # what belongs to no stage: embeddings, final norm
 
@@ -37,12 +38,14 @@ class Streamed:
     ) -> None:
         self.source, self.place = source, device
         self.config = read_config(source, trust_remote_code)
+        _require_as_many_tensors(source, self.config)
         self.dtype = dtype or stored_dtype(source)
         self.model = empty_model(self.config, self.dtype, trust_remote_code)
         self.blocks_name, blocks = find_blocks(self.model)
         self.blocks = [Stage(f"{self.blocks_name}.{index}", block) for index, block in enumerate(blocks)]
         self.embedding, self.head = find_ends(self.model)
         self._loader = Loader(source, self.model, self.dtype)
+        fill_buffers(self.model)  # now that the files have confirmed the shapes that the configuration asks for
         self._names = self._names_by_stage()
 
     def open(self, home: torch.device) -> None:
@@ -129,7 +132,7 @@ class Streamed:
         wanted = {twin for site in sites for twin in ties.names(site.tensor)}
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
-                yield key, _cast(tensor, self.source.entries[key].torch_dtype)
+                yield key, _cast(key, tensor, self.source.entries[key].torch_dtype)
 
     def rounds(self, stage: Stage) -> bool:
         """Say whether a loaded stage's weights lose precision in the dtypes in which they are stored."""
@@ -189,13 +192,24 @@ def streamed_logits(folder: str | Path, input_ids: Tensor, device: str = "cpu") 
     return logits
 
 
+def _require_as_many_tensors(source: Source, config: Any) -> None:
+    """A model of a billion blocks would never be built, and has a billion tensors."""
+    blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > len(source.entries):
+        raise CheckpointError(f"{source.folder} has {len(source.entries)} tensors, too few for {blocks} blocks")
+
+
 def _names_in(module: nn.Module, prefix: str = "") -> list[str]:
     return [name for name, _ in module.named_parameters(prefix, remove_duplicate=False)]
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast without making a -0.0: that is what small negative numbers become in a narrower dtype."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype).add_(0.0)
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast without making a -0.0, which small negative numbers become in a narrower dtype, or an infinity."""
+    if tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype).add_(0.0)
+    require_finite(f"the solution of {key}", cast, out_of_range(dtype))
+    return cast
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -1,0 +1,197 @@
+"""The line of a run: the stages of a model, one after another, are loaded, measured, solved, stored and run on."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from llmprune.allocation import global_magnitude
+from llmprune.calibration import batches
+from llmprune.errors import RecipeError, ResourceError
+from llmprune.methods.magnitude import Magnitude
+from llmprune.model import Lanes
+from llmprune.model.collect import Collector, Group
+from llmprune.model.memory import (
+    batch_size,
+    fits_side_by_side,
+    give_back_freed_memory,
+    out_of_memory_in,
+    statistics_budget,
+)
+from llmprune.model.sites import Site, Stage
+from llmprune.patterns import Pattern, Unstructured
+from llmprune.plan import Host, Plan
+from llmprune.progress import Progress
+from llmprune.recipe import Recipe
+from llmprune.report import Report, SiteReport
+from llmprune.solving import prune_matrix
+from llmprune.statistics import CrossGram
+from llmprune.storing import Store
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run needs.
+
+    Attributes:
+        host: the model.
+        plan: the stages, their sites, the calibration tokens.
+        recipe: what the user asked for.
+        home: device on which hidden states wait between stages.
+        report: filled on the way.
+        store: takes pruned stages, and knows those of an earlier run that was interrupted.
+    """
+
+    host: Host
+    plan: Plan
+    recipe: Recipe
+    home: torch.device
+    report: Report
+    store: Store
+
+    def prune(self) -> None:
+        """Prune the embedding if that is asked for, then stream the stages; with half the batch if memory runs out."""
+        patterns, store = self._patterns(), self.store
+        embedding = self.plan.sites.get(self.host.embedding.name)
+        if embedding and not store.has(self.host.embedding):
+            self._solve(_unfed(embedding), patterns)
+            store.keep(self.host.embedding, embedding)
+        store.batch_size = store.batch_size or self._batch_size()
+        while not all(store.has(stage) for stage in self.plan.stages):
+            try:
+                self._stream(patterns)
+            except ResourceError as error:
+                if store.batch_size == 1 or not store.go_back():
+                    raise
+                store.batch_size //= 2
+                _log.warning("%s; going on with %d sequences a forward", error, store.batch_size)
+            give_back_freed_memory()
+        self.report.close(self.plan)
+
+    def _stream(self, patterns: dict[str, Pattern]) -> None:
+        """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
+        stages, clock = self.plan.stages, self.report.clock
+        with (
+            out_of_memory_in(self.host.embedding.name),
+            self._lanes() as lanes,
+            Progress(len(stages), "pruning", "block") as bar,
+        ):
+            collector = self._collector(lanes)
+            for index, stage in enumerate(stages):
+                with out_of_memory_in(stage.name), self._freed(stage):
+                    if self.store.has(stage):
+                        self._recall(stage, index, collector)
+                    else:
+                        self._prune_stage(stage, index, collector, patterns)
+                    if lanes and index + 1 < len(stages):
+                        with clock.phase("forward"):
+                            lanes.advance(index)
+                bar.step()
+
+    def _prune_stage(self, stage: Stage, index: int, collector: Collector | None, patterns: dict[str, Pattern]) -> None:
+        clock, sites = self.report.clock, self.plan.sites.get(stage.name, [])
+        with clock.phase("load"):
+            self.host.load(stage)
+        if collector is None:
+            self._solve(_unfed(sites), patterns)
+        else:
+            self._solve(self._timed(collector.groups(index, sites)), patterns)
+            self.report.most_runs = max(self.report.most_runs, collector.most_runs)
+        with clock.phase("write"):
+            changed = self.store.keep(stage, sites)
+        if changed and collector:
+            collector.outdate()
+
+    def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
+        with self.report.clock.phase("recall"):
+            if collector and collector.twins:
+                self.host.load(stage)
+                collector.run_twins(index)
+            self.store.recall(stage)
+
+    def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
+        for group in groups:
+            method = self.recipe.solver()
+            if group.statistic is None and method.needs is not None:
+                method = Magnitude()  # experts that no token reached; the group's notes say so
+            for site in group.sites:
+                with self.report.clock.phase("solve"), out_of_memory_in(site.name):
+                    outcome = prune_matrix(
+                        site.name,
+                        method,
+                        self.host.weight(site),
+                        group.statistic,
+                        patterns[site.name],
+                        self.recipe.seed,
+                        self.recipe.dense_target,
+                    )
+                pattern = patterns[site.name]
+                self.report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
+
+    def _timed(self, groups: Iterator[Group]) -> Iterator[Group]:
+        """Count the time it takes to come by each group, and let go of its statistic after use."""
+        while True:
+            with self.report.clock.phase("statistics"):
+                group = next(groups, None)
+            if group is None:
+                return
+            yield group
+            group.statistic = None
+
+    @contextmanager
+    def _freed(self, stage: Stage) -> Iterator[None]:
+        """Free a stage after use, and after a failure, when it will be loaded again."""
+        try:
+            yield
+        finally:
+            self.host.free(stage)
+
+    def _batch_size(self) -> int:
+        longest = max((len(row) for row in self.plan.rows), default=1)
+        return self.recipe.batch_size or batch_size(longest, self.host.config, self.host.dtype, self.host.place)
+
+    def _lanes(self) -> AbstractContextManager[Lanes | None]:
+        if self.plan.tokens is None:
+            return nullcontext()
+        rows = batches(self.plan.tokens, self.store.batch_size)
+        rows = [*rows, *rows] if self.recipe.dense_target else rows
+        return Lanes(self.host.model, self.plan.stages, rows, self.home, self.host.device_of)
+
+    def _collector(self, lanes: Lanes | None) -> Collector | None:
+        needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)
+        if lanes is None or needs is None:
+            return None
+        budget = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
+        tokens = sum(len(row) for row in self.plan.rows) * (2 if twins else 1)
+        fits = fits_side_by_side(tokens, self.host.config, self.host.dtype, self.host.place)
+        if twins and not fits:
+            raise RecipeError(
+                f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
+            )
+        return Collector(lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins)
+
+    def _patterns(self) -> dict[str, Pattern]:
+        """Return every site's pattern; a budget over the whole model is split by one look at all weights."""
+        sites, pattern = self.plan.all_sites(), self.plan.pattern
+        if isinstance(pattern, Unstructured) and pattern.group == "model":
+            return dict(global_magnitude(self._weights, pattern.sparsity))
+        return {site.name: pattern for site in sites}
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for stage in [self.host.embedding, *self.plan.stages]:
+            if stage.name in self.plan.sites:
+                self.host.load(stage)
+                yield from ((site.name, self.host.weight(site)) for site in self.plan.sites[stage.name])
+                self.host.free(stage)
+
+
+def _unfed(sites: Iterable[Site]) -> Iterator[Group]:
+    return (Group([site]) for site in sites)
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
