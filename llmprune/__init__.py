@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmprune.patterns import NM as NM
     from llmprune.patterns import Unstructured as Unstructured
     from llmprune.pruning import prune as prune
+    from llmprune.publishing import push as push
     from llmprune.recipe import Recipe as Recipe
     from llmprune.report import Report as Report
     from llmprune.solving import solve as solve
@@ -35,6 +36,7 @@ _HOMES = {
     "evaluate": "llmprune_eval.perplexity",
     "inspect": "llmprune.inspection",
     "prune": "llmprune.pruning",
+    "push": "llmprune.publishing",
     "solve": "llmprune.solving",
 }
 

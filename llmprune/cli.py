@@ -1,45 +1,20 @@
-"""The command line: `llmprune prune`, `eval`, `inspect`.
+"""The command line: `llmprune prune`, `eval`, `inspect`, `push`.
 
 Every option is a field of `llmprune.Recipe` or a parameter of the Python function of the same name. Errors are one
 line on stderr and exit status 2; with `--json`, stdout holds one JSON object and nothing else.
 """
 
-import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 
+from llmprune.commands.push import push
+from llmprune.commands.shared import json_option, of_model, print_json, show, where
 from llmprune.errors import LlmpruneError, RecipeError
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Bundle options that several commands share."""
-
-    def decorate(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_where = _options(
-    click.option("--device", help="auto, cpu, cuda, cuda:1, ...  [default: auto]"),
-    click.option("--dtype", help="auto (as stored), float32, float16, bfloat16  [default: auto]"),
-    click.option("--batch-size", type=int, help="Sequences a forward  [default: sized to the memory]"),
-)
-_model = _options(
-    click.option("--revision", help="Branch, tag or commit of a Hub model."),
-    click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,9 +47,9 @@ def cli() -> None:
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'.")
 @click.option("--recipe", type=click.Path(), metavar="FILE.yaml", help="Options in a file; the command line wins.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
-@_where
-@_model
-@_json
+@where
+@of_model
+@json_option
 def prune(model: str, out: Path, recipe: str | None, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Prune MODEL into the folder OUT, one block in memory at a time."""
     given = {name: value for name, value in options.items() if value is not None and value != ()}
@@ -88,7 +63,7 @@ def prune(model: str, out: Path, recipe: str | None, overwrite: bool, as_json: b
         given["method_options"] = (in_file.get("method_options") or {}) | given["method_options"]
     report = run(model, out, overwrite=overwrite, **(in_file | given))
     if as_json:
-        _print_json({"out": str(out), **report.to_json()})
+        print_json({"out": str(out), **report.to_json()})
     else:
         click.echo(f"{report}\n  written to    {out}")
 
@@ -99,28 +74,31 @@ def prune(model: str, out: Path, recipe: str | None, overwrite: bool, as_json: b
     "--data", metavar="SPEC", help="wikitext2, c4, ptb, demo, a Hub data set, or a file  [default: wikitext2]"
 )
 @click.option("--length", type=int, help="Tokens a window  [default: 2048, at most the model's context]")
-@_where
-@_model
-@_json
+@where
+@of_model
+@json_option
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Measure the perplexity of MODEL by the papers' convention."""
     from llmprune_eval.perplexity import evaluate as run
 
-    _show(run(model, **{name: value for name, value in options.items() if value is not None}), as_json)
+    show(run(model, **{name: value for name, value in options.items() if value is not None}), as_json)
 
 
 @cli.command()
 @click.argument("model")
-@_model
-@_json
+@of_model
+@json_option
 def inspect(model: str, as_json: bool, **options: Any) -> None:
     """Show the zeros of every tensor of MODEL and which N:M it truly satisfies; exit 1 if llmprune.json lies."""
     from llmprune.inspection import inspect as run
 
     inspection = run(model, **{name: value for name, value in options.items() if value is not None})
-    _show(inspection, as_json)
+    show(inspection, as_json)
     if inspection.verified is False:
         sys.exit(1)
+
+
+cli.add_command(push)
 
 
 def main() -> None:
@@ -158,14 +136,3 @@ def _name_and_value(text: str) -> tuple[str, str]:
     if not equals:
         raise RecipeError(f"--method-option '{text}' must read NAME=VALUE, for example damp=0.1")
     return name, value
-
-
-def _show(result: Any, as_json: bool) -> None:
-    if as_json:
-        _print_json(result.to_json())
-    else:
-        click.echo(str(result))
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))

@@ -38,6 +38,10 @@ class NumericalError(LlmpruneError):
     """A weight, an activation or a statistic is not finite, or a solve failed at every damping."""
 
 
+class HubError(LlmpruneError):
+    """The Hub cannot be reached, does not know the token, or refuses what was asked of it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that offers the nearest known name, or lists them all when none is near."""
     names = sorted(known)
