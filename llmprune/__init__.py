@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llmprune.solving import solve as solve
     from llmprune.statistics import ColumnNorm as ColumnNorm
     from llmprune.statistics import Gram as Gram
+    from llmprune_eval.comparison import compare as compare
     from llmprune_eval.perplexity import evaluate as evaluate
 
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report",
     "Unstructured": "llmprune.patterns",
+    "compare": "llmprune_eval.comparison",
     "evaluate": "llmprune_eval.perplexity",
     "inspect": "llmprune.inspection",
     "prune": "llmprune.pruning",

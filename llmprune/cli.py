@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
 from llmprune.commands.shared import json_option, of_model, print_json, show, where
 from llmprune.errors import LlmpruneError, RecipeError
@@ -68,22 +69,6 @@ def prune(model: str, out: Path, recipe: str | None, overwrite: bool, as_json: b
         click.echo(f"{report}\n  written to    {out}")
 
 
-@cli.command(name="eval")
-@click.argument("model")
-@click.option(
-    "--data", metavar="SPEC", help="wikitext2, c4, ptb, demo, a Hub data set, or a file  [default: wikitext2]"
-)
-@click.option("--length", type=int, help="Tokens a window  [default: 2048, at most the model's context]")
-@where
-@of_model
-@json_option
-def evaluate(model: str, as_json: bool, **options: Any) -> None:
-    """Measure the perplexity of MODEL by the papers' convention."""
-    from llmprune_eval.perplexity import evaluate as run
-
-    show(run(model, **{name: value for name, value in options.items() if value is not None}), as_json)
-
-
 @cli.command()
 @click.argument("model")
 @of_model
@@ -98,6 +83,7 @@ def inspect(model: str, as_json: bool, **options: Any) -> None:
         sys.exit(1)
 
 
+cli.add_command(evaluate)
 cli.add_command(push)
 
 
