@@ -14,6 +14,7 @@ import click
 
 from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
+from llmprune.commands.report import report
 from llmprune.commands.shared import json_option, of_model, print_json, show, where
 from llmprune.errors import LlmpruneError, RecipeError
 
@@ -62,11 +63,11 @@ def prune(model: str, out: Path, recipe: str | None, overwrite: bool, as_json: b
     in_file = read_recipe(recipe) if recipe else {}
     if "method_options" in given:
         given["method_options"] = (in_file.get("method_options") or {}) | given["method_options"]
-    report = run(model, out, overwrite=overwrite, **(in_file | given))
+    result = run(model, out, overwrite=overwrite, **(in_file | given))
     if as_json:
-        print_json({"out": str(out), **report.to_json()})
+        print_json({"out": str(out), **result.to_json()})
     else:
-        click.echo(f"{report}\n  written to    {out}")
+        click.echo(f"{result}\n  written to    {out}")
 
 
 @cli.command()
@@ -85,6 +86,7 @@ def inspect(model: str, as_json: bool, **options: Any) -> None:
 
 cli.add_command(evaluate)
 cli.add_command(push)
+cli.add_command(report)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.recipe"},
     {"llmprune.plan", "llmprune.solving"},
     {"llmprune.inspection", "llmprune.runs"},
-    {"llmprune.card"},
+    {"llmprune.card", "llmprune.page"},
     {"llmprune.publishing"},
     {"llmprune.report"},
     {"llmprune.pruning"},
