@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from llmprune.statistics import Gram as Gram
     from llmprune_eval.comparison import compare as compare
     from llmprune_eval.perplexity import evaluate as evaluate
+    from llmprune_eval.sensitivity import sensitivity as sensitivity
+    from llmprune_eval.sweep import sweep as sweep
 
 _HOMES = {
     "ColumnNorm": "llmprune.statistics",
@@ -39,7 +41,9 @@ _HOMES = {
     "inspect": "llmprune.inspection",
     "prune": "llmprune.pruning",
     "push": "llmprune.publishing",
+    "sensitivity": "llmprune_eval.sensitivity",
     "solve": "llmprune.solving",
+    "sweep": "llmprune_eval.sweep",
 }
 
 __all__ = [*_HOMES, "methods"]

@@ -15,7 +15,9 @@ import click
 from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
 from llmprune.commands.report import report
+from llmprune.commands.sensitivity import sensitivity
 from llmprune.commands.shared import json_option, of_model, print_json, show, where
+from llmprune.commands.sweep import sweep
 from llmprune.errors import LlmpruneError, RecipeError
 
 
@@ -87,6 +89,8 @@ def inspect(model: str, as_json: bool, **options: Any) -> None:
 cli.add_command(evaluate)
 cli.add_command(push)
 cli.add_command(report)
+cli.add_command(sensitivity)
+cli.add_command(sweep)
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ def _evaluation(
     return Evaluation(
         model=subject.name,
         data=windows.tokens.name,
-        perplexity=_perplexity(subject.name, scores.loss),
+        perplexity=perplexity_of(subject.name, scores.loss),
         bits_per_byte=windows.bits_per_byte(scores.loss),
         windows=len(windows.tokens.rows),
         length=windows.longest,
@@ -178,13 +178,20 @@ def _evaluation(
         seconds=seconds,
         streamed=subject.streamed,
         dense=dense.name if dense else None,
-        dense_perplexity=None if scores.dense_loss is None or not dense else _perplexity(dense.name, scores.dense_loss),
+        dense_perplexity=None
+        if scores.dense_loss is None or not dense
+        else perplexity_of(dense.name, scores.dense_loss),
         kl_divergence=scores.kl_divergence,
         top1_agreement=scores.top1_agreement,
     )
 
 
-def _perplexity(name: str, loss: float) -> float:
+def perplexity_of(name: str, loss: float) -> float:
+    """Return the perplexity of a mean loss in nats a token.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
     if not math.isfinite(loss):
         raise NumericalError(f"{name} gives NaN or infinite outputs: try --dtype float32")
     try:

@@ -97,10 +97,11 @@ def _errors(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 def _errors_by(norm: str, runs: dict[str, dict[str, Any]]) -> str:
     series = []
-    for name, run in runs.items():
+    for colour, (name, run) in enumerate(runs.items()):
         blocks = facts.by_block(site for site in run["sites"] if site["error_norm"] == norm)
         if blocks:
-            series.append(Series(name, [(float(block), facts.mean_error(sites)) for block, sites in blocks.items()]))
+            points = [(float(block), facts.mean_error(sites)) for block, sites in blocks.items()]
+            series.append(Series(name, points, colour=colour))
     caption = "Mean over the matrices of a block; errors by another norm are no measure to compare with."
     return _figure(f"Output error by {norm.replace('_', ' ')}", "relative output error", series, caption, plain)
 

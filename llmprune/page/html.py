@@ -25,7 +25,8 @@ def figure(title: str, picture: str, caption: str, legend: str = "") -> str:
 def figures(title: str, parts: Sequence[str]) -> str:
     """Return a section of figures side by side, or nothing where there is none."""
     shown = "\n".join(part for part in parts if part)
-    return f'<h2>{escape(title)}</h2>\n<div class="figures">\n{shown}\n</div>' if shown else ""
+    heading = f"<h2>{escape(title)}</h2>\n" if title else ""
+    return f'{heading}<div class="figures">\n{shown}\n</div>' if shown else ""
 
 
 def tiles(facts: Sequence[tuple[str, str]]) -> str:

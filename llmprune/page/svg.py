@@ -15,13 +15,21 @@ Format = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) of one name; `labels` are shown where a pointer rests on a point."""
+    """Points (x, y) of one name; `labels` are shown where a pointer rests on a point.
+
+    `colour` None is that of the series' place in its figure.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     labels: Sequence[str] = ()
     line: bool = True
     marks: bool = True
+    colour: int | None = None
+
+    def style(self, place: int) -> str:
+        """Return the class that colours the series, the one at `place` in its figure."""
+        return f"c{(place if self.colour is None else self.colour) % COLOURS}"
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,11 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], names: bool = 
         places = [(_x(x, a), _y(y, b)) for a, b in entry.points]
         if entry.line and len(places) > 1:
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-            parts.append(f'<polyline class="c{index % COLOURS}" points="{path}"/>')
+            parts.append(f'<polyline class="{entry.style(index)}" points="{path}"/>')
         if entry.marks:
-            parts += [_mark(index, place, label) for place, label in zip(places, _labels(entry), strict=True)]
+            parts += [
+                _mark(entry.style(index), place, label) for place, label in zip(places, _labels(entry), strict=True)
+            ]
         if names:
             parts += [_name(place, label) for place, label in zip(places, entry.labels, strict=True)]
     return _svg(title, HEIGHT, parts)
@@ -105,7 +115,7 @@ def steps(edges: Sequence[float], counts: Sequence[float]) -> list[tuple[float, 
 def legend(series: Sequence[Series]) -> str:
     """Return the names of the series with their colours, as HTML."""
     items = "".join(
-        f'<li><i class="c{index % COLOURS}"></i>{escape(entry.name)}</li>' for index, entry in enumerate(series)
+        f'<li><i class="{entry.style(index)}"></i>{escape(entry.name)}</li>' for index, entry in enumerate(series)
     )
     return f'<ul class="legend">{items}</ul>'
 
@@ -150,9 +160,9 @@ def _labels(series: Series) -> Sequence[str]:
     return series.labels or [series.name] * len(series.points)
 
 
-def _mark(index: int, place: tuple[float, float], label: str) -> str:
+def _mark(style: str, place: tuple[float, float], label: str) -> str:
     return (
-        f'<circle class="c{index % COLOURS}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="3.2">'
+        f'<circle class="{style}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="3.2">'
         f"<title>{escape(label)}</title></circle>"
     )
 
