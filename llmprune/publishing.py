@@ -1,16 +1,10 @@
 """Publish a pruned model on the Hugging Face Hub, or refuse in one line before anything is uploaded.
 
-Everything goes through huggingface_hub's own client and login, so its proxies, certificates, Xet and resuming hold.
 A repository that exists is taken if nothing but .gitattributes is in it, or a former output of llmprune; any other is
 left alone unless `overwrite` is given. Files of a former output that the new one does not have are deleted in the
 same upload, and stay in the repository's history.
 """
 
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +14,7 @@ from llmprune.errors import CheckpointError, HubError, RecipeError
 from llmprune.inspection import inspect
 from llmprune.locate import DEMO
 from llmprune.runs import read_run
-
-_NOT_UPLOADED = ["*.new", "*.partial", ".cache/*", "__pycache__/*"]
-
-
-@dataclass(frozen=True)
-class Published:
-    """Where a model was published.
-
-    Attributes:
-        url: the page of the repository.
-        commit: the commit that holds the upload.
-    """
-
-    repo: str
-    url: str
-    commit: str
-    private: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the result as plain values."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        visible = "private" if self.private else "public"
-        return f"published {self.url} ({visible}, commit {self.commit[:8]})"
+from llmprune.uploading import Client, Published
 
 
 def push(
@@ -77,7 +47,7 @@ def push(
     folder = Path(folder)
     run = _complete_run(folder)
     base = _base_id(run, base_model)
-    client = _Client()
+    client = Client()
     client.sign_in()
     repo = client.full_name(repo)
     base_info = client.look_up(base) if base else None
@@ -116,61 +86,6 @@ def _base_id(run: dict[str, Any], given: str | None) -> str | None:
     raise RecipeError(f"the base model was a folder ({model}): give its Hub id as --base-model ID, or 'none'")
 
 
-class _Client:
-    """The Hub's own client, with each of its errors in one line."""
-
-    def __init__(self) -> None:
-        from huggingface_hub import HfApi
-
-        self._api = HfApi(library_name="llmprune")
-        self._user = ""
-
-    def sign_in(self) -> None:
-        """Make sure that there is a Hub, and that it knows the token."""
-        from huggingface_hub import get_token
-
-        if not hub.reachable():
-            raise HubError(f"cannot publish: {hub.obstacle()}")
-        if get_token() is None:
-            raise HubError("cannot publish without a token: run `hf auth login`, or set HF_TOKEN")
-        with _refusals("log in"):
-            self._user = self._api.whoami()["name"]
-
-    def full_name(self, repo: str) -> str:
-        """Return `repo` with its namespace, the user's own where it names none."""
-        from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-        name = repo if "/" in repo else f"{self._user}/{repo}"
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            raise RecipeError(f"'{repo}' cannot name a repository: those are named organisation/name") from None
-        return name
-
-    def look_up(self, repo: str) -> Any:
-        """Return what the Hub says of a model repository, None where it shows none of that name."""
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-        with _refusals(f"look up '{repo}'"):
-            try:
-                return self._api.model_info(repo)
-            except (RepositoryNotFoundError, HFValidationError):
-                return None
-
-    def upload(self, folder: Path, repo: str, private: bool, message: str) -> Published:
-        """Create the repository where it is missing, and upload the folder; what is there already is not sent again."""
-        with _quiet_in_pipes(), _refusals(f"publish '{repo}'"):
-            url = self._api.create_repo(repo, private=private, exist_ok=True)
-            commit = self._api.upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                commit_message=message,
-                ignore_patterns=list(_NOT_UPLOADED),
-                delete_patterns=["*"],
-            )
-            return Published(repo, str(url), commit.oid, bool(self._api.model_info(repo).private))
-
-
 def _require_free(info: Any, repo: str, private: bool, overwrite: bool) -> None:
     """Refuse a repository that holds something else, or that is open where a private one is wanted."""
     if info is None:
@@ -203,47 +118,3 @@ def _inherited(folder: Path, info: Any, license: str | None) -> dict[str, Any]:
     if not metadata.get("license"):
         raise RecipeError("the licence of the base model is not known: give it as --license, such as apache-2.0")
     return metadata
-
-
-@contextmanager
-def _quiet_in_pipes() -> Iterator[None]:
-    """Keep the client's progress bars and notes on retries from a stderr that is no terminal."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from huggingface_hub.utils import logging as notes
-
-    if sys.stderr.isatty() or are_progress_bars_disabled():
-        yield
-        return
-    level = notes.get_verbosity()
-    notes.set_verbosity(logging.ERROR)
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-        notes.set_verbosity(level)
-
-
-@contextmanager
-def _refusals(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # whatever broke; the classes are the transport's, which differs between releases
-        raise HubError(f"cannot {doing}: {_cause(error)}") from error
-
-
-def _cause(error: Exception) -> str:
-    """Return what went wrong, with the way out; a refusal of the Hub is told by its status."""
-    response = getattr(error, "response", None)
-    status, place = getattr(response, "status_code", 0), hub.endpoint()
-    if status == 401:
-        return f"{place} does not know the token: run `hf auth login`, or set HF_TOKEN to a valid one"
-    if status == 403:
-        return f"{place} says that the token may not do that: use one with the right to write there"
-    if status == 409:
-        return f"it was changed by somebody else meanwhile ({place}, HTTP 409): run the same command again"
-    if status == 429 or status >= 500:
-        return f"{place} is busy or broken (HTTP {status}): run the same command later, it goes on where it was"
-    if status:
-        return f"{place} refuses ({hub.one_line(error)})"
-    return f"no connection to {place} ({hub.one_line(error)}): run the same command again, it goes on where it was"

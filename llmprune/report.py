@@ -21,7 +21,7 @@ from llmprune.solving import Outcome
 from llmprune.statistics import ColumnNorm, Gram
 
 if TYPE_CHECKING:
-    from llmprune.publishing import Published
+    from llmprune.uploading import Published
 
 _PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 

@@ -22,7 +22,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.model", "llmprune.data", "llmprune.calibration", "llmprune.locate"},
     {"llmprune.recipe"},
     {"llmprune.plan", "llmprune.solving"},
-    {"llmprune.inspection", "llmprune.runs"},
+    {"llmprune.inspection", "llmprune.runs", "llmprune.uploading"},
     {"llmprune.card", "llmprune.page"},
     {"llmprune.publishing"},
     {"llmprune.report"},

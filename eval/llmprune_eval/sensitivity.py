@@ -20,13 +20,12 @@ from llmprune.errors import RecipeError
 from llmprune.locate import DEMO
 from llmprune.model import Resident
 from llmprune.model.sites import Site, is_router, sites_of
-from llmprune.page import html, svg
 from llmprune.page.facts import kind_of
-from llmprune.page.svg import Axis, Series, percent, plain
 from llmprune.plan import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
 from llmprune.pruning import prune
 from llmprune.recipe import require_whole
+from llmprune_eval.pages import sensitivity_page
 from llmprune_eval.perplexity import cut_for, perplexity_of, read_text, require_options
 from llmprune_eval.scores import score
 from llmprune_eval.subjects import Place, Subject
@@ -134,7 +133,7 @@ def sensitivity(
     result = Sensitivity(settings, perplexity_of(str(model), loss), cells)
     if folder is not None:
         (folder / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-        (folder / PAGE).write_text(page(result), "utf-8")
+        (folder / PAGE).write_text(sensitivity_page(result), "utf-8")
     return result
 
 
@@ -169,43 +168,6 @@ def _measured(
                 journal.add(Cell(axis, part, share, perplexity, scores.kl_divergence or 0.0))
             bar.step()
     return journal.cells
-
-
-def page(result: Sensitivity) -> str:
-    """Return the result as one HTML page: curves over the blocks and over the sparsity, and the table."""
-    sparsities = sorted({cell.sparsity for cell in result.cells})
-    blocks = [
-        Series(percent(share), [(float(cell.part), cell.kl_divergence) for cell in result.cells
-                                if cell.axis == "block" and cell.sparsity == share])
-        for share in sparsities
-    ]  # fmt: skip
-    kinds = [
-        Series(kind, [(cell.sparsity, cell.kl_divergence) for cell in cells])
-        for kind, cells in result.parts("kind").items()
-    ]
-    return html.document(
-        f"Sensitivity of {result.settings['model']}",
-        [
-            f"<h1>Sensitivity of {result.settings['model']}</h1>\n<p class=soft>{result.settings['method']}, on "
-            f"{result.settings['windows']} windows of {result.settings['data']}; dense perplexity "
-            f"{result.dense:.2f}</p>",
-            html.figures("KL divergence to the dense model", [
-                _figure("One block pruned", "block", blocks, "Nats a token, all other blocks dense.", plain, True),
-                _figure("One kind pruned", "share of zeros", kinds, "In all blocks, all other kinds dense.", percent),
-            ]),
-            html.table(["part", "zeros", "perplexity", "KL divergence"], [
-                [f"block {cell.part}" if cell.axis == "block" else cell.part, percent(cell.sparsity),
-                 f"{cell.perplexity:.2f}", f"{cell.kl_divergence:.4f}"] for cell in result.cells
-            ]),
-        ],
-    )  # fmt: skip
-
-
-def _figure(title: str, label: str, series: list[Series], caption: str, format: svg.Format, whole: bool = False) -> str:
-    points = [point for entry in series for point in entry.points]
-    x = Axis.around(label, [a for a, _ in points], format, whole=whole)
-    y = Axis.around("KL divergence", [b for _, b in points], plain, zero=True)
-    return html.figure(title, svg.chart(title, x, y, series), caption, svg.legend(series))
 
 
 class _Journal:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import RecipeError
-from llmprune.page import html, svg
-from llmprune.page.svg import Axis, Series, percent, plain
 from llmprune.pruning import prune
 from llmprune.recipe import Recipe
 from llmprune.runs import add_evaluations, read_run
+from llmprune_eval.pages import sweep_page
 from llmprune_eval.perplexity import measure, read_text, require_options
 from llmprune_eval.subjects import Place, Subject
 
@@ -107,42 +106,8 @@ def sweep(
         rows.append(_row(folder, found.perplexity, found.kl_divergence or 0.0, found.top1_agreement or 0.0))
     result = Sweep(str(model), base.data, base.perplexity, _marked(rows))
     (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-    (Path(out) / PAGE).write_text(page(result), "utf-8")
+    (Path(out) / PAGE).write_text(sweep_page(result), "utf-8")
     return result
-
-
-def page(result: Sweep) -> str:
-    """Return the sweep as one HTML page: perplexity against the weights that are left, and the table."""
-    title = "Perplexity against the weights that are left"
-    series = [
-        Series(method, [(row.left, row.perplexity) for row in rows], [row.pattern for row in rows], line=False)
-        for method, rows in _by_method(result.rows).items()
-    ]
-    front = sorted(((row.left, row.perplexity) for row in result.rows if row.best), key=lambda point: point[0])
-    shown = [*series, Series("best for their size", front, marks=False), Series("dense", [(1.0, result.dense)])]
-    points = [point for entry in shown for point in entry.points]
-    x = Axis.around("parameters that are not zero", [a for a, _ in points], percent)
-    y = Axis.around("perplexity", [b for _, b in points], plain, log=True)
-    picture = svg.chart(title, x, y, shown)
-    header = [
-        "method",
-        "pattern",
-        "left",
-        "perplexity",
-        "KL divergence",
-        "top-1 agreement",
-        "mean output error",
-        "time",
-    ]
-    return html.document(
-        f"Sweep over {result.model}",
-        [
-            f"<h1>Sweep over {Path(result.model).name}</h1>",
-            f"<p class=soft>Perplexity on {result.data}, {result.dense:.2f} for the dense model.</p>",
-            html.figures("", [html.figure(title, picture, "Lower and further left is better.", svg.legend(shown))]),
-            html.table(header, [_cells(row) for row in result.rows]),
-        ],
-    )
 
 
 def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any]) -> None:
@@ -178,14 +143,3 @@ def _marked(rows: list[Row]) -> list[Row]:
         Row(**asdict(row) | {"best": not any(r.left <= row.left and r.perplexity < row.perplexity for r in rows)})
         for row in rows
     ]
-
-
-def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    return {method: [row for row in rows if row.method == method] for method in dict.fromkeys(r.method for r in rows)}
-
-
-def _cells(row: Row) -> list[str]:
-    return [
-        row.method, row.pattern, percent(row.left), f"{row.perplexity:.2f}", f"{row.kl_divergence:.4f}",
-        percent(row.top1_agreement), f"{row.output_error:.4g}", f"{row.seconds:.1f} s",
-    ]  # fmt: skip
