@@ -144,6 +144,14 @@ def test_results_are_kept_for_the_card(folders: dict[str, Path], pruned: Path) -
         llmprune.evaluate(folders["llama"], tiny.ids(), save=True)
 
 
+def test_a_quick_look_says_how_little_it_saw(folders: dict[str, Path]) -> None:
+    found = llmprune.evaluate(folders["llama"], tiny.ids(6, 20), windows=2)
+    assert found.perplexity == llmprune.evaluate(folders["llama"], tiny.ids(6, 20)[:2]).perplexity
+    assert found.windows == 2 and "only the first 2 of 6 windows" in found.convention
+    with pytest.raises(RecipeError, match="windows must be a whole number of at least 1, not 0"):
+        llmprune.evaluate(folders["llama"], tiny.ids(), windows=0)
+
+
 def test_models_of_different_tokens_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     tiny.save(tiny.model("llama", vocab_size=2048), tmp_path / "demo-tokens")
     AutoTokenizer.from_pretrained(demo_folder()).save_pretrained(tmp_path / "demo-tokens")

@@ -6,8 +6,9 @@ from typing import Any
 
 from llmprune.errors import RecipeError
 from llmprune.runs import add_evaluations
-from llmprune_eval.perplexity import Evaluation, measure, read_text, require_options
+from llmprune_eval.perplexity import Evaluation, measure, read_text
 from llmprune_eval.subjects import Place, Subject
+from llmprune_eval.windows import Amount
 
 _HEADER = ("model", "data", "perplexity", "bits/byte", "KL to dense", "top-1 agreement", "window", "seconds")
 
@@ -36,6 +37,7 @@ def compare(
     *,
     dense: Any = None,
     length: int | None = None,
+    windows: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -59,7 +61,7 @@ def compare(
     if not models:
         raise RecipeError("there is no model to evaluate: give at least one")
     place = Place.of(device, dtype, streamed, trust_remote_code)
-    require_options(length, batch_size)
+    amount = Amount(length, windows, batch_size)
     texts = [read_text(models[0], entry) for entry in data]
     subjects = [Subject(model, place, tokenizer) for model in models]
     reference = subjects[0] if dense is None else None if dense is False else Subject(dense, place, tokenizer)
@@ -67,7 +69,7 @@ def compare(
     while subjects:  # each is let go of once it is measured
         subject = subjects.pop(0)
         other = None if subject is reference else reference
-        measured = [measure(subject, text, other, length, batch_size) for text in texts]
+        measured = [measure(subject, text, other, amount) for text in texts]
         if save and (subject is not reference or len(models) == 1):
             add_evaluations(subject.folder, [evaluation.to_json() for evaluation in measured])
         found += measured

@@ -61,7 +61,7 @@ def sweep_page(result: "Sweep") -> str:
     points = [point for entry in shown for point in entry.points]
     x = Axis.around("parameters that are not zero", [a for a, _ in points], percent)
     y = Axis.around("perplexity", [b for _, b in points], plain, log=True)
-    picture = svg.chart(title, x, y, shown)
+    picture = svg.chart(title, x, y, shown, names=True)
     header = [
         "method",
         "pattern",

@@ -15,11 +15,10 @@ from llmprune.documents import Documents
 from llmprune.errors import DataError, NumericalError
 from llmprune.locate import DEMO
 from llmprune.plan import context_length, window_length
-from llmprune.recipe import require_whole
 from llmprune.runs import add_evaluations
 from llmprune_eval.scores import Scores, score
 from llmprune_eval.subjects import Place, Subject
-from llmprune_eval.windows import Windows, cut, fitting_batch
+from llmprune_eval.windows import Amount, Windows, cut, fitting_batch
 
 DEFAULT_DATA = "wikitext2"
 
@@ -82,6 +81,7 @@ def evaluate(
     *,
     dense: Any = None,
     length: int | None = None,
+    windows: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
@@ -98,6 +98,7 @@ def evaluate(
         data: what `llmprune.data.read` reads; None is `wikitext2`, or the shipped excerpt for `demo`.
         dense: the model that `model` was pruned from, given in the same ways.
         length: tokens a window; None is 2048, or the model's context where that is shorter.
+        windows: measure on the first of the text's windows only, for a quick look; None is all of them.
         batch_size: windows a forward; None sizes it to the vocabulary.
         streamed: hold one block at a time in memory; None does so for a checkpoint that does not fit.
         tokenizer: for a loaded model and text.
@@ -107,36 +108,34 @@ def evaluate(
         LlmpruneError: one of its kinds.
     """
     place = Place.of(device, dtype, streamed, trust_remote_code)
-    require_options(length, batch_size)
+    amount = Amount(length, windows, batch_size)
     subject = Subject(model, place, tokenizer, revision)
     text = read_text(model, data)
     reference = None if dense is None else Subject(dense, place, tokenizer)
-    found = measure(subject, text, reference, length, batch_size)
+    found = measure(subject, text, reference, amount)
     if save:
         add_evaluations(subject.folder, [found.to_json()])
     return found
 
 
-def measure(
-    subject: Subject, text: Documents, dense: Subject | None, length: int | None, batch_size: int | None
-) -> Evaluation:
+def measure(subject: Subject, text: Documents, dense: Subject | None, amount: Amount) -> Evaluation:
     """Measure one model on one text.
 
     Raises:
         DataError: the text does not fit the model, or both models do not share a vocabulary.
         NumericalError: the model's outputs are not finite.
     """
-    windows = cut_for(subject, text, length)
-    if dense is not None and not windows.same_ids(cut_for(dense, text, length)):
+    windows = cut_for(subject, text, amount)
+    if dense is not None and not windows.same_ids(cut_for(dense, text, amount)):
         raise DataError(f"{subject.name} and {dense.name} cut {text.name} into other tokens: leave the dense model out")
-    batches_BL = batches(windows.tokens, batch_size or fitting_batch(windows, subject.vocabulary))
+    batches_BL = batches(windows.tokens, amount.batch_size or fitting_batch(windows, subject.vocabulary))
     started = time.perf_counter()
     scores = score(batches_BL, subject.logits(batches_BL), dense.logits(batches_BL) if dense else None)
     seconds = time.perf_counter() - started
     return _evaluation(subject, dense, windows, scores, seconds)
 
 
-def cut_for(subject: Subject, text: Documents, length: int | None) -> Windows:
+def cut_for(subject: Subject, text: Documents, amount: Amount) -> Windows:
     """Return the windows of a text for a model, checked to fit it.
 
     Raises:
@@ -144,7 +143,7 @@ def cut_for(subject: Subject, text: Documents, length: int | None) -> Windows:
     """
     context = context_length(subject.config)
     tokenizer = None if text.kind == "input_ids" else subject.tokenizer
-    windows = cut(text, tokenizer, window_length(length, context))
+    windows = cut(text, tokenizer, window_length(amount.length, context), amount.windows)
     check(windows.tokens, vocabulary=subject.vocabulary, context=context)
     return windows
 
@@ -153,12 +152,6 @@ def read_text(model: Any, data: Any) -> Documents:
     """Return the text that `data` names; None is WikiText-2, or its shipped excerpt for the demo model."""
     default = DEMO if isinstance(model, str) and model == DEMO else DEFAULT_DATA
     return documents.read(default if data is None else data, "evaluation")
-
-
-def require_options(length: int | None, batch_size: int | None) -> None:
-    """Raise RecipeError for a number that is out of range."""
-    require_whole("length", length, 2)
-    require_whole("batch_size", batch_size, 1)
 
 
 def _evaluation(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmprune import data as data_room
 from llmprune import methods
-from llmprune.calibration import Tokens, batches, sample
+from llmprune.calibration import batches, sample
 from llmprune.errors import RecipeError
 from llmprune.locate import DEMO
 from llmprune.model import Resident
@@ -24,12 +24,11 @@ from llmprune.page.facts import kind_of
 from llmprune.plan import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
 from llmprune.pruning import prune
-from llmprune.recipe import require_whole
 from llmprune_eval.pages import sensitivity_page
-from llmprune_eval.perplexity import cut_for, perplexity_of, read_text, require_options
+from llmprune_eval.perplexity import cut_for, perplexity_of, read_text
 from llmprune_eval.scores import score
 from llmprune_eval.subjects import Place, Subject
-from llmprune_eval.windows import fitting_batch
+from llmprune_eval.windows import Amount, fitting_batch
 
 DEFAULT_SPARSITIES = (0.3, 0.5, 0.7)
 DEFAULT_WINDOWS = 32
@@ -114,17 +113,15 @@ def sensitivity(
     Raises:
         LlmpruneError: one of its kinds.
     """
-    require_whole("windows", windows, 1)
-    require_options(length, batch_size)
+    amount = Amount(length, windows, batch_size)
     _require_shares(sparsities)
     place = Place.of(device, dtype, False, trust_remote_code)
     dense, pruned = Subject(model, place), Subject(model, place)
-    cut = cut_for(dense, read_text(model, data), length)
-    tokens = Tokens(cut.tokens.rows[:windows], cut.tokens.name, "", cut.tokens.note)
-    batches_BL = batches(tokens, batch_size or fitting_batch(cut, dense.vocabulary))
+    cut = cut_for(dense, read_text(model, data), amount)
+    batches_BL = batches(cut.tokens, batch_size or fitting_batch(cut, dense.vocabulary))
     calibration = (DEMO if model == DEMO else DEFAULT_CALIBRATION) if calibration is None else calibration
     recipe = {"method": method, "calibration": calibration, "samples": samples, "length": length, "seed": seed}
-    settings = {"model": str(model), "data": tokens.name, "windows": len(tokens.rows), **_plain(recipe)}
+    settings = {"model": str(model), "data": cut.tokens.name, "windows": len(cut.tokens.rows), **_plain(recipe)}
     recipe = {"method": method, "calibration": _drawn(dense, recipe), "seed": seed}
     settings |= {"sparsities": list(sparsities), "dtype": str(dense.dtype).removeprefix("torch.")}
     folder = None if out is None else Path(out)

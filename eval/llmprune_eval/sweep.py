@@ -11,8 +11,9 @@ from llmprune.pruning import prune
 from llmprune.recipe import Recipe
 from llmprune.runs import add_evaluations, read_run
 from llmprune_eval.pages import sweep_page
-from llmprune_eval.perplexity import measure, read_text, require_options
+from llmprune_eval.perplexity import measure, read_text
 from llmprune_eval.subjects import Place, Subject
+from llmprune_eval.windows import Amount
 
 RESULT, PAGE = "sweep.json", "sweep.html"
 
@@ -73,6 +74,7 @@ def sweep(
     patterns: Sequence[str],
     data: Any = None,
     length: int | None = None,
+    windows: int | None = None,
     streamed: bool | None = None,
     **options: Any,
 ) -> Sweep:
@@ -81,7 +83,7 @@ def sweep(
     Args:
         out: a folder: every pruned model stays in one below it, and a sweep that was stopped goes on there.
         methods, patterns: as in `llmprune.Recipe`.
-        data, length, streamed: as in `llmprune.evaluate`.
+        data, length, windows, streamed: as in `llmprune.evaluate`.
         options: the other fields of `llmprune.Recipe`, for all of them.
 
     Raises:
@@ -89,19 +91,19 @@ def sweep(
     """
     if not methods or not patterns:
         raise RecipeError("a sweep needs at least one method and one pattern")
-    require_options(length, options.get("batch_size"))
+    amount = Amount(length, windows, options.get("batch_size"))
     recipes = [options | {"method": method, "pattern": pattern} for method in methods for pattern in patterns]
     for recipe in recipes:
         Recipe.of(recipe)
     trusted = bool(options.get("trust_remote_code", False))
     place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
     text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
-    base = measure(dense, text, None, length, options.get("batch_size"))
+    base = measure(dense, text, None, amount)
     rows = []
     for recipe in recipes:
         folder = Path(out) / f"{recipe['method']}-{recipe['pattern'].replace(':', 'of').replace('%', '')}"
         _prune_once(model, folder, recipe)
-        found = measure(Subject(folder, place), text, dense, length, options.get("batch_size"))
+        found = measure(Subject(folder, place), text, dense, amount)
         add_evaluations(folder, [found.to_json()])
         rows.append(_row(folder, found.perplexity, found.kl_divergence or 0.0, found.top1_agreement or 0.0))
     result = Sweep(str(model), base.data, base.perplexity, _marked(rows))

@@ -9,14 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmprune.calibration import Tokens, text_tokens
 from llmprune.documents import Documents
 from llmprune.errors import DataError
+from llmprune.recipe import require_whole
 
 MOST_WINDOWS = {"c4": 256}  # as SparseGPT's and Wanda's code
 _LOGIT_BYTES = 256 << 20  # of fp32 logits at a time
 _BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of a text is measured on, and how much at once; None is the default of each."""
+
+    length: int | None = None
+    windows: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_whole("length", self.length, 2)
+        require_whole("windows", self.windows, 1)
+        require_whole("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,8 @@ class Windows:
         return None if self.bytes_per_token is None else loss / math.log(2) / self.bytes_per_token
 
 
-def cut(text: Documents, tokenizer: Any, length: int) -> Windows:
-    """Return the windows of `length` tokens of a text; rows of token ids are taken as they are.
+def cut(text: Documents, tokenizer: Any, length: int, most: int | None = None) -> Windows:
+    """Return the first `most` windows of `length` tokens of a text; rows of token ids are taken as they are.
 
     Raises:
         DataError: the text is shorter than a window, or a row of token ids leaves nothing to predict.
@@ -56,7 +72,7 @@ def cut(text: Documents, tokenizer: Any, length: int) -> Windows:
         rows = [torch.tensor(row, dtype=torch.int64) for row in text.rows]
         if any(len(row) < 2 for row in rows):
             raise DataError(f"{text.name} has a row of fewer than 2 tokens, which leaves nothing to predict")
-        return Windows(Tokens(rows, text.name, "", "each row of token ids is one window, used as given"), None)
+        return _first(most, rows, text.name, "each row of token ids is one window, used as given", None)
     ids = text_tokens(text, tokenizer)
     rows = list(ids[: len(ids) // length * length].view(-1, length))[: MOST_WINDOWS.get(text.name)]
     if not rows:
@@ -65,7 +81,13 @@ def cut(text: Documents, tokenizer: Any, length: int) -> Windows:
     left = len(ids) - len(rows) * length
     note = f"{joined}, one tokenizer call, windows of {length} that do not overlap, tail of {left} tokens dropped"
     size = len(text.separator.join(text.rows).encode())
-    return Windows(Tokens(rows, text.name, "", note), size / len(ids))
+    return _first(most, rows, text.name, note, size / len(ids))
+
+
+def _first(most: int | None, rows: list[Tensor], name: str, note: str, bytes_per_token: float | None) -> Windows:
+    if most is not None and most < len(rows):
+        note, rows = f"{note}; only the first {most} of {len(rows)} windows", rows[:most]
+    return Windows(Tokens(rows, name, "", note), bytes_per_token)
 
 
 def fitting_batch(windows: Windows, vocabulary: int) -> int:

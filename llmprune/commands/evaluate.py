@@ -20,6 +20,7 @@ _NOBODY = "none"
 )
 @click.option("--dense", metavar="MODEL", help="Compare predictions with it; or none  [default: the first of several]")
 @click.option("--length", type=int, help="Tokens a window  [default: 2048, at most the model's context]")
+@click.option("--windows", type=int, help="Only the first windows, for a quick look.")
 @click.option("--streamed/--in-memory", default=None, help="One block at a time  [default: if it does not fit]")
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness (an extra), without --data alone.")
 @click.option("--include-path", metavar="FOLDER", help="Where YAML files of your own tasks are.")

@@ -15,6 +15,7 @@ from llmprune.commands.shared import given, json_option, of_model, show, where
 @click.option("--patterns", required=True, metavar="PATTERN,...", help="As --pattern of prune: N:M keeps N of M.")
 @click.option("--data", metavar="SPEC", help="What to measure on, as for eval.")
 @click.option("--length", type=int, help="Tokens a window and a calibration sequence.")
+@click.option("--windows", type=int, help="Only the first windows, for a quick look.")
 @click.option("--streamed/--in-memory", default=None, help="Measure with one block at a time in memory.")
 @click.option("--calibration", metavar="SPEC", help="As for prune.")
 @click.option("--samples", type=int, help="Calibration sequences  [default: 128]")

@@ -72,7 +72,7 @@ class Axis:
 
 
 def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], names: bool = False) -> str:
-    """Return lines or points on two axes; `names` writes each point's label beside it."""
+    """Return lines or points on two axes; `names` writes the points' labels beside them."""
     parts = [_grid(x, y)]
     for index, entry in enumerate(series):
         places = [(_x(x, a), _y(y, b)) for a, b in entry.points]
@@ -84,7 +84,7 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], names: bool = 
                 _mark(entry.style(index), place, label) for place, label in zip(places, _labels(entry), strict=True)
             ]
         if names:
-            parts += [_name(place, label) for place, label in zip(places, entry.labels, strict=True)]
+            parts += [_name(place, label) for place, label in zip(places, entry.labels, strict=False)]
     return _svg(title, HEIGHT, parts)
 
 
