@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from llmprune.patterns import NM as NM
     from llmprune.patterns import Unstructured as Unstructured
     from llmprune.pruning import prune as prune
+    from llmprune.publishing import push as push
     from llmprune.recipe import Recipe as Recipe
     from llmprune.report import Report as Report
     from llmprune.solving import solve as solve
     from llmprune.statistics import ColumnNorm as ColumnNorm
     from llmprune.statistics import Gram as Gram
+    from llmprune_eval.comparison import compare as compare
     from llmprune_eval.perplexity import evaluate as evaluate
+    from llmprune_eval.sensitivity import sensitivity as sensitivity
+    from llmprune_eval.sweep import sweep as sweep
 
 _HOMES = {
     "ColumnNorm": "llmprune.statistics",
@@ -32,10 +36,14 @@ _HOMES = {
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report",
     "Unstructured": "llmprune.patterns",
+    "compare": "llmprune_eval.comparison",
     "evaluate": "llmprune_eval.perplexity",
     "inspect": "llmprune.inspection",
     "prune": "llmprune.pruning",
+    "push": "llmprune.publishing",
+    "sensitivity": "llmprune_eval.sensitivity",
     "solve": "llmprune.solving",
+    "sweep": "llmprune_eval.sweep",
 }
 
 __all__ = [*_HOMES, "methods"]

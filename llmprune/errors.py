@@ -48,6 +48,10 @@ class NumericalError(LlmpruneError):
     """A weight, an activation or a statistic is not finite, or a solve failed at every damping."""
 
 
+class HubError(LlmpruneError):
+    """The Hub cannot be reached, does not know the token, or refuses what was asked of it."""
+
+
 class ResourceError(LlmpruneError):
     """Memory ran out."""
 

@@ -74,6 +74,7 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
             sink.copy_source()
         Run(host, plan, recipe, home, report, OnDisk(host, sink, report)).prune()
         sink.commit(report.to_json())
+    report.out = out
     return report
 
 

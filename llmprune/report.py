@@ -9,15 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune.errors import RecipeError
 from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
 from llmprune.plan import Host, Plan
 from llmprune.solving import Outcome
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
+
+if TYPE_CHECKING:
+    from llmprune.uploading import Published
 
 _PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 
@@ -97,6 +102,7 @@ class Report:
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
     most_runs: int = 0  # how often a block was run to collect its statistics, at most
+    out: Path | None = None  # the output folder; None for a model that was pruned in place
 
     @classmethod
     def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan) -> "Report":
@@ -154,6 +160,19 @@ class Report:
             "versions": versions(),
             "hardware": hardware(),
         }
+
+    def push(self, repo: str, **options: Any) -> "Published":
+        """Publish the output folder on the Hub; `options` are those of `llmprune.push`.
+
+        Raises:
+            RecipeError: the model was pruned in place, so that there is no output folder.
+            LlmpruneError: as `llmprune.push`.
+        """
+        from llmprune.publishing import push
+
+        if self.out is None:
+            raise RecipeError("a model pruned in place has no output folder: prune its folder or Hub id to publish it")
+        return push(self.out, repo, **options)
 
     def __str__(self) -> str:
         sites, seconds = len(self.sites), self.clock.seconds

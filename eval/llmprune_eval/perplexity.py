@@ -1,35 +1,26 @@
-"""Perplexity by the convention of the pruning papers.
+"""Perplexity by the convention of the pruning papers, and the distance to the dense model.
 
-The text is tokenized in one call with the tokenizer's default special tokens and cut into windows that do not
-overlap; the tail is dropped. A window's loss is the mean cross-entropy of its length - 1 targets; the perplexity is
-the exponential of the windows' mean loss, weighted by their lengths.
+A window's loss is the mean cross-entropy of its length - 1 targets; the perplexity is the exponential of the windows'
+mean loss, weighted by their lengths.
 """
 
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
 from llmprune import data as documents
-from llmprune.calibration import Tokens, batches, check, text_tokens
-from llmprune.checkpoint import Source
+from llmprune.calibration import batches, check
 from llmprune.documents import Documents
 from llmprune.errors import DataError, NumericalError
-from llmprune.locate import DEMO, locate
-from llmprune.model import load_causal_lm, load_tokenizer, read_config
+from llmprune.locate import DEMO
 from llmprune.plan import context_length, window_length
-from llmprune.progress import Progress
-from llmprune.recipe import DTYPES, require_dtype, require_whole, resolve_device
+from llmprune.runs import add_evaluations
+from llmprune_eval.scores import Scores, score
+from llmprune_eval.subjects import Place, Subject
+from llmprune_eval.windows import Amount, Windows, cut, fitting_batch
 
 DEFAULT_DATA = "wikitext2"
-MOST_WINDOWS = {"c4": 256}  # as SparseGPT's and Wanda's code
-_LOGIT_BYTES = 256 << 20  # of fp32 logits at a time
-_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,10 @@ class Evaluation:
         tokens: in all windows together; each window of n tokens has n - 1 targets.
         bits_per_byte: cross-entropy per byte of the text; None where the data came as token ids.
         seconds: of the forward passes.
+        streamed: whether one block at a time was in memory.
+        dense: the dense model that the fields below refer to; None, as they are then, where there was none.
+        kl_divergence: mean of KL(dense || model) over the predicted tokens, in nats.
+        top1_agreement: share of the predicted tokens for which both models rank the same one first.
     """
 
     model: str
@@ -53,6 +48,11 @@ class Evaluation:
     device: str
     convention: str
     seconds: float
+    streamed: bool = False
+    dense: str | None = None
+    dense_perplexity: float | None = None
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain values."""
@@ -60,136 +60,136 @@ class Evaluation:
 
     def __str__(self) -> str:
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
-        return (
-            f"{self.model} on {self.data}: perplexity {self.perplexity:.4f}{bits}\n"
-            f"  {self.windows} windows of {self.length} tokens ({self.tokens} tokens), {self.dtype} on {self.device}, "
-            f"{self.seconds:.1f} s\n  {self.convention}"
-        )
+        streamed = ", streamed" if self.streamed else ""
+        lines = [
+            f"{self.model} on {self.data}: perplexity {self.perplexity:.4f}{bits}",
+            f"  {self.windows} windows of {self.length} tokens ({self.tokens} tokens), {self.dtype} on {self.device}"
+            f"{streamed}, {self.seconds:.1f} s",
+            f"  {self.convention}",
+        ]
+        if self.dense is not None:
+            lines.append(
+                f"  to {self.dense} (perplexity {self.dense_perplexity:.4f}): KL divergence {self.kl_divergence:.4f} "
+                f"nats a token, top-1 agreement {self.top1_agreement:.2%}"
+            )
+        return "\n".join(lines)
 
 
 def evaluate(
     model: Any,
     data: Any = None,
     *,
+    dense: Any = None,
     length: int | None = None,
+    windows: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
+    streamed: bool | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    save: bool = False,
 ) -> Evaluation:
-    """Measure the perplexity of a model.
+    """Measure the perplexity of a model, and with `dense` how far its predictions are from that model's.
 
     Args:
         model: a folder, a Hub id, `demo`, or a loaded `PreTrainedModel` (then `device` and `dtype` are its own).
         data: what `llmprune.data.read` reads; None is `wikitext2`, or the shipped excerpt for `demo`.
+        dense: the model that `model` was pruned from, given in the same ways.
         length: tokens a window; None is 2048, or the model's context where that is shorter.
+        windows: measure on the first of the text's windows only, for a quick look; None is all of them.
         batch_size: windows a forward; None sizes it to the vocabulary.
+        streamed: hold one block at a time in memory; None does so for a checkpoint that does not fit.
         tokenizer: for a loaded model and text.
+        save: add the result to the `llmprune.json` of the output folder `model`.
 
     Raises:
         LlmpruneError: one of its kinds.
     """
-    require_whole("length", length, 2)
-    require_whole("batch_size", batch_size, 1)
-    require_dtype(dtype)
-    source = Source.open(locate(model, revision)) if isinstance(model, str | Path) else None
-    config = read_config(source, trust_remote_code) if source else model.config
-    text = documents.read(
-        data if data is not None else DEMO if source and model == DEMO else DEFAULT_DATA, "evaluation"
-    )
-    if source and text.kind != "input_ids":
-        tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    context = context_length(config)
-    windows, tokens_in_text = _windows(text, tokenizer, window_length(length, context))
-    place = resolve_device(device)
-    network = load_causal_lm(source, place, DTYPES.get(dtype), trust_remote_code) if source else model
-    vocabulary = network.get_input_embeddings().weight.shape[0]
-    check(windows, vocabulary=vocabulary, context=context)
-    started = time.perf_counter()
-    loss = mean_loss(network, batches(windows, batch_size or _fitting_batch(windows, vocabulary)))
-    return Evaluation(
-        model=str(model) if isinstance(model, str | Path) else network.name_or_path or type(network).__name__,
-        data=windows.name,
-        perplexity=_perplexity(loss),
-        bits_per_byte=_bits_per_byte(loss, text, tokens_in_text),
-        windows=len(windows.rows),
-        length=max(len(row) for row in windows.rows),
-        tokens=sum(len(row) for row in windows.rows),
-        dtype=str(network.dtype).removeprefix("torch."),
-        device=str(network.device),
-        convention=windows.note,
-        seconds=time.perf_counter() - started,
-    )
+    place = Place.of(device, dtype, streamed, trust_remote_code)
+    amount = Amount(length, windows, batch_size)
+    subject = Subject(model, place, tokenizer, revision)
+    text = read_text(model, data)
+    reference = None if dense is None else Subject(dense, place, tokenizer)
+    found = measure(subject, text, reference, amount)
+    if save:
+        add_evaluations(subject.folder, [found.to_json()])
+    return found
 
 
-def mean_loss(network: Any, batches_BL: list[Tensor]) -> float:
-    """Return the windows' mean cross-entropy in nats, weighted by their lengths; dropout is off meanwhile.
+def measure(subject: Subject, text: Documents, dense: Subject | None, amount: Amount) -> Evaluation:
+    """Measure one model on one text.
 
     Raises:
+        DataError: the text does not fit the model, or both models do not share a vocabulary.
         NumericalError: the model's outputs are not finite.
     """
-    training = network.training
-    network.eval()
-    try:
-        total = _summed_loss(network, batches_BL)
-    finally:
-        network.train(training)
-    if not math.isfinite(total):
-        raise NumericalError(f"{type(network).__name__} gives NaN or infinite outputs: try --dtype float32")
-    return total / sum(batch.numel() for batch in batches_BL)
+    windows = cut_for(subject, text, amount)
+    if dense is not None and not windows.same_ids(cut_for(dense, text, amount)):
+        raise DataError(f"{subject.name} and {dense.name} cut {text.name} into other tokens: leave the dense model out")
+    batches_BL = batches(windows.tokens, amount.batch_size or fitting_batch(windows, subject.vocabulary))
+    started = time.perf_counter()
+    scores = score(batches_BL, subject.logits(batches_BL), dense.logits(batches_BL) if dense else None)
+    seconds = time.perf_counter() - started
+    return _evaluation(subject, dense, windows, scores, seconds)
 
 
-@torch.no_grad()
-def _summed_loss(network: Any, batches_BL: list[Tensor]) -> float:
-    total = 0.0
-    with Progress(sum(len(batch) for batch in batches_BL), "evaluating", "window") as bar:
-        for batch_BL in batches_BL:
-            ids_BL = batch_BL.to(network.device)
-            logits_BLV = network(input_ids=ids_BL, use_cache=False).logits
-            for logits_LV, ids_L in zip(logits_BLV, ids_BL, strict=True):
-                loss = functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:].to(logits_LV.device))
-                total += loss.item() * len(ids_L)
-            bar.step(len(batch_BL))
-    return total
+def cut_for(subject: Subject, text: Documents, amount: Amount) -> Windows:
+    """Return the windows of a text for a model, checked to fit it.
+
+    Raises:
+        DataError: they do not.
+    """
+    context = context_length(subject.config)
+    tokenizer = None if text.kind == "input_ids" else subject.tokenizer
+    windows = cut(text, tokenizer, window_length(amount.length, context), amount.windows)
+    check(windows.tokens, vocabulary=subject.vocabulary, context=context)
+    return windows
 
 
-def _perplexity(loss: float) -> float:
+def read_text(model: Any, data: Any) -> Documents:
+    """Return the text that `data` names; None is WikiText-2, or its shipped excerpt for the demo model."""
+    default = DEMO if isinstance(model, str) and model == DEMO else DEFAULT_DATA
+    return documents.read(default if data is None else data, "evaluation")
+
+
+def _evaluation(
+    subject: Subject, dense: Subject | None, windows: Windows, scores: Scores, seconds: float
+) -> Evaluation:
+    return Evaluation(
+        model=subject.name,
+        data=windows.tokens.name,
+        perplexity=perplexity_of(subject.name, scores.loss),
+        bits_per_byte=windows.bits_per_byte(scores.loss),
+        windows=len(windows.tokens.rows),
+        length=windows.longest,
+        tokens=sum(len(row) for row in windows.tokens.rows),
+        dtype=str(subject.dtype).removeprefix("torch."),
+        device=str(subject.device),
+        convention=windows.tokens.note,
+        seconds=seconds,
+        streamed=subject.streamed,
+        dense=dense.name if dense else None,
+        dense_perplexity=None
+        if scores.dense_loss is None or not dense
+        else perplexity_of(dense.name, scores.dense_loss),
+        kl_divergence=scores.kl_divergence,
+        top1_agreement=scores.top1_agreement,
+    )
+
+
+def perplexity_of(name: str, loss: float) -> float:
+    """Return the perplexity of a mean loss in nats a token.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise NumericalError(f"{name} gives NaN or infinite outputs: try --dtype float32")
     try:
         return math.exp(loss)
     except OverflowError:
         raise NumericalError(
-            f"the mean loss of {loss:.4g} nats is too large for a perplexity: the model is broken"
+            f"{name} has a mean loss of {loss:.4g} nats, too large for a perplexity: it is broken"
         ) from None
-
-
-def _windows(text: Documents, tokenizer: Any, length: int) -> tuple[Tokens, int]:
-    """Return the windows, and the tokens of the whole text."""
-    if text.kind == "input_ids":
-        rows = [torch.tensor(row, dtype=torch.int64) for row in text.rows]
-        if any(len(row) < 2 for row in rows):
-            raise DataError(f"{text.name} has a row of fewer than 2 tokens, which leaves nothing to predict")
-        note = "each row of token ids is one window, used as given"
-        return Tokens(rows, text.name, "", note), sum(len(row) for row in rows)
-    ids = text_tokens(text, tokenizer)
-    rows = list(ids[: len(ids) // length * length].view(-1, length))[: MOST_WINDOWS.get(text.name)]
-    if not rows:
-        raise DataError(f"{text.name} has {len(ids)} tokens, less than one window of {length}: use --length {len(ids)}")
-    joined = f"rows joined with {text.separator!r}" if len(text.rows) > 1 else "text as it stands"
-    left = len(ids) - len(rows) * length
-    note = f"{joined}, one tokenizer call, windows of {length} that do not overlap, tail of {left} tokens dropped"
-    return Tokens(rows, text.name, "", note), len(ids)
-
-
-def _bits_per_byte(loss: float, text: Documents, tokens: int) -> float | None:
-    """Spread the loss per token over the bytes of the whole text, the dropped tail included."""
-    if text.kind == "input_ids":
-        return None
-    size = len(text.separator.join(text.rows).encode())
-    return loss / math.log(2) * tokens / size
-
-
-def _fitting_batch(windows: Tokens, vocabulary: int) -> int:
-    length = max(len(row) for row in windows.rows)
-    return max(1, min(_BATCH_TOKENS, _LOGIT_BYTES // (4 * vocabulary)) // length)

@@ -101,13 +101,13 @@ class Collector:
     def run_twins(self, index: int) -> None:
         """Run the dense model's lanes through stage `index` while its weights still are dense."""
         if self.twins:
-            self.lanes.finish(
+            self.lanes.provide(
                 {lane: self.lanes.run(index, lane) for lane in self.lanes.waiting_at(index) if self._is_twin(lane)}
             )
 
     def outdate(self) -> None:
         """Have the pruned model's lanes run the stage again: weights have changed since they did."""
-        self.lanes.unfinish(range(self._batches))
+        self.lanes.retract(range(self._batches))
 
     @property
     def _batches(self) -> int:

@@ -55,7 +55,7 @@ class Lanes:
         self._home, self._device_of = home, device_of
         self._passing: set[greenlet] = set()  # those that run a stage, and are not to park there
         self._arrivals: list[Arrival | None] = []
-        self._finished: dict[int, Any] = {}  # outputs of the stage at which lanes wait that are there already
+        self._provided: dict[int, Any] = {}  # outputs of the stage at which lanes wait that are there already
         self._results: list[Any] = []
         self._lanes: list[greenlet] = []
         self._restore: list[Callable[[], None]] = []
@@ -98,14 +98,14 @@ class Lanes:
         """Return the lanes that wait at stage `index`; the model's forward may lead some past it."""
         return [lane for lane, arrival in enumerate(self._arrivals) if arrival is not None and arrival.stage == index]
 
-    def finish(self, outputs: dict[int, Any]) -> None:
+    def provide(self, outputs: dict[int, Any]) -> None:
         """Take the outputs of the stage for some lanes: `advance` uses them instead of running it."""
-        self._finished |= outputs
+        self._provided |= outputs
 
-    def unfinish(self, lanes: Iterable[int]) -> None:
+    def retract(self, lanes: Iterable[int]) -> None:
         """Forget such outputs, as the weights have changed since."""
         for lane in lanes:
-            self._finished.pop(lane, None)
+            self._provided.pop(lane, None)
 
     def run(self, index: int, lane: int) -> Any:
         """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.
@@ -130,7 +130,7 @@ class Lanes:
             UnsupportedModelError: a lane goes back.
         """
         for lane in self.waiting_at(index):
-            output = self._finished.pop(lane) if lane in self._finished else self.run(index, lane)
+            output = self._provided.pop(lane) if lane in self._provided else self.run(index, lane)
             self._arrivals[lane] = None
             self._arrivals[lane] = self._onward(self._resume(lane, self._send_home(output)), index)
 
@@ -195,7 +195,7 @@ class Lanes:
         for module in self._training:
             module.training = True
         self._arrivals.clear()
-        self._finished.clear()
+        self._provided.clear()
         self._modes.close()
 
 

@@ -91,7 +91,7 @@ class Walks:
                 )
             yield held[0].site, [stop.x.detach() for stop in held]
             held = self._resume()
-        self._lanes.finish(self._outputs)
+        self._lanes.provide(self._outputs)
 
     def _resume(self) -> list[_Held]:
         """Let every walk go on to its next site or to its end; return those that are held."""

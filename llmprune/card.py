@@ -1,0 +1,185 @@
+"""The model card of a pruned model: README.md with the Hub's metadata, written from `llmprune.json` alone.
+
+The base model's own card, which a run copies along, is kept as BASE_README.md: it may hold the notices that the
+licence asks to pass on.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import CheckpointError
+from llmprune.runs import command_of
+
+CARD, BASE_CARD = "README.md", "BASE_README.md"
+NOBODY = "none"  # what a user gives as the base model where that is on no Hub
+GENERATED = "<!-- Written by llmprune push. Delete this line and edit the card: it is then uploaded as it stands. -->"
+_UNFILLED = re.compile(r"\[More Information Needed\]|\bTODO\b|\bTBD\b")
+_INHERITED = ("license", "license_name", "license_link", "language")
+# Of the relations that the Hub knows (adapter, merge, quantized, finetune) the one for changed weights.
+_RELATION = "finetune"
+
+
+def base_metadata(folder: Path) -> dict[str, Any]:
+    """Return the metadata of the base model's card that lies in an output folder; none where there is no card."""
+    from huggingface_hub import ModelCard
+
+    path = next((folder / name for name in (BASE_CARD, CARD) if (folder / name).is_file()), None)
+    if path is None:
+        return {}
+    try:
+        metadata: dict[str, Any] = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, UnicodeDecodeError):  # the header is not YAML: as good as none
+        return {}
+    return metadata
+
+
+def write_card(folder: Path, run: dict[str, Any], repo: str, base: str | None, inherited: dict[str, Any]) -> None:
+    """Write README.md anew, unless it is one that the user has edited.
+
+    Args:
+        run: what `llmprune.json` holds.
+        repo: where the model will be published, as `organisation/name`.
+        base: the base model's id on the Hub, None where it is on no Hub.
+        inherited: metadata of the base model's card; its licence and languages are carried over.
+
+    Raises:
+        CheckpointError: the card has unfilled fields.
+    """
+    path = folder / CARD
+    if not _is_edited(folder):
+        if path.is_file() and GENERATED not in path.read_text("utf-8"):
+            path.rename(folder / BASE_CARD)
+        path.write_text(card_text(folder, run, repo, base, inherited), "utf-8")
+    if found := _UNFILLED.search(path.read_text("utf-8")):
+        raise CheckpointError(f"{path} holds an unfilled field ('{found[0]}'): fill it in, then push again")
+
+
+def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, inherited: dict[str, Any]) -> str:
+    """Return the card: metadata for the Hub, then text for people; see `write_card` for the arguments."""
+    name = repo.rpartition("/")[2]
+    sections = [
+        f"---\n{_metadata(run, name, base, inherited)}\n---",
+        GENERATED,
+        f"# {name}\n\n{_summary(run, base)}",
+        f"## How it was made\n\n{_making(run, repo, base)}",
+        f"## What it cost\n\n{_cost(run)}",
+        f"## How to load it\n\n{_loading(repo)}",
+        f"## Limits\n\n{_limits(folder, run, inherited)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _is_edited(folder: Path) -> bool:
+    card = folder / CARD
+    return card.is_file() and (folder / BASE_CARD).is_file() and GENERATED not in card.read_text("utf-8")
+
+
+def _metadata(run: dict[str, Any], name: str, base: str | None, inherited: dict[str, Any]) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    recipe = run["recipe"]
+    results = [EvalResult(**fields) for evaluation in run.get("evaluations", []) for fields in _results(evaluation)]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base,
+        base_model_relation=_RELATION if base else None,
+        tags=["llmprune", "pruning", "sparsity", recipe["method"], str(recipe["pattern"])],
+        model_name=name,
+        eval_results=results or None,
+        **{key: inherited[key] for key in _INHERITED if inherited.get(key) is not None},
+    )
+    return data.to_yaml().strip()
+
+
+def _results(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the fields of the Hub's `model-index` for one measurement."""
+    place = {
+        "task_type": "text-generation",
+        "dataset_type": evaluation["data"],
+        "dataset_name": f"{evaluation['data']} ({evaluation['length']} tokens a window)",
+        "dataset_args": {"convention": evaluation["convention"]},
+    }
+    names = {"perplexity": "Perplexity", "kl_divergence": "KL divergence to the dense model, nats a token"}
+    names["top1_agreement"] = "Top-1 agreement with the dense model"
+    return [
+        place | {"metric_type": key, "metric_name": name, "metric_value": evaluation[key]}
+        for key, name in names.items()
+        if evaluation.get(key) is not None
+    ]
+
+
+def _summary(run: dict[str, Any], base: str | None) -> str:
+    recipe, sparsity = run["recipe"], run["sparsity"]
+    origin = f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(run['model']).name}`"
+    return (
+        f"This is {origin}, pruned after training by {recipe['method']} to {recipe['pattern']}. "
+        f"{sparsity['sites']:.2%} of the weights in the {len(run['sites'])} pruned matrices are zero, "
+        f"which is {sparsity['all_parameters']:.2%} of all parameters. Nothing was trained again."
+    )
+
+
+def _making(run: dict[str, Any], repo: str, base: str | None) -> str:
+    recipe, calibration, versions = run["recipe"], run["calibration"], run["versions"]
+    rows = {"Method": recipe["method"], "Pattern": _pattern(recipe)}
+    rows |= {name: str(value) for name, value in recipe["method_options"].items()}
+    if calibration:
+        rows["Calibration data"] = calibration["note"]
+        rows["Calibration tokens, SHA-256"] = f"`{calibration['fingerprint']}`"
+    else:
+        rows["Calibration data"] = "none is needed"
+    rows["Software"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    command = command_of(run, base or Path(run["model"]).name, repo.rpartition("/")[2])
+    return f"{_table(rows)}\n\n```bash\n{command}\n```"
+
+
+def _pattern(recipe: dict[str, Any]) -> str:
+    kept, colon, group = str(recipe["pattern"]).partition(":")
+    return f"{kept} of every {group} weights kept" if colon else f"{recipe['pattern']} of the weights removed"
+
+
+def _cost(run: dict[str, Any]) -> str:
+    evaluations = run.get("evaluations", [])
+    if not evaluations:
+        return "It was not evaluated before it was published."
+    header = "| data | window | dtype | perplexity | KL divergence | top-1 agreement |\n|---|---|---|---|---|---|"
+    lines = [f"| {' | '.join(_cells(evaluation))} |" for evaluation in evaluations]
+    notes = sorted({f"{evaluation['data']}: {evaluation['convention']}." for evaluation in evaluations})
+    return "\n".join([header, *lines, "", "KL divergence (nats a token) and agreement are to the dense model.", *notes])
+
+
+def _cells(evaluation: dict[str, Any]) -> list[str]:
+    kl, agreement, dense = (evaluation.get(key) for key in ("kl_divergence", "top1_agreement", "dense_perplexity"))
+    perplexity = f"{evaluation['perplexity']:.4f}" + (f" (dense {dense:.4f})" if dense else "")
+    finer = ["" if kl is None else f"{kl:.4f}", "" if agreement is None else f"{agreement:.2%}"]
+    return [evaluation["data"], str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
+
+
+def _loading(repo: str) -> str:
+    return (
+        "It loads as any model of its architecture; the zeros are stored as ordinary weights.\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
+        f"`llmprune inspect {repo}` counts the zeros of every tensor and checks them against `llmprune.json`."
+    )
+
+
+def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str:
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    lines = [
+        f"- The files of the weights take {size / 1e6:,.1f} MB. Stored as ordinary weights, zeros make a model neither "
+        "smaller nor faster: that needs software that makes use of them.",
+        "- Perplexity says little about a particular task: measure yours before you rely on this model.",
+        "- It has the biases and the limits of its base model, and pruning can make them worse.",
+    ]
+    if inherited.get("license") is not None:
+        lines.append(f"- The licence of the base model ({inherited['license']}) holds for this one too.")
+    if (folder / CARD).is_file() or (folder / BASE_CARD).is_file():
+        lines.append(f"- The card of the base model, with its notices, is [{BASE_CARD}]({BASE_CARD}).")
+    return "\n".join(lines + [f"- {note}." for note in run["notes"]])
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

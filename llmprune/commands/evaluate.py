@@ -1,0 +1,71 @@
+"""`llmprune eval`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmprune.commands.shared import given, json_option, of_model, print_json, show, where
+from llmprune.errors import RecipeError
+
+_NOBODY = "none"
+
+
+@click.command(name="eval")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@click.option(
+    "--data",
+    metavar="SPEC,...",
+    help="wikitext2, c4, ptb, demo, a Hub data set, or a file; several with commas  [default: wikitext2]",
+)
+@click.option("--dense", metavar="MODEL", help="Compare predictions with it; or none  [default: the first of several]")
+@click.option("--length", type=int, help="Tokens a window  [default: 2048, at most the model's context]")
+@click.option("--windows", type=int, help="Only the first windows, for a quick look.")
+@click.option("--streamed/--in-memory", default=None, help="One block at a time  [default: if it does not fit]")
+@click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness (an extra), without --data alone.")
+@click.option("--include-path", metavar="FOLDER", help="Where YAML files of your own tasks are.")
+@click.option("--limit", type=int, help="Examples a task, for a quick look.")
+@click.option("--save", is_flag=True, help="Add the figures to llmprune.json, for the report and the model card.")
+@where
+@of_model
+@json_option
+def evaluate(models: tuple[str, ...], data: str | None, tasks: str | None, as_json: bool, **options: Any) -> None:
+    """Measure the perplexity of MODELs by the papers' convention, and their distance to the dense one."""
+    task_options = {name: options.pop(name) for name in ("include_path", "limit")}
+    results = []
+    if tasks is None or data is not None:
+        results.append(_perplexities(models, specs(data), given(options)))
+    if tasks is not None:
+        results.append(_task_scores(models, tasks, given(options | task_options)))
+    if as_json:
+        print_json({name: value for result in results for name, value in result.to_json().items()})
+    else:
+        for result in results:
+            show(result, as_json=False)
+
+
+def specs(data: str | None) -> list[str | None]:
+    """Return the texts that `--data` names; a file whose name holds a comma is one."""
+    if data is None or Path(data).exists():
+        return [data]
+    return [part.strip() for part in data.split(",")]
+
+
+def _perplexities(models: tuple[str, ...], data: list[str | None], options: dict[str, Any]) -> Any:
+    from llmprune_eval.comparison import compare
+    from llmprune_eval.perplexity import evaluate as run
+
+    dense = options.pop("dense", None)
+    if len(models) == len(data) == 1:
+        return run(models[0], data[0], dense=None if dense == _NOBODY else dense, **options)
+    if options.pop("revision", None) is not None:
+        raise RecipeError("--revision goes with one model: give folders, or evaluate one at a time")
+    return compare(models, data, dense=False if dense == _NOBODY else dense, **options)
+
+
+def _task_scores(models: tuple[str, ...], tasks: str, options: dict[str, Any]) -> Any:
+    from llmprune_eval.zeroshot import evaluate_tasks
+
+    allowed = ("include_path", "limit", "device", "dtype", "batch_size", "trust_remote_code")
+    chosen = {name: value for name, value in options.items() if name in allowed}
+    return evaluate_tasks(models, [task.strip() for task in tasks.split(",")], **chosen)

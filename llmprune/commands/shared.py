@@ -1,0 +1,98 @@
+"""Options that several commands have, and how a result is printed."""
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from llmprune.errors import RecipeError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options(*bundled: Callable[[F], F]) -> Callable[[F], F]:
+    """Bundle options that several commands share."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(bundled):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+where = options(
+    click.option("--device", help="auto, cpu, cuda, cuda:1, ...  [default: auto]"),
+    click.option("--dtype", help="auto (as stored), float32, float16, bfloat16  [default: auto]"),
+    click.option("--batch-size", type=int, help="Sequences a forward  [default: sized to the memory]"),
+)
+of_model = options(
+    click.option("--revision", help="Branch, tag or commit of a Hub model."),
+    click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
+)
+what = options(
+    click.option("--method", help="magnitude, random, sparsegpt, wanda  [default: sparsegpt]"),
+    click.option("--pattern", help="50% or 0.5 (unstructured), or N:M: N KEPT of every M  [default: 50%]"),
+    click.option(
+        "--comparison-group", help="Compare per row, layer, block (128 columns) or model  [default: the paper's]"
+    ),
+    click.option("--method-option", multiple=True, metavar="NAME=VALUE", help="Hyper-parameter, e.g. damp=0.1."),
+    click.option(
+        "--calibration", metavar="SPEC", help="c4, wikitext2, ptb, demo, a Hub data set, or a file  [default: c4]"
+    ),
+    click.option("--samples", type=int, help="Calibration sequences  [default: 128]"),
+    click.option("--length", type=int, help="Tokens a sequence  [default: 2048, at most the model's context]"),
+    click.option("--seed", type=int, help="[default: 0]"),
+    click.option(
+        "--true-sequential", is_flag=True, default=None, help="Let each site see the block's earlier ones pruned."
+    ),
+    click.option(
+        "--dense-target",
+        type=float,
+        metavar="SHARE",
+        help="Share of the dense model's outputs to fit to, 0 to 1  [default: 0]",
+    ),
+    click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'."),
+    click.option("--recipe", type=click.Path(), metavar="FILE.yaml", help="Options in a file; the command line wins."),
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that the user gave, so that defaults stay those of the Python function."""
+    return {name: value for name, value in values.items() if value is not None and value != ()}
+
+
+def recipe_options(recipe: str | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a recipe file, overruled by those of the command line."""
+    from llmprune.recipe import read_recipe
+
+    asked = given(values)
+    if "method_option" in asked:
+        asked["method_options"] = dict(_name_and_value(text) for text in asked.pop("method_option"))
+    in_file = read_recipe(recipe) if recipe else {}
+    if "method_options" in asked:
+        asked["method_options"] = (in_file.get("method_options") or {}) | asked["method_options"]
+    return in_file | asked
+
+
+def _name_and_value(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"--method-option '{text}' must read NAME=VALUE, for example damp=0.1")
+    return name, value
+
+
+def show(result: Any, as_json: bool) -> None:
+    """Print a result as text, or as one JSON object."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        click.echo(str(result))
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object on a line."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))

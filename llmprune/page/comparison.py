@@ -1,0 +1,132 @@
+"""The page that compares runs."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from llmprune.page import facts, html, svg
+from llmprune.page.svg import Axis, Series, percent, plain
+from llmprune.runs import read_run
+
+PAGE = "comparison.html"
+
+
+def write_comparison(folders: Sequence[str | Path], path: str | Path | None = None) -> Path:
+    """Write the comparison of output folders as one HTML file, `comparison.html` by default; return where it is.
+
+    Raises:
+        CheckpointError: a folder is no output of llmprune.
+    """
+    target = Path(PAGE if path is None else path)
+    target.write_text(comparison_page(_named(folders)), "utf-8")
+    return target
+
+
+def comparison_page(runs: dict[str, dict[str, Any]]) -> str:
+    """Return the page that compares runs, given by the name of their folder."""
+    title = "Comparison of runs"
+    models = sorted({str(run["model"]) for run in runs.values()})
+    return html.document(
+        title,
+        [
+            f"<h1>{title}</h1>\n<p class=soft>{escape(', '.join(models))}</p>",
+            _table(runs),
+            _evaluations(runs),
+            html.figures("By depth", [_sparsities(runs), *_errors(runs)]),
+            html.figures("Perplexity", _perplexities(runs)),
+        ],
+    )
+
+
+def _named(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
+    """Return the runs by the names of their folders, with the parents' where those are the same."""
+    paths = [Path(folder) for folder in folders]
+    alike = len({path.name for path in paths}) < len(paths)
+    return {str(path) if alike else path.name: read_run(path) for path in paths}
+
+
+def _table(runs: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [
+            name,
+            facts.title_of(run),
+            percent(run["sparsity"]["sites"]),
+            percent(run["sparsity"]["all_parameters"]),
+            f"{facts.mean_error(run['sites']):.4g}",
+            f"{sum(run['timings'].values()):.1f} s",
+            f"{run['peak_memory_bytes']['host'] / 2**30:.2f} GiB",
+        ]
+        for name, run in runs.items()
+    ]
+    header = ["run", "method", "zeros in matrices", "in all parameters", "mean output error", "time", "peak memory"]
+    return f"<h2>Runs</h2>\n{html.table(header, rows)}"
+
+
+def _evaluations(runs: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [name, entry["data"], f"{entry['perplexity']:.2f}", _or_empty(entry.get("dense_perplexity"), ".2f"),
+         _or_empty(entry.get("kl_divergence"), ".4f"), _or_empty(entry.get("top1_agreement"), ".1%")]
+        for name, run in runs.items()
+        for entry in run.get("evaluations", [])
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    header = ["run", "data", "perplexity", "dense", "KL divergence", "top-1 agreement"]
+    return f"<h2>Evaluation</h2>\n{html.table(header, rows)}"
+
+
+def _or_empty(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _figure(title: str, label: str, series: list[Series], caption: str, format: svg.Format, top: float = 0.0) -> str:
+    points = [point for entry in series for point in entry.points]
+    if not points:
+        return ""
+    x = Axis.around("block", [a for a, _ in points], plain, whole=True)
+    y = Axis.around(label, [*(b for _, b in points), top], format, zero=True)
+    return html.figure(title, svg.chart(title, x, y, series), caption, svg.legend(series))
+
+
+def _errors(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """Return one figure for each norm: errors that were measured with different norms are not to be compared."""
+    norms = dict.fromkeys(site["error_norm"] for run in runs.values() for site in run["sites"])
+    return [_errors_by(norm, runs) for norm in norms]
+
+
+def _errors_by(norm: str, runs: dict[str, dict[str, Any]]) -> str:
+    series = []
+    for colour, (name, run) in enumerate(runs.items()):
+        blocks = facts.by_block(site for site in run["sites"] if site["error_norm"] == norm)
+        if blocks:
+            points = [(float(block), facts.mean_error(sites)) for block, sites in blocks.items()]
+            series.append(Series(name, points, colour=colour))
+    caption = "Mean over the matrices of a block; errors by another norm are no measure to compare with."
+    return _figure(f"Output error by {norm.replace('_', ' ')}", "relative output error", series, caption, plain)
+
+
+def _sparsities(runs: dict[str, dict[str, Any]]) -> str:
+    series = [
+        Series(
+            name, [(float(block), facts.sparsity_of(sites)) for block, sites in facts.by_block(run["sites"]).items()]
+        )
+        for name, run in runs.items()
+    ]
+    return _figure("Zeros in each block", "share of zeros", series, "Of the pruned matrices.", percent, 1.0)
+
+
+def _perplexities(runs: dict[str, dict[str, Any]]) -> list[str]:
+    found = []
+    for data in dict.fromkeys(entry["data"] for run in runs.values() for entry in run.get("evaluations", [])):
+        rows: list[tuple[str, float]] = []
+        dense: dict[str, float] = {}
+        for name, run in runs.items():
+            for entry in run.get("evaluations", []):
+                if entry["data"] == data:
+                    rows.append((name, float(entry["perplexity"])))
+                    dense |= {"dense": entry["dense_perplexity"]} if entry.get("dense_perplexity") else {}
+        title = f"Perplexity on {data}"
+        picture = svg.bars(title, [*dense.items(), *rows], lambda value: f"{value:.2f}")
+        found.append(html.figure(title, picture, "Lower is better."))
+    return found

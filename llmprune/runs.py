@@ -1,0 +1,72 @@
+"""What a run left in its output folder: `llmprune.json`, read back and added to."""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmprune.checkpoint.sink import REPORT
+from llmprune.errors import CheckpointError
+
+_DEFAULTS: dict[str, Any] = {"method": "", "pattern": "", "seed": 0, "device": "auto", "dtype": "auto"}
+_SAME_EVALUATION = ("data", "length", "windows", "convention", "dtype")
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """Return the `llmprune.json` of an output folder.
+
+    Raises:
+        CheckpointError: there is no such folder, it holds no `llmprune.json`, or that one is damaged.
+    """
+    path = Path(folder) / REPORT
+    if not path.is_file():
+        cause = "it has no llmprune.json" if Path(folder).is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} is not an output of llmprune: {cause}")
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        run["model"], run["recipe"]["method"], run["recipe"]["pattern"], run["sites"], run["sparsity"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is damaged: prune the model again") from None
+    return run  # type: ignore[no-any-return]
+
+
+def add_evaluations(folder: str | Path, evaluations: Sequence[dict[str, Any]]) -> None:
+    """Add measurements to the `llmprune.json` of an output folder, in place of earlier ones of the same kind.
+
+    Raises:
+        CheckpointError: as `read_run`.
+    """
+    run = read_run(folder)
+    kept = [old for old in run.get("evaluations", []) if not any(_same(old, new) for new in evaluations)]
+    run["evaluations"] = [*kept, *evaluations]
+    temporary = Path(folder) / f"{REPORT}.new"
+    temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    os.replace(temporary, Path(folder) / REPORT)
+
+
+def command_of(run: dict[str, Any], model: str | None = None, out: str = "OUT") -> str:
+    """Return the command line that repeats a run: its method, its pattern, and every option that is no default."""
+    recipe = run["recipe"]
+    words = ["llmprune", "prune", model or str(run["model"]), out]
+    for name in ("method", "pattern", *(name for name in recipe if name not in ("method", "pattern"))):
+        words += _words(name, recipe[name])
+    return shlex.join(words)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is None or value == _DEFAULTS.get(name, ()):
+        return []
+    if isinstance(value, bool):
+        return [option] if value else []
+    if isinstance(value, dict):
+        return [word for key, entry in value.items() for word in ("--method-option", f"{key}={entry}")]
+    if isinstance(value, list):
+        return [word for entry in value for word in (option, str(entry))]
+    return [option, str(value)]
+
+
+def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return all(old.get(name) == new.get(name) for name in _SAME_EVALUATION)

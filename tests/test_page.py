@@ -1,0 +1,237 @@
+"""The report page: every figure is there and right, nothing is fetched, and a real browser draws it all."""
+
+import copy
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llmprune
+import tiny
+from llmprune import runs
+from llmprune.errors import CheckpointError
+from llmprune.page import comparison, facts, run, svg, write_comparison, write_page
+
+EVALUATION = {
+    "data": "wikitext2", "length": 512, "windows": 9, "dtype": "float32", "convention": "tail dropped",
+    "perplexity": 12.5, "kl_divergence": 0.125, "top1_agreement": 0.875, "dense_perplexity": 10.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The outputs of three runs on one model, one of them evaluated."""
+    folder = tmp_path_factory.mktemp("models")
+    dense = tiny.save(tiny.model("llama"), folder / "dense")
+    made = []
+    for method in ("sparsegpt", "wanda", "magnitude"):
+        out = folder / method
+        llmprune.prune(dense, out, method=method, pattern="2:4", calibration=tiny.ids(), exclude="*.0.mlp.up*")
+        made.append(out)
+    runs.add_evaluations(made[0], [EVALUATION])
+    return made
+
+
+@pytest.fixture
+def page(outs: list[Path], tmp_path: Path) -> str:
+    return write_page(outs[0], tmp_path / "report.html").read_text("utf-8")
+
+
+def pictures(page: str) -> dict[str, ElementTree.Element]:
+    """Return the figures of a page by their names, parsed strictly."""
+    found = (ElementTree.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    return {str(picture.get("aria-label")): picture for picture in found}
+
+
+def circles(picture: ElementTree.Element) -> list[ElementTree.Element]:
+    return list(picture.iter("circle"))
+
+
+def test_the_page_has_every_figure(page: str) -> None:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert set(pictures(page)) == {
+        "Output error of each matrix", "Allocation: zeros in each matrix", "Seconds in each phase",
+        *(f"Weights of {kind}" for kind in kinds),
+    }  # fmt: skip
+
+
+def test_every_matrix_has_its_point_and_its_row(page: str, outs: list[Path]) -> None:
+    sites = runs.read_run(outs[0])["sites"]
+    marks = circles(pictures(page)["Output error of each matrix"])
+    assert {str(mark[0].text) for mark in marks} == {f"{site['name']}: {site['error']:.4g}" for site in sites}
+    for site in sites:
+        assert f"<td>{site['name']}</td>" in page
+
+
+def test_points_lie_where_the_axes_say(page: str, outs: list[Path]) -> None:
+    sites = {site["name"]: site for site in runs.read_run(outs[0])["sites"]}
+    marks = circles(pictures(page)["Output error of each matrix"])
+    errors = [sites[str(mark[0].text).split(":")[0]]["error"] for mark in marks]
+    heights = [float(mark.get("cy", 0)) for mark in marks]
+    slope, bottom = numpy.polyfit(errors, heights, 1)
+    assert slope < 0 and bottom == pytest.approx(svg.HEIGHT - 42, abs=0.1)  # an error of 0 is on the axis below
+    assert heights == pytest.approx([slope * error + bottom for error in errors], abs=0.1)
+
+
+def test_the_histograms_count_the_weights_that_are_left(outs: list[Path]) -> None:
+    facts_of_run = runs.read_run(outs[0])
+    from llmprune.page.weights import histograms
+
+    for entry in histograms(outs[0], facts_of_run):
+        members = [site for site in facts_of_run["sites"] if facts.kind_of(site["name"]) == entry.kind]
+        total, zeros = sum(map(facts.weights_in, members)), sum(site["zeros"] for site in members)
+        assert entry.before is not None and 0.99 * total <= sum(entry.before) <= total
+        assert 0.95 * (total - zeros) <= sum(entry.after) <= total - zeros
+
+
+def test_without_the_base_model_the_page_says_so(outs: list[Path], tmp_path: Path) -> None:
+    out = Path(shutil.copytree(outs[0], tmp_path / "out"))
+    report = json.loads((out / "llmprune.json").read_text("utf-8"))
+    (out / "llmprune.json").write_text(json.dumps(report | {"model": "org/nowhere"}), "utf-8")
+    page = write_page(out).read_text("utf-8")
+    assert "The base model does not lie on this machine" in page
+    assert "Weights of q_proj" in pictures(page) and ">before<" not in page
+
+
+def test_the_page_has_the_evaluation_or_says_how_to_make_one(page: str, outs: list[Path], tmp_path: Path) -> None:
+    row = ["wikitext2", "12.50", "10.00", "1.250", "0.1250", "87.5 %", "512", "float32"]
+    assert "".join(f"<td>{cell}</td>" for cell in row) in page
+    assert "--save" in write_page(outs[1], tmp_path / "other.html").read_text("utf-8")
+
+
+def test_names_cannot_break_the_page(outs: list[Path]) -> None:
+    strange = copy.deepcopy(runs.read_run(outs[0]))
+    strange["model"] = '<script>alert("x")</script> & co'
+    strange["notes"] = ["a < b"]
+    found = run.run_page(strange, [])
+    assert "<script" not in found and "a &lt; b" in found
+    assert pictures(found)
+
+
+def test_experts_have_a_figure_of_their_tokens(outs: list[Path]) -> None:
+    one = runs.read_run(outs[0])
+    assert "Calibration tokens that each expert saw" not in run.run_page(one, [])
+    for index, site in enumerate(one["sites"]):
+        if "mlp" in site["name"]:
+            site["name"] = site["name"].replace("mlp.", f"mlp.experts.{index}.")
+            site["tokens"] = 10 + index
+    assert "Calibration tokens that each expert saw" in pictures(run.run_page(one, []))
+
+
+def test_a_run_without_sites_still_has_a_page(outs: list[Path]) -> None:
+    empty = runs.read_run(outs[0]) | {"sites": [], "timings": {}}
+    assert "Nothing" in run.run_page(empty | {"evaluations": []}, [])
+
+
+def test_a_comparison_keeps_errors_of_different_norms_apart(outs: list[Path], tmp_path: Path) -> None:
+    page = write_comparison(outs, tmp_path / "comparison.html").read_text("utf-8")
+    found = pictures(page)
+    assert set(found) == {
+        "Zeros in each block", "Output error by gram", "Output error by column norm", "Output error by weights",
+        "Perplexity on wikitext2",
+    }  # fmt: skip
+    assert all(f"<td>{out.name}</td>" in page for out in outs)
+    texts = [str(text.text) for text in found["Perplexity on wikitext2"].iter("text")]
+    assert texts == ["dense", "10.00", "sparsegpt", "12.50"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(outs: list[Path], tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        shutil.copytree(outs[0], tmp_path / parent / "out")
+    page = write_comparison([tmp_path / "a" / "out", tmp_path / "b" / "out"], tmp_path / "c.html").read_text("utf-8")
+    assert str(tmp_path / "a" / "out") in page and str(tmp_path / "b" / "out") in page
+
+
+def test_a_folder_that_is_no_output_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not an output of llmprune"):
+        write_page(tmp_path)
+    with pytest.raises(CheckpointError, match="is not an output of llmprune"):
+        write_comparison([tmp_path], tmp_path / "x.html")
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_ticks_are_few_and_on_the_axis(low: float, span: float, whole: bool) -> None:
+    axis = svg.Axis("x", low, low + span, svg.plain, whole=whole)
+    ticks = axis.ticks()
+    assert len(ticks) <= 8 and all(-1e-6 <= axis.place(tick) <= 1 + 1e-6 for tick in ticks)
+    assert whole or len(ticks) >= 2
+    assert not whole or all(tick == round(tick) for tick in ticks)
+
+
+@given(st.floats(1e-6, 1e5), st.floats(1.5, 1e6))
+@settings(max_examples=60, deadline=None)
+def test_ticks_of_a_log_axis(low: float, factor: float) -> None:
+    axis = svg.Axis("x", low, low * factor, svg.plain, log=True)
+    assert 1 <= len(axis.ticks()) <= 14
+    assert all(-1e-9 <= axis.place(tick) <= 1 + 1e-9 for tick in axis.ticks())
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+browser_here = pytest.mark.skipif(
+    importlib.util.find_spec("playwright") is None or not any(map(shutil.which, BROWSERS)),
+    reason="needs playwright and Chromium: pip install playwright, and Chromium on the PATH (apt-get install chromium)",
+)
+DRAWN = """() => [...document.querySelectorAll('svg')].map(svg => {
+  const frame = svg.getBoundingClientRect();
+  const shapes = [...svg.querySelectorAll('polyline, circle, rect')].filter(shape => {
+    const box = shape.getBoundingClientRect(), style = getComputedStyle(shape);
+    const inside = box.left >= frame.left - 1 && box.right <= frame.right + 1
+      && box.top >= frame.top - 1 && box.bottom <= frame.bottom + 1;
+    return inside && box.width + box.height > 0 && (style.fill !== 'none' || style.stroke !== 'none');
+  });
+  const all = svg.querySelectorAll('polyline, circle, rect').length;
+  return {name: svg.getAttribute('aria-label'), width: frame.width, height: frame.height, shapes: shapes.length, all};
+})"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    path = next(path for path in map(shutil.which, BROWSERS) if path)
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@browser_here
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_draws_every_figure_and_fetches_nothing(
+    browser: Any, outs: list[Path], tmp_path: Path, width: int, scheme: str
+) -> None:
+    files = [write_page(outs[0], tmp_path / "report.html"), write_comparison(outs, tmp_path / "comparison.html")]
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    for file in files:
+        page = context.new_page()
+        fetched: list[str] = []
+        complaints: list[str] = []
+        page.on("request", lambda request, fetched=fetched: fetched.append(request.url))
+        page.on("console", lambda message, complaints=complaints: complaints.append(message.text))
+        page.goto(file.as_uri())
+        figures = page.evaluate(DRAWN)
+        assert len(figures) == len(pictures(file.read_text("utf-8"))) > 4
+        for figure in figures:
+            assert figure["width"] > 300 and figure["height"] > 20, figure
+            assert figure["shapes"] == figure["all"] > 0, figure
+        assert fetched == [file.as_uri()] and complaints == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
+    context.close()
+
+
+def test_the_page_reads_nothing_from_elsewhere(page: str) -> None:
+    assert not re.search(r"(?:src|href)=|url\(|@import|<script|<link", page)
+    assert comparison.PAGE.endswith(".html")

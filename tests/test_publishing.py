@@ -1,0 +1,355 @@
+"""Publishing: the real client against a Hub on the loopback, and one line for every way in which it can fail."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file, save_file
+
+import hub_server
+import llmprune
+import tiny
+from hub_server import FakeHub, Repo
+from llmprune import runs
+from llmprune.errors import CheckpointError, HubError, LlmpruneError, RecipeError
+
+ROOT = Path(__file__).parent.parent
+BASE = "org/base"
+BASE_CARD = b"---\nlicense: llama3.2\nlanguage: [en, de]\n---\nBuilt with care.\n"
+EVALUATION = {
+    "data": "wikitext2", "length": 512, "windows": 9, "tokens": 4608, "dtype": "float32", "convention": "tail dropped",
+    "perplexity": 12.34567, "bits_per_byte": 0.9, "kl_divergence": 0.125, "top1_agreement": 0.875,
+    "dense_perplexity": 11.5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run whose base model lay in a folder, with a card that names its licence."""
+    folder = tmp_path_factory.mktemp("models")
+    dense = tiny.save(tiny.model("llama"), folder / "dense")
+    (dense / "README.md").write_bytes(BASE_CARD)
+    llmprune.prune(dense, folder / "out", method="magnitude", pattern="2:4", exclude="*.0.mlp.*", seed=3)
+    return folder / "out"
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A Hub that the client in this process uses, with a base model, and no waiting between retries."""
+    with hub_server.serve() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        served.repos[BASE] = Repo(files={"README.md": BASE_CARD})
+        huggingface_hub.close_session()
+        yield served
+        huggingface_hub.close_session()
+
+
+def publish(out: Path, repo: str = "tester/pruned", **options: Any) -> Any:
+    return llmprune.push(out, repo, **{"base_model": BASE} | options)
+
+
+def refused(out: Path, kind: type[LlmpruneError], *parts: str, repo: str = "tester/pruned", **options: Any) -> str:
+    """Return the message of a refused push, after checking that it is one line without a token."""
+    with pytest.raises(kind) as error:
+        publish(out, repo, **options)
+    message = str(error.value)
+    assert "\n" not in message and "hf_" not in message.replace("hf auth", "")
+    for part in parts:
+        assert part in message
+    return message
+
+
+def metadata_of(card: bytes | Path) -> Any:
+    """Return the metadata of a model card as the Hub's client reads them."""
+    text = card.read_text("utf-8") if isinstance(card, Path) else card.decode()
+    return ModelCard(text).data
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_all_files_arrive_as_they_are(hub: FakeHub, out: Path) -> None:
+    published = publish(out)
+    repo = hub.repos["tester/pruned"]
+    assert repo.files == files_of(out) | {".gitattributes": b""}
+    assert repo.commits == ["llmprune: magnitude 2:4"] and not repo.private
+    assert (published.url, published.commit) == (f"{hub.address}/tester/pruned", repo.commit)
+    assert json.loads(json.dumps(published.to_json()))["private"] is False
+
+
+def test_a_name_alone_goes_to_the_users_namespace(hub: FakeHub, out: Path) -> None:
+    assert publish(out, "pruned").repo == "tester/pruned"
+
+
+def test_a_private_repository(hub: FakeHub, out: Path) -> None:
+    assert publish(out, private=True).private and hub.repos["tester/pruned"].private
+
+
+def test_a_report_pushes_its_own_output(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+    report = llmprune.prune(out, tmp_path / "again", method="magnitude", pattern="2:4")
+    report.out = tmp_path / "again"
+    assert report.push("tester/pruned", base_model=BASE).repo == "tester/pruned"
+    report.out = None
+    with pytest.raises(RecipeError, match="pruned in place has no output folder"):
+        report.push("tester/pruned")
+
+
+def test_the_card_has_the_metadata_of_the_run(hub: FakeHub, out: Path) -> None:
+    runs.add_evaluations(out, [EVALUATION])
+    publish(out)
+    data = metadata_of(hub.repos["tester/pruned"].files["README.md"])
+    assert (data.license, data.language, data.base_model) == ("llama3.2", ["en", "de"], BASE)
+    assert data.to_dict()["base_model_relation"] == "finetune"
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert {"llmprune", "magnitude", "2:4"} <= set(data.tags or [])
+    results = {result.metric_type: result for result in data.eval_results or []}
+    assert {name: result.metric_value for name, result in results.items()} == {
+        "perplexity": 12.34567, "kl_divergence": 0.125, "top1_agreement": 0.875
+    }  # fmt: skip
+    assert results["perplexity"].dataset_type == "wikitext2"
+    assert results["perplexity"].dataset_args == {"convention": "tail dropped"}
+
+
+def test_the_card_tells_what_was_done_and_what_it_cost(hub: FakeHub, out: Path) -> None:
+    runs.add_evaluations(out, [EVALUATION])
+    run = runs.read_run(out)
+    publish(out)
+    text = (out / "README.md").read_text("utf-8")
+    assert f"{run['sparsity']['sites']:.2%} of the weights" in text
+    assert f"{run['sparsity']['all_parameters']:.2%} of all parameters" in text
+    assert "llmprune prune org/base pruned --method magnitude --pattern 2:4 --seed 3 --exclude '*.0.mlp.*'\n" in text
+    assert "| wikitext2 | 512 | float32 | 12.3457 (dense 11.5000) | 0.1250 | 87.50% |" in text
+    assert 'from_pretrained("tester/pruned", dtype="auto")' in text
+
+
+def test_the_base_card_is_kept_beside_the_new_one(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    publish(out)
+    files = hub.repos["tester/pruned"].files
+    assert files["BASE_README.md"] == BASE_CARD and b"Written by llmprune" in files["README.md"]
+    assert b"license: llama3.2" in files["README.md"]
+
+
+def test_a_card_that_the_user_has_edited_is_uploaded_as_it_stands(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    edited = "---\nlicense: llama3.2\n---\nMy own words.\n"
+    (out / "README.md").write_text(edited, "utf-8")
+    publish(out)
+    assert hub.repos["tester/pruned"].files["README.md"].decode() == edited
+
+
+@pytest.mark.parametrize("gap", ["[More Information Needed]", "TODO: say more"])
+def test_a_card_with_a_gap_is_refused(hub: FakeHub, out: Path, gap: str) -> None:
+    publish(out)
+    (out / "README.md").write_text(f"---\nlicense: mit\n---\n{gap}\n", "utf-8")
+    refused(out, CheckpointError, "README.md holds an unfilled field", gap[:4])
+
+
+def test_the_licence_is_taken_from_the_hub_or_given(hub: FakeHub, out: Path) -> None:
+    (out / "README.md").unlink()
+    publish(out)
+    assert metadata_of(out / "README.md").license == "llama3.2"
+    hub.repos[BASE].files.clear()
+    (out / "README.md").unlink()
+    refused(out, RecipeError, "the licence of the base model is not known", "--license")
+    publish(out, license="mit")
+    assert metadata_of(out / "README.md").license == "mit"
+
+
+def test_the_base_model_must_be_known(hub: FakeHub, out: Path) -> None:
+    refused(out, RecipeError, "the base model was a folder", "--base-model", base_model=None)
+    refused(out, RecipeError, "shows no base model 'org/nothing'", base_model="org/nothing")
+    publish(out, base_model="none")
+    assert metadata_of(out / "README.md").base_model is None
+
+
+def test_a_gated_base_is_not_opened_by_accident(hub: FakeHub, out: Path) -> None:
+    hub.repos[BASE].gated = True
+    refused(out, HubError, "'org/base' is gated", "--private", "--allow-gated")
+    assert publish(out, private=True).private
+    assert not publish(out, "tester/open", allow_gated=True).private
+
+
+def test_an_existing_repository_of_llmprune_is_replaced(hub: FakeHub, out: Path) -> None:
+    hub.repos["tester/pruned"] = Repo(files={"llmprune.json": b"{}", "old.safetensors": b"", ".gitattributes": b"x"})
+    publish(out)
+    assert hub.repos["tester/pruned"].files == files_of(out) | {".gitattributes": b"x"}
+
+
+def test_an_existing_repository_with_something_else_is_left_alone(hub: FakeHub, out: Path) -> None:
+    hub.repos["tester/pruned"] = Repo(files={"thesis.tex": b"precious"})
+    refused(out, HubError, "'tester/pruned' holds something else", "--overwrite")
+    assert hub.repos["tester/pruned"].files == {"thesis.tex": b"precious"}
+    publish(out, overwrite=True)
+    assert "thesis.tex" not in hub.repos["tester/pruned"].files
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub: FakeHub, out: Path) -> None:
+    hub.repos["tester/pruned"] = Repo()
+    refused(out, HubError, "exists and is public", private=True)
+
+
+def test_a_second_push_sends_no_weights(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    sent = len(hub.requests("PUT /lfs/"))
+    publish(out)
+    assert sent > 1 and len(hub.requests("PUT /lfs/")) == sent
+
+
+def test_an_upload_that_broke_off_goes_on_where_it_was(hub: FakeHub, out: Path) -> None:
+    shards = len(list(out.glob("*.safetensors")))
+    hub.fail("commit/main", None, times=100)
+    refused(out, HubError, "no connection to", "goes on where it was")
+    assert hub.repos["tester/pruned"].commits == [] and len(hub.objects) == shards
+    hub.faults.clear()
+    hub.log.clear()
+    publish(out)
+    assert hub.requests("PUT /lfs/") == [] and len(hub.repos["tester/pruned"].commits) == 1
+
+
+def test_a_short_failure_is_survived(hub: FakeHub, out: Path) -> None:
+    hub.fail("PUT /lfs/", 503, times=2)
+    hub.fail("PUT /lfs/", None)
+    assert publish(out).repo == "tester/pruned"
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "parts"),
+    [
+        ("whoami", 401, ["cannot log in", "does not know the token", "hf auth login"]),
+        ("repos/create", 401, ["cannot publish 'tester/pruned'", "does not know the token"]),
+        ("repos/create", 403, ["may not do that"]),
+        ("commit/main", 409, ["changed by somebody else", "run the same command again"]),
+        ("preupload", 500, ["is busy or broken (HTTP 500)", "goes on where it was"]),
+        ("lfs/objects", 503, ["is busy or broken (HTTP 503)"]),
+        ("whoami", 429, ["is busy or broken (HTTP 429)"]),
+        ("repos/create", 400, ["refuses"]),
+        ("preupload", 404, ["refuses"]),
+        ("GET /api/models/tester", None, ["cannot look up 'tester/pruned'", "no connection to"]),
+    ],
+)
+def test_a_refusal_of_the_hub_is_one_line(
+    hub: FakeHub, out: Path, what: str, status: int | None, parts: list[str]
+) -> None:
+    hub.fail(what, status, times=100)
+    refused(out, HubError, *parts)
+
+
+def test_a_token_that_may_only_read(hub: FakeHub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub_server.READER_TOKEN)
+    refused(out, HubError, "may not do that", repo="reader/pruned")
+
+
+def test_somebody_elses_namespace(hub: FakeHub, out: Path) -> None:
+    refused(out, HubError, "may not do that", repo="somebody/pruned")
+
+
+def test_an_unknown_token(hub: FakeHub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_unknownunknown")
+    refused(out, HubError, "does not know the token")
+
+
+def test_no_token(hub: FakeHub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    refused(out, HubError, "without a token: run `hf auth login`, or set HF_TOKEN")
+
+
+def test_no_hub(hub: FakeHub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(out, HubError, "HF_HUB_OFFLINE is set")
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "", "tester/--", "tester/a b"])
+def test_a_malformed_name(hub: FakeHub, out: Path, repo: str) -> None:
+    refused(out, RecipeError, "cannot name a repository", repo=repo)
+
+
+def test_weights_that_break_their_promise_are_refused(hub: FakeHub, out: Path) -> None:
+    shard = next(iter(sorted(out.glob("*.safetensors"))))
+    save_file({name: torch.ones_like(value) for name, value in load_file(shard).items()}, shard, {"format": "pt"})
+    refused(out, CheckpointError, "is not what its llmprune.json says")
+    assert hub.requests("repos/create") == []
+
+
+def test_what_is_no_finished_output_is_refused(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "none", CheckpointError, "is not an output of llmprune: there is no such folder")
+    (out / "llmprune.partial").touch()
+    refused(out, CheckpointError, "is the unfinished output of a run")
+    (out / "llmprune.partial").unlink()
+    next(out.glob("*.safetensors")).unlink()
+    refused(out, CheckpointError, "is missing")
+    (out / "llmprune.json").write_text("{}", "utf-8")
+    refused(out, CheckpointError, "llmprune.json is damaged")
+    (out / "llmprune.json").unlink()
+    refused(out, CheckpointError, "it has no llmprune.json")
+    assert hub.log == [] or hub.requests("repos/create") == []
+
+
+def test_an_evaluation_takes_the_place_of_an_earlier_one(out: Path) -> None:
+    other = EVALUATION | {"data": "ptb"}
+    runs.add_evaluations(out, [EVALUATION, other])
+    runs.add_evaluations(out, [EVALUATION | {"perplexity": 1.0}])
+    found = [(entry["data"], entry["perplexity"]) for entry in runs.read_run(out)["evaluations"]]
+    assert found == [("ptb", 12.34567), ("wikitext2", 1.0)]
+    assert llmprune.inspect(out).verified
+
+
+def script(name: str, *arguments: object, **variables: str) -> str:
+    """Run one of the scripts as a user does, and return what it printed."""
+    environment = {**os.environ, **variables}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "eval"))
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+PULL = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+pulled, kept = (AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval() for name in sys.argv[1:])
+ids = torch.arange(40)[None]
+with torch.no_grad():
+    assert torch.equal(pulled(input_ids=ids).logits, kept(input_ids=ids).logits)
+print("equal")
+"""
+
+
+def test_the_demo_is_pruned_evaluated_published_and_pulled_back_by_the_scripts(tmp_path: Path) -> None:
+    out = tmp_path / "pruned"
+    with hub_server.serve() as hub:
+        there = {
+            "HF_ENDPOINT": hub.address, "HF_TOKEN": hub_server.TOKEN, "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
+        assert "42 matrices" in script("prune_model", "demo", out, "--pattern", "2:4", "--method", "magnitude")
+        assert "perplexity" in script("evaluate", out, "--data", "demo", "--save")
+        assert "published" in script("push_to_hub", out, "tester/pruned", "--private", **there)
+        assert hub.repos["tester/pruned"].private
+        (tmp_path / "pull.py").write_text(PULL, "utf-8")
+        assert "equal" in script(str(tmp_path / "pull"), "tester/pruned", out, **there)
+    data = metadata_of(out / "README.md")
+    assert data.license == "cc-by-sa-4.0"
+    assert [result.metric_type for result in data.eval_results or []][:1] == ["perplexity"]

@@ -1,0 +1,155 @@
+"""Sensitivity and sweep: each figure is that of a model pruned by hand, and a stopped run goes on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmprune
+import tiny
+from llmprune.errors import DataError, PatternError, RecipeError
+from llmprune_eval import sensitivity as room
+
+DATA = [row.tolist() for row in tiny.ids(5, 20)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tiny.model("llama"), tmp_path_factory.mktemp("models") / "llama")
+
+
+def by_hand(folder: Path, tmp_path: Path, share: float, keep: str, **options: Any) -> Any:
+    """Prune the sites whose names match `keep` only, and measure."""
+    made = tiny.load(folder)
+    names = [name for name, module in made.named_modules() if isinstance(module, torch.nn.Linear)]
+    others = [f"{name}.weight" for name in names if keep not in f"{name}." and name != "lm_head"]
+    llmprune.prune(made, pattern=share, exclude=others, **options)
+    return llmprune.evaluate(made, DATA[:3], dense=folder)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_each_cell_is_that_of_a_model_pruned_by_hand(folder: Path, tmp_path: Path, method: str) -> None:
+    calibration = tiny.ids(4, 16, seed=5)
+    options: dict[str, Any] = {"method": method, "calibration": calibration}
+    found = llmprune.sensitivity(folder, sparsities=(0.5,), data=DATA, windows=3, **options)
+    assert len(found.cells) == tiny.BLOCKS + 7
+    cells = {(cell.axis, cell.part): cell for cell in found.cells}
+    for key, keep in ((("block", "1"), "layers.1."), (("kind", "up_proj"), ".up_proj.")):
+        expected = by_hand(folder, tmp_path, 0.5, keep, **options)
+        assert cells[key].perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+        assert cells[key].kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-4)
+    assert found.dense == pytest.approx(llmprune.evaluate(folder, DATA[:3]).perplexity, rel=1e-6)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Return a list that grows by the method of every run of `prune` under that name."""
+    methods: list[str] = []
+    real = llmprune.prune
+
+    def prune(*arguments: Any, **options: Any) -> Any:
+        methods.append(options["method"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(name, prune)
+    return methods
+
+
+def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"sparsities": (0.3, 0.6), "data": DATA}
+    whole = llmprune.sensitivity(folder, tmp_path / "whole", **options)
+    journal = (tmp_path / "whole" / room.JOURNAL).read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / room.JOURNAL).write_text("".join(journal[:9]) + journal[9][:30], "utf-8")
+    pruned = counted(monkeypatch, "llmprune_eval.sensitivity.prune")
+    assert llmprune.sensitivity(folder, tmp_path / "stopped", **options) == whole
+    assert len(pruned) == len(whole.cells) - 8
+    pruned.clear()
+    assert llmprune.sensitivity(folder, tmp_path / "stopped", **options) == whole and pruned == []
+    with pytest.raises(RecipeError, match="is of other settings: choose another folder"):
+        llmprune.sensitivity(folder, tmp_path / "stopped", **options | {"method": "random"})
+
+
+def test_sensitivity_as_text_as_json_and_as_a_page(folder: Path, tmp_path: Path) -> None:
+    found = llmprune.sensitivity(folder, tmp_path / "out", sparsities=(0.5, 0.8), data=DATA)
+    lines = str(found).splitlines()
+    assert len(lines) == 2 + tiny.BLOCKS + 7 and lines[1].split()[-2:] == ["50%", "80%"]
+    assert json.loads((tmp_path / "out" / room.RESULT).read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
+    page = (tmp_path / "out" / room.PAGE).read_text("utf-8")
+    assert page.count("<svg") == 2 and page.count("<circle") == len(found.cells)
+
+
+@pytest.mark.parametrize("sparsities", [(), (0.0,), (1.0,), (0.5, 2.0)])
+def test_shares_out_of_range_are_refused(folder: Path, sparsities: tuple[float, ...]) -> None:
+    with pytest.raises(RecipeError, match="strictly between 0 and 1"):
+        llmprune.sensitivity(folder, sparsities=sparsities, data=DATA)
+
+
+SWEEP: dict[str, Any] = {
+    "methods": ["magnitude", "wanda"], "patterns": ["50%", "2:4", "70%"], "data": DATA, "calibration": tiny.ids(4, 16)
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    out = tmp_path_factory.mktemp("sweep")
+    return llmprune.sweep(folder, out, **SWEEP), out
+
+
+def test_a_sweep_has_a_row_for_each_method_and_pattern(swept: tuple[Any, Path], folder: Path) -> None:
+    found, out = swept
+    assert [(row.method, row.pattern) for row in found.rows] == [
+        (method, pattern) for method in SWEEP["methods"] for pattern in SWEEP["patterns"]
+    ]
+    for row in found.rows:
+        again = llmprune.evaluate(row.out, DATA, dense=folder)
+        assert (row.perplexity, row.kl_divergence) == (again.perplexity, again.kl_divergence)
+        assert row.left == pytest.approx(1 - llmprune.inspect(row.out).sparsity(sites_only=False), abs=1e-4)
+    assert json.loads((out / "sweep.json").read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
+
+
+def test_the_best_rows_are_those_that_no_other_beats(swept: tuple[Any, Path]) -> None:
+    rows = swept[0].rows
+    for row in rows:
+        beaten = any(other.left <= row.left and other.perplexity < row.perplexity for other in rows)
+        assert row.best is not beaten
+    assert any(row.best for row in rows) and "*" in str(swept[0])
+
+
+def test_the_page_of_a_sweep_has_every_row(swept: tuple[Any, Path]) -> None:
+    page = (swept[1] / "sweep.html").read_text("utf-8")
+    assert page.count("<circle") == len(swept[0].rows) + 1
+    assert all(f"<td>{row.perplexity:.2f}</td>" in page for row in swept[0].rows)
+
+
+def test_a_sweep_goes_on_where_it_was(
+    swept: tuple[Any, Path], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(swept[1], tmp_path / "sweep"))
+    shutil.rmtree(out / "wanda-2of4")
+    pruned = counted(monkeypatch, "llmprune_eval.sweep.prune")
+    found = llmprune.sweep(folder, out, **SWEEP)
+    assert pruned == ["wanda"]
+    assert [row.perplexity for row in found.rows] == [row.perplexity for row in swept[0].rows]
+    with pytest.raises(RecipeError, match="is of another recipe"):
+        llmprune.sweep(folder, out, **SWEEP | {"seed": 7})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"methods": []}, RecipeError, "at least one method and one pattern"),
+        ({"methods": ["wand"]}, RecipeError, "unknown method 'wand'"),
+        ({"patterns": ["50%", "4:2"]}, PatternError, "keeps N of every M"),
+        ({"data": "./none.txt"}, DataError, "none.txt"),
+        ({"metod": "wanda"}, RecipeError, "unknown option 'metod'"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_any_work(
+    folder: Path, tmp_path: Path, change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        llmprune.sweep(folder, tmp_path / "out", **SWEEP | change)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,93 @@
+"""Zero-shot tasks: the real lm-evaluation-harness on tasks in local files, where it is installed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmprune.errors import DataError, RecipeError
+from llmprune_eval.zeroshot import evaluate_tasks
+
+installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+QUESTIONS = [
+    {"question": "The capital of", "choices": [" the", " zzz qqq"], "answer": 0},
+    {"question": "He was born in", "choices": [" the", " xqj", " 1 9"], "answer": 1},
+    {"question": "It is", "choices": [" a", " qq"], "answer": 0},
+]
+TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one multiple-choice task, its data beside it."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), "utf-8")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "local_choice.yaml").write_text(TASK.format(file=data), "utf-8")
+    return folder
+
+
+def log_likelihood(model: Any, tokenizer: Any, question: str, choice: str) -> float:
+    start = len(tokenizer(question)["input_ids"])
+    ids = torch.tensor(tokenizer(question + choice)["input_ids"])
+    with torch.no_grad():
+        scores = model(ids[None]).logits[0].float().log_softmax(-1)
+    return float(scores[range(start - 1, len(ids) - 1), ids[start:]].sum())
+
+
+@installed
+def test_a_local_task_scores_as_its_definition_says(tasks: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmprune.locate import demo_folder
+
+    model = AutoModelForCausalLM.from_pretrained(demo_folder(), dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder())
+    right = 0
+    for row in QUESTIONS:
+        scores = [log_likelihood(model, tokenizer, str(row["question"]), choice) for choice in row["choices"]]  # type: ignore[attr-defined]
+        right += max(range(len(scores)), key=scores.__getitem__) == row["answer"]
+    found = evaluate_tasks(["demo"], ["local_choice"], include_path=tasks)
+    (score,) = [score for score in found.scores if score.metric == "acc,none"]
+    assert (score.task, score.model, score.shots) == ("local_choice", "demo", 0)
+    assert score.value == pytest.approx(right / len(QUESTIONS)) and 0 < right < len(QUESTIONS)
+    assert "local_choice (acc,none, 0 shots)" in str(found)
+
+
+@installed
+def test_an_unknown_task_is_one_line(tasks: Path) -> None:
+    with pytest.raises(DataError, match="knows no task 'local_choise': did you mean 'local_choice'"):
+        evaluate_tasks(["demo"], ["local_choise"], include_path=tasks)
+
+
+@installed
+def test_the_json_of_tasks_is_alone_on_stdout(tasks: Path) -> None:
+    arguments = ["eval", "demo", "--tasks", "local_choice", "--include-path", str(tasks), "--json"]
+    done = subprocess.run([sys.executable, "-m", "llmprune", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["task"] for row in json.loads(done.stdout)["tasks"]] == ["local_choice"]
+
+
+def test_without_the_harness_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'llmprune\[lm-eval\]'"):
+        evaluate_tasks(["demo"], ["arc_easy"])
