@@ -96,9 +96,7 @@ def test_the_table_names_every_verdict(tmp_path: Path) -> None:
 def test_a_process_that_dies_ends_no_other() -> None:
     jobs = [("dies", "fp32"), ("lives", "fp32")]
     rows = run(jobs, at_once=2, work=die_or_live)
-    assert {(row.name, row.dtype): row.detail for row in rows} == dict(
-        zip(jobs, ["the process died", ""], strict=True)
-    )
+    assert {(row.name, row.dtype): row.detail for row in rows} == dict(zip(jobs, ["the process died", ""], strict=True))
 
 
 def die_or_live(name: str, folder: Path, dtype: str) -> Row:
