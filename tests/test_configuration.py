@@ -151,7 +151,7 @@ def test_a_field_that_transformers_does_not_know_is_noted(llama: Path, tmp_path:
     assert "config.json has fields that transformers does not know and ignores: clever_trick" in report.notes
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma4_text", "zamba2", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma4_text", "mllama", "recurrent_gemma"])
 def test_no_field_of_a_models_own_configuration_is_taken_for_unknown(name: str, tmp_path: Path) -> None:
     host = Streamed(Source.open(tiny.save(zoo.model(name), tmp_path / "m")), CPU)
     assert not [note for note in host.notes() if "does not know" in note]
