@@ -51,7 +51,9 @@ def _header(rows: dict[Job, Row], entries: int, built: list[Row]) -> Iterator[st
         "magnitude and with Wanda, and loaded again with plain transformers."
     )
     yield ""
-    yield ", ".join(f"{name} {found[name]}" for name in ("transformers", "torch", "llmprune", "python")) + "."
+    yield ", ".join(
+        f"{name} {found[name]}" for name in ("transformers", "torch", "llmprune", "python") if name in found
+    )
     yield ""
     yield f"Of {entries} entries {len(built)} can be built. " + "; ".join(_totals(rows, built)) + "."
     yield ""

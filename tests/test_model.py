@@ -170,6 +170,62 @@ def test_blocks_out_of_order_are_refused() -> None:
     assert untouched(host.model)
 
 
+def test_a_block_that_the_model_skips_is_left_where_it_is() -> None:
+    host = Resident(tiny.model("llama"))
+    model: Any = host.model
+    model.model.layers = nn.ModuleList([host.blocks[0].module, host.blocks[2].module])
+    ids = tiny.ids(2)
+    expected = tiny.logits(model, ids)
+    with lanes_of(host, [ids]) as lanes:
+        lanes.advance(0)
+        assert lanes.run(1, 0) is None
+        for index in range(1, tiny.BLOCKS + 1):
+            lanes.advance(index)
+        assert torch.equal(lanes.outputs()[0].logits, expected)
+
+
+def test_a_model_that_never_runs_its_blocks_is_refused() -> None:
+    host = Resident(tiny.model("llama"))
+    model: Any = host.model
+    model.model.layers = nn.ModuleList()
+    with (
+        pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM never runs model\.layers\.0 nor any later block"),
+        lanes_of(host, [tiny.ids(2)], host.blocks),
+    ):
+        pass
+    assert untouched(host.model)
+
+
+def test_a_model_that_loops_over_its_blocks_is_refused() -> None:
+    host = Resident(tiny.model("llama"))
+    model: Any = host.model
+    model.model.layers = nn.ModuleList([stage.module for stage in host.blocks] * 2)
+    model.config.num_hidden_layers *= 2
+    with (
+        pytest.raises(UnsupportedModelError, match=r"from model\.layers\.2 back to model\.layers\.0"),
+        lanes_of(host, [tiny.ids(2)]) as lanes,
+    ):
+        for index in range(tiny.BLOCKS):
+            lanes.advance(index)
+
+
+def test_a_model_that_needs_more_than_token_ids_is_refused() -> None:
+    """Such as a model that drafts for another one, whose states it reads."""
+    host = Resident(tiny.model("llama"))
+
+    def forward(input_ids: Tensor, use_cache: bool, states: Tensor | None = None) -> None:
+        if states is None:
+            raise ValueError("states cannot\nbe None")
+
+    model: Any = host.model
+    model.forward = forward
+    with (
+        pytest.raises(UnsupportedModelError, match="does not run on token ids alone: states cannot be None"),
+        lanes_of(host, [tiny.ids(2)]),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("family", "name"),
     [("llama", "model.layers"), ("gpt2", "transformer.h"), ("opt", "model.decoder.layers"), ("gemma2", "model.layers")],
@@ -181,8 +237,27 @@ def test_the_blocks_are_found(family: str, name: str) -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="Sequential: found no list of decoder blocks"):
+    cause = r"Sequential: found no list of decoder blocks .* looked at 0 \(Linear\)"
+    with pytest.raises(UnsupportedModelError, match=cause):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_model_of_other_towers_only_is_refused() -> None:
+    model = nn.Module()
+    model.vision = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
+    with pytest.raises(UnsupportedModelError, match=r"passed over as no text decoder: vision\.layers"):
+        find_blocks(model)
+
+
+def test_a_model_whose_layers_are_split_is_refused() -> None:
+    model = nn.Module()
+    model.attentions = nn.ModuleList([nn.Linear(4, 4)] * 2)
+    model.mlps = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)])
+    model.norms = nn.ModuleList([nn.LayerNorm(4)] * 2)
+    with pytest.raises(UnsupportedModelError, match="splits its layers into mlps and attentions"):
+        find_blocks(model)
+    model.attentions.append(nn.Linear(4, 4))
+    assert find_blocks(model)[0] == "mlps"
 
 
 @pytest.mark.parametrize("thing", [object(), nn.Linear(2, 2)])

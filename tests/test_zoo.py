@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import zoo
 from llmprune.model import streamed_logits
@@ -35,7 +36,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_architecture_is_pruned_exactly(name: str, tmp_path: Path) -> None:
     row = check(name, tmp_path)
-    assert (row.verdict, row.detail) == ("pass", "")
+    require_pass(row)
     assert row.streams
     assert row.sites
 
@@ -43,8 +44,7 @@ def test_an_architecture_is_pruned_exactly(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["deepseek_v3", "zamba2"])
 def test_a_checkpoint_in_half_precision_is_pruned_exactly(name: str, dtype: str, tmp_path: Path) -> None:
-    row = check(name, tmp_path, dtype)
-    assert (row.verdict, row.detail) == ("pass", "")
+    require_pass(check(name, tmp_path, dtype))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,12 @@ def test_a_process_that_dies_ends_no_other() -> None:
     jobs = [("dies", "fp32"), ("lives", "fp32")]
     rows = run(jobs, at_once=2, work=die_or_live)
     assert {(row.name, row.dtype): row.detail for row in rows} == dict(zip(jobs, ["the process died", ""], strict=True))
+
+
+def require_pass(row: Row) -> None:
+    if row.verdict == "not built" and not transformers.__version__.startswith(zoo.WRITTEN_FOR):
+        pytest.skip(row.detail)
+    assert (row.verdict, row.detail) == ("pass", "")
 
 
 def die_or_live(name: str, folder: Path, dtype: str) -> Row:

@@ -115,8 +115,9 @@ class Lanes:
         arrival = self._arrivals[lane]
         if arrival is None or arrival.stage != index:
             return None
-        device = self._device_of(self._stages[index])
-        args, kwargs = send_to_device((arrival.args, arrival.kwargs), device)
+        args, kwargs, device = arrival.args, arrival.kwargs, self._device_of(self._stages[index])
+        if device != self._home:  # sending rebuilds dictionaries, in which some models hand keys from block to block
+            args, kwargs = send_to_device((args, kwargs), device)
         self._passing.add(getcurrent())
         try:
             return self._stages[index].module(*args, **kwargs)

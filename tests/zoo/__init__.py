@@ -13,7 +13,9 @@ from transformers.models.auto.modeling_auto import (
 from zoo.overrides import OVERRIDES
 from zoo.sizes import DERIVED, LAYERS, ORDINARY_TOKENS, SIZES, TOKENS
 
-__all__ = ["NAMES", "ORDINARY_TOKENS", "config", "model"]
+__all__ = ["NAMES", "ORDINARY_TOKENS", "WRITTEN_FOR", "config", "model"]
+
+WRITTEN_FOR = "5.23"  # the transformers whose configurations these are: a few cannot be built by others
 
 NAMES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
