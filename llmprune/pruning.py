@@ -12,6 +12,7 @@ from llmprune.allocation import global_magnitude
 from llmprune.calibration import batches
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.place import require_place
+from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError, ResourceError
 from llmprune.locate import locate
 from llmprune.methods.magnitude import Magnitude
@@ -64,6 +65,11 @@ def prune(
             block is done, what is done is kept for `resume`.
     """
     recipe = Recipe.of(options)
+    with repeatable(recipe.deterministic):
+        return _prune(model, out, tokenizer, recipe, overwrite, resume)
+
+
+def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, overwrite: bool, resume: bool) -> Report:
     if not isinstance(model, str | Path):
         if out is not None or overwrite or resume:
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")

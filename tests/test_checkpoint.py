@@ -446,6 +446,15 @@ def test_a_second_run_at_the_same_output_is_refused_and_harms_nothing(tmp_path: 
     assert everything(tmp_path / "out") == everything(tmp_path / "m") | {REPORT}
 
 
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    source = Source.open(two_shards(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match="has appeared meanwhile"), Sink(source, tmp_path / "out") as sink:
+        sink.copy_source()
+        (tmp_path / "out").mkdir()
+        sink.commit({})
+    assert not any((tmp_path / "out").iterdir())
+
+
 def test_a_folder_that_is_called_replaced_is_left_alone(tmp_path: Path) -> None:
     source = Source.open(two_shards(tmp_path / "m"))
     (tmp_path / "out.replaced").mkdir()

@@ -551,3 +551,11 @@ def test_names_from_a_checkpoint_cannot_write_to_the_terminal() -> None:
     error = CheckpointError("tensor \x1b[2J\x07evil\nllmprune: all is well\r has no shape")
     assert str(error) == "tensor [2J evil llmprune: all is well has no shape"
     assert len(str(CheckpointError("x" * 1_000_000))) <= 2_000
+
+
+def test_every_test_that_the_documentation_names_exists() -> None:
+    here = Path(__file__).parent
+    named = set(re.findall(r"`(test_\w+)`", (here.parent / "docs" / "RELIABILITY.md").read_text("utf-8")))
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text("utf-8") for p in here.glob("*.py")), re.M))
+    assert len(named) > 40
+    assert named - defined == set()

@@ -57,6 +57,7 @@ class Sink:
 
     def __enter__(self) -> "Sink":
         self._journal = self.place.claim()
+        self._replaces = self.place.out.exists()
         try:
             self._begin()
         except BaseException:
@@ -103,6 +104,8 @@ class Sink:
     def commit(self, report: dict[str, Any]) -> None:
         """Add the report and let the output appear under its own name."""
         if not is_committed(self.place, self._journal):
+            if self.place.out.exists() and not self._replaces:
+                raise CheckpointError(f"output {self.place.out} has appeared meanwhile: move it")
             self._complete(report)
             self._note({"commit": folder_id(self.place.model)})
             with _writing(self.place.out):
