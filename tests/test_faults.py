@@ -400,7 +400,7 @@ def test_a_journal_that_is_damaged_is_refused(tmp_path: Path) -> None:
     journal = interrupted(source, out, 2, **QUICK) / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(lines[0] + b"?" + lines[1] + lines[2])
-    with pytest.raises(CheckpointError, match=r"journal\.jsonl is damaged in line 2: start anew with --overwrite"):
+    with pytest.raises(CheckpointError, match=r"journal\.jsonl is damaged in line 2: delete its folder to start anew"):
         llmprune.prune(source, out, resume=True, **QUICK)
 
 

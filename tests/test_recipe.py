@@ -29,6 +29,7 @@ GOOD: dict[str, Any] = {
     "dtype": "bfloat16",
     "batch_size": 2,
     "true_sequential": True,
+    "deterministic": True,
     "include": ("lm_head.weight",),
     "exclude": ("*.0.*",),
     "revision": "main",

@@ -80,8 +80,9 @@ class Sink:
                     durable.copy(path, self._target(path))
                 bar.step()
         self._source.require_unchanged()
-        with _writing(self.place.model):
-            durable.sync_tree(self.place.model)
+        with _writing(self.place.partial):
+            durable.sync_tree(self.place.partial)
+            durable.sync(self.place.partial.parent)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrite the tensor called `name`; its shape must be the stored one, its values are cast to that dtype."""
