@@ -103,8 +103,8 @@ def _fingerprint(source: Source, report: Report) -> dict[str, Any]:
     """Return all that decides the bytes of a run's result."""
     installed = versions()
     return {
-        "source": source.fingerprint(),
         "recipe": report.recipe,
+        "source": source.fingerprint(),
         "calibration": report.calibration,
         "versions": {package: installed[package] for package in _DECISIVE if package in installed},
         "hardware": hardware(),

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -349,6 +350,16 @@ def test_there_need_not_be_anything_to_resume(tmp_path: Path) -> None:
         llmprune.prune(source, tmp_path / "out", resume=True, **QUICK)
 
 
+def test_resuming_needs_no_space_for_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    interrupted(source, out, 2, **QUICK)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(CheckpointError, match="too little disk"):
+        llmprune.prune(source, tmp_path / "other", **QUICK)
+    llmprune.prune(source, out, resume=True, **QUICK)
+    assert llmprune.inspect(out).verified
+
+
 def touch(source: Path, patch: pytest.MonkeyPatch) -> None:
     os.utime(source / "config.json", ns=(0, 0))
 
@@ -364,10 +375,11 @@ def other_version(source: Path, patch: pytest.MonkeyPatch) -> None:
 CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "recipe": ({"pattern": "60%"}, None, r"recipe\.pattern \(50%, now 60%\)"),
     "seed": ({"seed": 1}, None, r"recipe\.seed \(0, now 1\)"),
+    "fewer data": ({"calibration": IDS.tolist(), "samples": 2}, None, r"recipe\.samples \(None, now 2\)"),
     "data": ({"calibration": tiny.ids(4, 16, seed=9)}, None, r"calibration\.fingerprint"),
     "source": ({}, touch, r"source\.files\.config\.json\.mtime_ns"),
     "threads": ({}, other_threads, r"hardware\.threads \(\d+, now 99\)"),
-    "version": ({}, other_version, r"versions\.\w+ \(\S+, now None\)"),
+    "version": ({}, other_version, r"versions\.torch \(\S+, now 9\.9\)"),
 }
 
 

@@ -192,7 +192,7 @@ def _explain(error: BaseException, kept: str) -> None:
 def _difference(old: Any, new: Any, name: str = "") -> str | None:
     """Return the first value in which two nestings of plain values differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
+        for key in new | old:
             if found := _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
                 return found
         return None
