@@ -24,6 +24,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.plan", "llmprune.solving"},
     {"llmprune.report"},
     {"llmprune.storing"},
+    {"llmprune.streaming"},
     {"llmprune.pruning", "llmprune.inspection"},
     {"llmprune_eval"},
     {"llmprune.cli"},
