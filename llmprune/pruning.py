@@ -6,6 +6,7 @@ from typing import Any
 
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.place import require_place
+from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.model import Resident, Streamed, load_tokenizer
@@ -48,6 +49,11 @@ def prune(
             block is done, what is done is kept for `resume`.
     """
     recipe = Recipe.of(options)
+    with repeatable(recipe.deterministic):
+        return _prune(model, out, tokenizer, recipe, overwrite, resume)
+
+
+def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, overwrite: bool, resume: bool) -> Report:
     if not isinstance(model, str | Path):
         if out is not None or overwrite or resume:
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
@@ -82,8 +88,8 @@ def _fingerprint(source: Source, report: Report) -> dict[str, Any]:
     """Return all that decides the bytes of a run's result."""
     installed = versions()
     return {
-        "source": source.fingerprint(),
         "recipe": report.recipe,
+        "source": source.fingerprint(),
         "calibration": report.calibration,
         "versions": {package: installed[package] for package in _DECISIVE if package in installed},
         "hardware": hardware(),

@@ -54,7 +54,13 @@ class Run:
     store: Store
 
     def prune(self) -> None:
-        """Prune the embedding if that is asked for, then stream the stages; with half the batch if memory runs out."""
+        """Prune the embedding if that is asked for, then stream the stages; with half the batch if memory runs out.
+
+        Raises:
+            ResourceError: memory runs out with one sequence a forward, or for a model that cannot be loaded again.
+            NumericalError: an activation, a weight or a solution is not finite.
+            CheckpointError: a stage cannot be read or stored.
+        """
         patterns, store = self._patterns(), self.store
         embedding = self.plan.sites.get(self.host.embedding.name)
         if embedding and not store.has(self.host.embedding):

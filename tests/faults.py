@@ -29,6 +29,7 @@ _OTHERS: tuple[tuple[Any, str], ...] = (
     (os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (shutil, "copyfile"),
     (durable, "_exchange"),
 )  # fmt: skip
+_VARYING = ("model", "timings", "peak_memory_bytes")  # of a report: how the source was named, and what was measured
 _FORKS = multiprocessing.get_context("forkserver")  # one import of torch for all runs
 _FORKS.set_forkserver_preload(["warm", "faults"])
 
@@ -169,3 +170,17 @@ def _command(arguments: list[str], said: Path, point: int | None, strike: Strike
     sys.argv = ["llmprune", *arguments]
     Events(point, strike).watch()
     cli.main()
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Return all files of a model folder; of the report what is not measured."""
+    found: dict[str, Any] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    if "llmprune.json" in found:
+        report = json.loads(found["llmprune.json"])
+        found["llmprune.json"] = {k: v for k, v in report.items() if k not in _VARYING}
+    return found
+
+
+def partial_of(out: Path) -> Path:
+    """Return where the work for an output lies."""
+    return out.with_name(out.name + ".partial")

@@ -22,7 +22,7 @@ from torch import Tensor
 import tiny
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.header import DTYPES, read_header
-from llmprune.checkpoint.place import require_place
+from llmprune.checkpoint.place import Place, require_place
 from llmprune.checkpoint.sink import REPORT
 from llmprune.checkpoint.source import INDEX, SINGLE
 from llmprune.errors import CheckpointError
@@ -444,6 +444,26 @@ def test_a_second_run_at_the_same_output_is_refused_and_harms_nothing(tmp_path: 
             pass
         first.commit({})
     assert everything(tmp_path / "out") == everything(tmp_path / "m") | {REPORT}
+
+
+def test_an_old_output_that_a_crash_left_aside_goes_back_before_anything_is_discarded(tmp_path: Path) -> None:
+    source, out = Source.open(two_shards(tmp_path / "m")), tmp_path / "out"
+    place = Place.of(out)
+    place.claim().close()
+    before = files_of(single(place.replaced))
+    with pytest.raises(ZeroDivisionError), Sink(source, out):
+        raise ZeroDivisionError
+    assert files_of(out) == before
+    assert not place.partial.exists()
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    source = Source.open(two_shards(tmp_path / "m"))
+    with pytest.raises(CheckpointError, match="has appeared meanwhile"), Sink(source, tmp_path / "out") as sink:
+        sink.copy_source()
+        (tmp_path / "out").mkdir()
+        sink.commit({})
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_folder_that_is_called_replaced_is_left_alone(tmp_path: Path) -> None:

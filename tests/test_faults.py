@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,18 +14,14 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 import faults
 import llmprune
 import tiny
-from llmprune import cli, solving
-from llmprune.checkpoint import Sink
-from llmprune.checkpoint.journal import Journal
-from llmprune.errors import CheckpointError, ResourceError
+from llmprune.errors import ResourceError
 from llmprune.methods.sparsegpt import SparseGPT
-from llmprune.model import Lanes, Streamed
+from llmprune.model import Lanes
 
 IDS = tiny.ids(4, 16)
 QUICK: dict[str, Any] = {"method": "magnitude"}
@@ -37,7 +32,6 @@ KILLED: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"calibration": IDS, "pattern": "2:4"},
 }
 KILLS = 20
-_VARYING = ("model", "timings", "peak_memory_bytes")  # of a report: how the source was named, and what was measured
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,24 +47,11 @@ def source_of(name: str, place: Path) -> str | Path:
     return name if name not in tiny.FAMILIES else tiny.save(tiny.model(name), place / "source")
 
 
-def content(folder: Path) -> dict[str, Any]:
-    """Return all files of a model folder; of the report what is not measured."""
-    found: dict[str, Any] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    if "llmprune.json" in found:
-        report = json.loads(found["llmprune.json"])
-        found["llmprune.json"] = {k: v for k, v in report.items() if k not in _VARYING}
-    return found
-
-
-def partial_of(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
 def require_whole_or_none(out: Path, whole: dict[str, Any]) -> None:
     """Whatever looks like a model is the complete one, and nothing else loads."""
-    for folder in (out, partial_of(out), partial_of(out) / "model"):
+    for folder in (out, faults.partial_of(out), faults.partial_of(out) / "model"):
         if (folder / "config.json").exists():
-            assert content(folder) == whole
+            assert faults.content(folder) == whole
         else:
             with pytest.raises((OSError, ValueError)):
                 AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
@@ -80,7 +61,7 @@ def uninterrupted(source: str | Path, out: Path, **options: Any) -> tuple[dict[s
     """Return what a run leaves that nothing disturbs, and its events."""
     log = out.with_name("events")
     assert faults.prune(source, out, log=log, **options) == 0
-    return content(out), json.loads(log.read_text())
+    return faults.content(out), json.loads(log.read_text())
 
 
 def points(events: list[str]) -> set[int]:
@@ -108,17 +89,17 @@ def test_a_run_that_is_killed_anywhere_is_continued_to_the_same_bytes(name: str,
 
 def require_continued(source: str | Path, out: Path, whole: dict[str, Any], **options: Any) -> None:
     """A killed run that left no journal was complete; any other is continued, to the same bytes."""
-    if not out.exists() or (partial_of(out) / "journal.jsonl").exists():
+    if not out.exists() or (faults.partial_of(out) / "journal.jsonl").exists():
         assert faults.prune(source, out, resume=True, **options) == 0
-        assert not partial_of(out).exists()
-    assert content(out) == whole
+        assert not faults.partial_of(out).exists()
+    assert faults.content(out) == whole
 
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new(exchange: bool, tmp_path: Path) -> None:
     source = source_of("llama", tmp_path)
     old, options = tiny.save(tiny.model("opt"), tmp_path / "old"), QUICK | {"overwrite": True}
-    before = content(old)
+    before = faults.content(old)
     shutil.copytree(old, tmp_path / "whole")
     whole, events = uninterrupted(source, tmp_path / "whole", exchange=exchange, **options)
     start = len(events) - events[::-1].index("after write")  # the last entry of the journal announces the new output
@@ -126,7 +107,9 @@ def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new(exchan
         out = tmp_path / f"out-{point}"
         shutil.copytree(old, out)
         assert faults.prune(source, out, point=point, exchange=exchange, **options) == -9, events[point]
-        assert (content(out) if out.exists() else None) in ([before, whole] if exchange else [before, whole, None])
+        assert (faults.content(out) if out.exists() else None) in (
+            [before, whole] if exchange else [before, whole, None]
+        )
         require_continued(source, out, whole, **options)
 
 
@@ -137,7 +120,7 @@ def test_a_run_that_is_killed_in_every_block_gets_there(tmp_path: Path) -> None:
     assert faults.prune(source, out, point=first + 1, **options) == -9
     ends = [faults.prune(source, out, resume=True, point=second - first + 3, **options) for _ in range(tiny.BLOCKS)]
     assert ends == [-9] * (tiny.BLOCKS - 1) + [0]
-    assert content(out) == whole
+    assert faults.content(out) == whole
 
 
 @pytest.mark.parametrize(("strike", "status"), [(faults.interrupt, 130), (faults.terminate, 143)])
@@ -158,7 +141,7 @@ def test_a_signal_ends_a_run_with_one_line_that_says_how_to_go_on(
     assert (ended, line.count("\n")) == (status, 0)
     if moment == "in copy":
         assert line == "llmprune: interrupted, nothing was written"
-        assert not out.exists() and not partial_of(out).exists()
+        assert not out.exists() and not faults.partial_of(out).exists()
     else:
         assert line.startswith("llmprune: interrupted, ") and "kept in" in line and "--resume" in line
         require_whole_or_none(out, whole)
@@ -259,187 +242,6 @@ def test_a_source_that_changes_is_one_line_and_the_run_goes_on_when_it_is_restor
     require_continued(source, out, run.whole, **QUICK)
 
 
-def interrupt_after(stages: int, patch: pytest.MonkeyPatch) -> None:
-    """Let a run in this process end as Ctrl-C ends it, once that many stages are done."""
-    finish, left = Sink.finish, iter(range(stages))
-
-    def finish_or_stop(sink: Sink, stage: str, record: dict[str, Any]) -> None:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        finish(sink, stage, record)
-
-    patch.setattr(Sink, "finish", finish_or_stop)
-
-
-def interrupted(source: Path, out: Path, stages: int, **options: Any) -> Path:
-    """Prune, and stop after that many stages; return OUT.partial."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_after(stages, patch)
-        llmprune.prune(source, out, **options)
-    return partial_of(out)
-
-
-# What a resumed run has to rebuild: hidden states, budgets over the model, rounding, tied and renamed weights.
-RESUMED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
-    "sparsegpt": ("llama", torch.bfloat16, {"calibration": IDS}),
-    "true sequential": ("llama", torch.float32, {"calibration": IDS, "true_sequential": True}),
-    "batches": ("qwen3", torch.float32, {"calibration": IDS, "batch_size": 3, "method": "wanda"}),
-    "sliding and full attention, tied head": (
-        "gemma2",
-        torch.float32,
-        {"calibration": IDS, "include": "lm_head.weight"},
-    ),
-    "transposed": ("gpt2", torch.float16, {"calibration": IDS, "pattern": "2:4"}),
-    "biases": ("opt", torch.float32, {"calibration": IDS, "method": "wanda"}),
-    "experts": ("qwen3-moe", torch.bfloat16, {"calibration": IDS}),
-    "head": ("llama", torch.float32, {"calibration": IDS, "include": "lm_head.weight"}),
-    "wider than stored": ("llama", torch.bfloat16, {"calibration": IDS, "dtype": "float32"}),
-    "narrower than stored": ("llama", torch.float32, {"calibration": IDS, "dtype": "bfloat16"}),
-    "random": ("llama", torch.float32, {"method": "random", "seed": 3}),
-    "one budget": ("llama-tied", torch.float32, QUICK | {"comparison_group": "model", "include": "*"}),
-    "blocks left dense": ("llama", torch.float32, {"calibration": IDS, "exclude": "model.layers.0.*"}),
-}
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_run_is_resumed_after_any_of_its_stages(name: str, tmp_path: Path) -> None:
-    family, dtype, options = RESUMED[name]
-    source = tiny.save(tiny.model(family, dtype), tmp_path / "source")
-    report = llmprune.prune(source, tmp_path / "whole", **options)
-    whole = content(tmp_path / "whole")
-    for done in range(1, report.blocks):
-        out = tmp_path / f"out-{done}"
-        interrupted(source, out, done, **options)
-        resumed = llmprune.prune(source, out, resume=True, **options)
-        assert content(out) == whole
-        assert [site.name for site in resumed.sites] == [site.name for site in report.sites]
-
-
-def test_a_run_that_is_resumed_does_not_solve_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tiny.save(tiny.model("llama"), tmp_path / "source")
-    interrupted(source, tmp_path / "out", 2, calibration=IDS)
-    solved: list[str] = []
-    plain = solving.prune_matrix
-
-    def record(name: str, *rest: Any) -> solving.Outcome:
-        solved.append(name)
-        return plain(name, *rest)
-
-    monkeypatch.setattr("llmprune.pruning.prune_matrix", record)
-    llmprune.prune(source, tmp_path / "out", resume=True, calibration=IDS)
-    assert {name.split(".")[2] for name in solved} == {"2"}
-
-
-def test_what_was_done_is_neither_used_nor_lost_unasked(tmp_path: Path) -> None:
-    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
-    left = content(interrupted(source, out, 2, **QUICK))
-    with pytest.raises(CheckpointError, match=r"unfinished run \(2 blocks done\).*--resume.*--overwrite"):
-        llmprune.prune(source, out, **QUICK)
-    assert content(partial_of(out)) == left
-    llmprune.prune(source, out, overwrite=True, method="random")
-    assert not partial_of(out).exists()
-    assert llmprune.inspect(out).verified
-
-
-def test_there_need_not_be_anything_to_resume(tmp_path: Path) -> None:
-    source = tiny.save(tiny.model("llama"), tmp_path / "source")
-    llmprune.prune(source, tmp_path / "out", resume=True, **QUICK)
-    assert llmprune.inspect(tmp_path / "out").verified
-    with pytest.raises(CheckpointError, match="exists"):
-        llmprune.prune(source, tmp_path / "out", resume=True, **QUICK)
-
-
-def touch(source: Path, patch: pytest.MonkeyPatch) -> None:
-    os.utime(source / "config.json", ns=(0, 0))
-
-
-def other_threads(source: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch, "get_num_threads", lambda: 99)
-
-
-def other_version(source: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("llmprune.pruning.versions", lambda: {"torch": "9.9"})
-
-
-CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "recipe": ({"pattern": "60%"}, None, r"recipe\.pattern \(50%, now 60%\)"),
-    "seed": ({"seed": 1}, None, r"recipe\.seed \(0, now 1\)"),
-    "data": ({"calibration": tiny.ids(4, 16, seed=9)}, None, r"calibration\.fingerprint"),
-    "source": ({}, touch, r"source\.files\.config\.json\.mtime_ns"),
-    "threads": ({}, other_threads, r"hardware\.threads \(\d+, now 99\)"),
-    "version": ({}, other_version, r"versions\.\w+ \(\S+, now None\)"),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_run_is_not_continued_by_another_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
-    options = {"method": "wanda", "calibration": IDS}
-    left = content(interrupted(source, out, 1, **options))
-    other, prepare, says = CHANGES[name]
-    if prepare:
-        prepare(source, monkeypatch)
-    with pytest.raises(CheckpointError, match=rf"begun with another {says}.*--overwrite") as caught:
-        llmprune.prune(source, out, resume=True, **options | other)
-    assert "\n" not in str(caught.value)
-    assert content(partial_of(out)) == left
-
-
-def test_a_run_that_is_at_work_is_not_resumed_and_stops_others_at_once(tmp_path: Path) -> None:
-    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
-    partial_folder = interrupted(source, out, 1, **QUICK)
-    with closing(Journal(partial_folder / "journal.jsonl")):
-        for options in ({"resume": True}, {"overwrite": True}, {}):
-            with pytest.raises(CheckpointError, match=r"another run \(process \d+ on .*\) is writing"):
-                llmprune.prune(source, out, **QUICK | options)
-    llmprune.prune(source, out, resume=True, **QUICK)
-
-
-def test_a_journal_that_is_damaged_is_refused(tmp_path: Path) -> None:
-    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
-    journal = interrupted(source, out, 2, **QUICK) / "journal.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(lines[0] + b"?" + lines[1] + lines[2])
-    with pytest.raises(CheckpointError, match=r"journal\.jsonl is damaged in line 2: start anew with --overwrite"):
-        llmprune.prune(source, out, resume=True, **QUICK)
-
-
-def test_a_last_line_that_is_torn_is_forgotten(tmp_path: Path) -> None:
-    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
-    llmprune.prune(source, tmp_path / "whole", **QUICK)
-    journal = interrupted(source, out, 2, **QUICK) / "journal.jsonl"
-    os.truncate(journal, journal.stat().st_size - 7)
-    llmprune.prune(source, out, resume=True, **QUICK)
-    assert content(out) == content(tmp_path / "whole")
-
-
-def test_a_model_that_was_taken_out_of_the_partial_folder_is_missed(tmp_path: Path) -> None:
-    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
-    shutil.rmtree(interrupted(source, out, 2, **QUICK) / "model")
-    with pytest.raises(CheckpointError, match="has lost its model: start anew with --overwrite"):
-        llmprune.prune(source, out, resume=True, **QUICK)
-
-
-def test_a_bug_keeps_its_traceback_and_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
-    blocks = iter([None])
-
-    def load(*arguments: Any) -> None:
-        next(blocks)
-        plain(*arguments)
-
-    plain = Streamed.free
-    monkeypatch.setattr(Streamed, "free", load)
-    with pytest.raises(StopIteration):
-        llmprune.prune(source, out, **QUICK)
-    assert "2 blocks kept" in caplog.text and "--resume" in caplog.text
-    monkeypatch.undo()
-    llmprune.prune(source, out, resume=True, **QUICK)
-    assert llmprune.inspect(out).verified
-
-
 def run_out_of_memory(patch: pytest.MonkeyPatch, most: int, error: Exception) -> None:
     """Let the second block take no batch of more than `most` sequences."""
     plain = Lanes.run
@@ -505,49 +307,9 @@ def test_a_solve_that_does_not_fit_names_its_matrix(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"  # of the form of a real one
-
-
-def test_no_token_is_written_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    caplog.set_level("DEBUG")
-    source = tiny.save(tiny.model("llama"), tmp_path / "source")
-    interrupted(source, tmp_path / "part", 1, calibration=IDS)
-    report = llmprune.prune(source, tmp_path / "out", calibration=IDS)
-    for path in tmp_path.rglob("*"):
-        assert path.is_dir() or TOKEN.encode() not in path.read_bytes()
-    assert TOKEN not in caplog.text and TOKEN not in str(report)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (f"https://me:{TOKEN}@huggingface.co/org/name", "out"),
-        ("org/name", "out", "--revision", TOKEN),
-        ("demo", "out", "--calibration", f"https://{TOKEN}@huggingface.co/rows.jsonl"),
-        ("demo", "out", "--metod", TOKEN),
-        ("demo", "out", "--samples", TOKEN),
-    ],
-)
-def test_no_message_repeats_a_token(
-    arguments: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", ["llmprune", "prune", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    said = capfd.readouterr()
-    assert (stopped.value.code, said.out, said.err.count("\n")) == (2, "", 1)
-    assert TOKEN not in said.err and "//me" not in said.err
-
-
-def test_names_from_a_checkpoint_cannot_write_to_the_terminal() -> None:
-    error = CheckpointError("tensor \x1b[2J\x07evil\nllmprune: all is well\r has no shape")
-    assert str(error) == "tensor [2J evil llmprune: all is well has no shape"
-    assert len(str(CheckpointError("x" * 1_000_000))) <= 2_000
+def test_every_test_that_the_documentation_names_exists() -> None:
+    here = Path(__file__).parent
+    named = set(re.findall(r"`(test_\w+)`", (here.parent / "docs" / "RELIABILITY.md").read_text("utf-8")))
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text("utf-8") for p in here.glob("*.py")), re.M))
+    assert len(named) > 40
+    assert named - defined == set()

@@ -257,6 +257,36 @@ def test_the_same_seed_gives_the_same_bytes(method: str, saved: Saved, tmp_path:
     assert without_times(tmp_path / "one" / "llmprune.json") == without_times(tmp_path / "two" / "llmprune.json")
 
 
+def test_only_operations_that_repeat_themselves_are_used_where_that_is_asked_for(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+    plain = SparseGPT.solve
+
+    def solve(*arguments: Any) -> Any:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return plain(*arguments)
+
+    monkeypatch.setattr(SparseGPT, "solve", solve)
+    for name, wanted in (("free", False), ("repeatable", True)):
+        prune(saved("qwen3-moe"), tmp_path / name, deterministic=wanted)
+        assert set(modes) == {wanted} and not torch.are_deterministic_algorithms_enabled()
+        modes.clear()
+    assert same_weights(tiny.tensors(tmp_path / "free"), tiny.tensors(tmp_path / "repeatable"))
+
+
+def test_an_operation_that_does_not_repeat_itself_is_refused_by_name(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def solve(*arguments: Any) -> NoReturn:
+        raise RuntimeError("put_ does not have a deterministic implementation, but you set 'torch.use_deterministic")
+
+    monkeypatch.setattr(SparseGPT, "solve", solve)
+    says = "put_ does not have a deterministic implementation: run without --deterministic"
+    with pytest.raises(UnsupportedModelError, match=says):
+        prune(saved("llama"), tmp_path / "out", deterministic=True)
+
+
 def test_another_seed_draws_another_random_mask(saved: Saved, tmp_path: Path) -> None:
     for seed in (0, 1):
         prune(saved("llama"), tmp_path / str(seed), method="random", seed=seed)

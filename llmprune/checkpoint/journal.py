@@ -82,7 +82,7 @@ class Journal:
                 records.append(record)
                 length += len(line)
             elif number < len(lines):
-                raise CheckpointError(f"{self.path} is damaged in line {number}: start anew with --overwrite")
+                raise CheckpointError(f"{self.path} is damaged in line {number}: delete its folder to start anew")
         return records, length
 
 

@@ -57,6 +57,7 @@ class Sink:
 
     def __enter__(self) -> "Sink":
         self._journal = self.place.claim()
+        self._replaces = self.place.out.exists()
         try:
             self._begin()
         except BaseException:
@@ -79,8 +80,9 @@ class Sink:
                     durable.copy(path, self._target(path))
                 bar.step()
         self._source.require_unchanged()
-        with _writing(self.place.model):
-            durable.sync_tree(self.place.model)
+        with _writing(self.place.partial):
+            durable.sync_tree(self.place.partial)
+            durable.sync(self.place.partial.parent)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrite the tensor called `name`; its shape must be the stored one, its values are cast to that dtype."""
@@ -103,6 +105,8 @@ class Sink:
     def commit(self, report: dict[str, Any]) -> None:
         """Add the report and let the output appear under its own name."""
         if not is_committed(self.place, self._journal):
+            if self.place.out.exists() and not self._replaces:
+                raise CheckpointError(f"output {self.place.out} has appeared meanwhile: move it")
             self._complete(report)
             self._note({"commit": folder_id(self.place.model)})
             with _writing(self.place.out):
@@ -188,7 +192,7 @@ def _explain(error: BaseException, kept: str) -> None:
 def _difference(old: Any, new: Any, name: str = "") -> str | None:
     """Return the first value in which two nestings of plain values differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
+        for key in new | old:
             if found := _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
                 return found
         return None
