@@ -58,7 +58,9 @@ class _Sweep:
 
     def carry(self, start: int, middle: int, stop: int) -> None:
         """Charge the right part with the errors of the left one."""
-        self.block_BO[middle:stop].addmm_(self.lower_BB[middle:stop, start:middle], self.error_BO[start:middle], alpha=-1)
+        self.block_BO[middle:stop].addmm_(
+            self.lower_BB[middle:stop, start:middle], self.error_BO[start:middle], alpha=-1
+        )
 
     def choose(self, group: slice, n: int) -> None:
         score_MO = (self.block_BO[group] * self.inverse_B1[group]).square_()
