@@ -5,8 +5,9 @@ Shape suffixes: T tokens, I inputs, O outputs. Sums are fp32 whatever the dtype 
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ _DAMPING_STEPS = 6  # each ten times the one before
 _LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
 
 _log = logging.getLogger(__name__)
+
+FactorKind = Literal["inverse", "root"]
 
 S = TypeVar("S", bound="Statistic")
 
@@ -124,7 +127,7 @@ class Gram:
     def __init__(self, inputs: int, device: torch.device) -> None:
         self._mean_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
         self._mirrored = True  # whether the tiles above the diagonal are filled in
-        self._factors: dict[float, Factor] = {}
+        self._factors: dict[tuple[float, FactorKind], Factor] = {}
         self.sequences = self.tokens = 0
 
     @classmethod
@@ -179,15 +182,23 @@ class Gram:
             self._mirrored = True
         return self._mean_II
 
-    def factor(self, damp: float) -> "Factor":
-        """Return the factor of the damped Hessian; sites that share this Gram share the work.
+    def factor(self, damp: float, kind: FactorKind = "inverse") -> "Factor":
+        """Return a factor of the damped Hessian; sites that share this Gram share the work.
 
         Raises:
             NumericalError: the Hessian is not positive definite at any step of the damping ladder.
         """
-        if damp not in self._factors:
-            self._factors = {damp: factorize(self.hessian_II, damp)}
-        return self._factors[damp]
+        if (damp, kind) not in self._factors:
+            self._factors = {(damp, kind): factorize(self.hessian_II, damp, kind)}
+        return self._factors[damp, kind]
+
+    def forget_factors(self) -> None:
+        """Let go of the factors, which are as large as the Gram itself."""
+        self._factors.clear()
+
+    def damped_II(self, damp: float) -> Tensor:
+        """Return a copy of H with `damp` x mean(diag H) on its diagonal, dead inputs as in `factorize`."""
+        return _damped(self.hessian_II, damp)
 
     def energy(self, weight_OI: Tensor) -> float:
         weight_OI, energy = weight_OI.float(), 0.0
@@ -249,7 +260,11 @@ class CrossGram(Gram):
 
 @dataclass(frozen=True)
 class Factor:
-    """Upper Cholesky factor U of the inverse of the damped Hessian: H⁻¹ = Uᵀ U."""
+    """An upper triangular factor of the damped Hessian.
+
+    Of kind `inverse` it is U with H⁻¹ = Uᵀ U, computed as the paper's code does; of kind `root` it is R with
+    H = R Rᵀ. They are one factor, U = R⁻¹, but R needs a quarter of the work and no inverse.
+    """
 
     upper_II: Tensor
     dead_I: Tensor
@@ -257,8 +272,8 @@ class Factor:
     notes: tuple[str, ...] = field(default=())
 
 
-def factorize(hessian_II: Tensor, damp: float) -> Factor:
-    """Factor the inverse of H with `damp` x mean(diag H) added to its diagonal.
+def factorize(hessian_II: Tensor, damp: float, kind: FactorKind = "inverse") -> Factor:
+    """Factor H with `damp` x mean(diag H) added to its diagonal.
 
     Inputs that are always zero get a one on the diagonal, before the damping, as in the paper's code. When the
     matrix is not positive definite in fp32 the damping grows tenfold, and a note says so.
@@ -266,20 +281,30 @@ def factorize(hessian_II: Tensor, damp: float) -> Factor:
     Raises:
         NumericalError: no step of the ladder helps.
     """
-    dead_I = hessian_II.diagonal() == 0
-    diagonal_I = hessian_II.diagonal().masked_fill(dead_I, 1)
     notes: list[str] = []
     for step in range(_DAMPING_STEPS):
         tried = max(damp, _LEAST_DAMPING) * 10**step if step else damp
-        damped_II = hessian_II.clone()
-        damped_II.diagonal().copy_(diagonal_I + tried * diagonal_I.mean())
-        upper_II = _inverse_factor(damped_II)
+        upper_II = _DECOMPOSITIONS[kind](_damped(hessian_II, tried))
         if upper_II is not None:
-            return Factor(upper_II, dead_I, tried, tuple(notes))
+            return Factor(upper_II, hessian_II.diagonal() == 0, tried, tuple(notes))
         raised = max(damp, _LEAST_DAMPING) * 10 ** (step + 1)
         notes.append(f"not positive definite at damping {tried:g}, raised to {raised:g}")
         _log.warning("Gram matrix of %d inputs: %s", len(hessian_II), notes[-1])
     raise NumericalError(f"the Gram matrix is not positive definite even at damping {tried:g}: use more calibration")
+
+
+def _damped(hessian_II: Tensor, damp: float) -> Tensor:
+    diagonal_I = hessian_II.diagonal().masked_fill(hessian_II.diagonal() == 0, 1)
+    damped_II = hessian_II.clone()
+    damped_II.diagonal().copy_(diagonal_I + damp * diagonal_I.mean())
+    return damped_II
+
+
+def _root_factor(damped_II: Tensor) -> Tensor | None:
+    """Return R with H = R Rᵀ, or None if H is not positive definite: with J the reversal, J H J = L Lᵀ, R = J L J."""
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+    healthy = not failed.item() and math.isfinite(float(lower_II.diagonal().sum()))
+    return lower_II.flip(0, 1) if healthy else None
 
 
 def _inverse_factor(damped_II: Tensor) -> Tensor | None:
@@ -291,6 +316,12 @@ def _inverse_factor(damped_II: Tensor) -> Tensor | None:
     upper_II, failed = torch.linalg.cholesky_ex(damped_II, upper=True)
     healthy = not failed.item() and math.isfinite(float(upper_II.diagonal().sum()))
     return upper_II if healthy else None
+
+
+_DECOMPOSITIONS: dict[FactorKind, Callable[[Tensor], Tensor | None]] = {
+    "inverse": _inverse_factor,
+    "root": _root_factor,
+}
 
 
 def _require_finite(sums: Tensor, name: str) -> None:

@@ -4,8 +4,14 @@ Column by column, the error of removing a weight is compensated by the weights t
 128 columns is chosen when the block is reached, N:M masks when their M columns are reached, so both see the
 compensations made so far.
 
-The operations and their order are those of the paper's code, so masks come out the same to the bit where the inputs
-do; only the count differs, which here is exact (the paper's threshold `<=` removes one weight more per block).
+In `paper` arithmetic the operations and their order are those of the paper's code, so masks come out the same to the
+bit where the inputs do; only the count differs, which here is exact (the paper's threshold `<=` removes one weight
+more per block).
+
+`fast` arithmetic solves the same recursion in another order. With H = R Rᵀ, U = R⁻¹ and D = W - Q the change of the
+columns done so far, block b starts from W_b + (D_{<b} R_{<b,b}) R_bb⁻¹: one factorisation in place of three, no
+inverse of full size, and the products are summed in large halves. (The step is Babai's nearest plane, as shown for
+quantisation in arXiv:2507.18553.)
 
 Shape suffixes: O outputs, I inputs, B inputs of one block. Matrices are held transposed (I first) so that a column
 of weights is contiguous.
@@ -19,10 +25,13 @@ import torch
 from torch import Tensor
 
 from llmprune import kernels
-from llmprune.errors import PatternError, RecipeError
+from llmprune.errors import PatternError, RecipeError, did_you_mean
 from llmprune.methods import Solution
 from llmprune.patterns import NM, ComparisonGroup, Pattern, Unstructured, column_blocks
-from llmprune.statistics import Gram
+from llmprune.statistics import FactorKind, Gram
+
+Block = tuple[int, int]
+ARITHMETICS: dict[str, FactorKind] = {"paper": "inverse", "fast": "root"}  # and the factor that each works from
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class SparseGPT:
 
     damp: float = 0.01
     block_size: int = 128
+    arithmetic: str = "paper"
     needs: ClassVar[type[Gram]] = Gram
     row_wise: ClassVar[bool] = False
     comparison_group: ClassVar[ComparisonGroup] = "block"
@@ -41,16 +51,17 @@ class SparseGPT:
             raise RecipeError(f"method 'sparsegpt': damp must be a number of at least 0, not {self.damp}")
         if self.block_size < 1:
             raise RecipeError(f"method 'sparsegpt': block_size must be at least 1, not {self.block_size}")
+        if self.arithmetic not in ARITHMETICS:
+            hint = did_you_mean(self.arithmetic, ARITHMETICS)
+            raise RecipeError(f"method 'sparsegpt': unknown arithmetic '{self.arithmetic}': {hint}")
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
-        factor = statistic.factor(self.damp)
+        factor = statistic.factor(self.damp, ARITHMETICS[self.arithmetic])
         weight_IO = weight_OI.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         weight_IO[factor.dead_I] = 0
-        keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
-        for start, stop in column_blocks(weight_IO.shape[0], self._block_width(pattern)):
-            block_BO, upper_BB = weight_IO[start:stop], factor.upper_II[start:stop, start:stop]
-            error_BO, keep_IO[start:stop] = _prune_block(block_BO, upper_BB, pattern, start)
-            weight_IO[stop:].sub_(factor.upper_II[start:stop, stop:].T @ error_BO)
+        blocks = column_blocks(weight_IO.shape[0], self._block_width(pattern))
+        sweep = _paper_sweep if self.arithmetic == "paper" else _fast_sweep
+        keep_IO = sweep(weight_IO, factor.upper_II, pattern, blocks)
         return Solution(weight_IO.T.to(weight_OI.dtype), keep_IO.T, factor.notes)
 
     def _block_width(self, pattern: Pattern) -> int:
@@ -59,12 +70,59 @@ class SparseGPT:
         return max(self.block_size // m * m, m)
 
 
-def _prune_block(block_BO: Tensor, upper_BB: Tensor, pattern: Pattern, start: int) -> tuple[Tensor, Tensor]:
-    """Prune one compensated block in place; return the errors that later columns have to compensate, and the mask."""
-    if isinstance(pattern, NM):
-        return kernels.obs_nm(block_BO, upper_BB, pattern.n, pattern.m)
+def _paper_sweep(weight_IO: Tensor, upper_II: Tensor, pattern: Pattern, blocks: list[Block]) -> Tensor:
+    """Prune block after block in place, each compensated by all that lie to its right; return the mask."""
+    keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
+    for start, stop in blocks:
+        block_BO, upper_BB = weight_IO[start:stop], upper_II[start:stop, start:stop]
+        if isinstance(pattern, NM):
+            error_BO, keep_IO[start:stop] = kernels.obs_nm(block_BO, upper_BB, pattern.n, pattern.m)
+        else:
+            keep_IO[start:stop] = _keep_block(block_BO, upper_BB, pattern, start)
+            error_BO = kernels.obs_masked(block_BO, upper_BB, keep_IO[start:stop])
+        weight_IO[stop:].sub_(upper_II[start:stop, stop:].T @ error_BO)
+    return keep_IO
+
+
+def _fast_sweep(weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: list[Block]) -> Tensor:
+    """As `_paper_sweep`, from R: the left half of the blocks is pruned, then its changes are carried to the right."""
+    keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
+    change_IO, carried_IO = torch.empty_like(weight_IO), torch.zeros_like(weight_IO)
+
+    def prune(start: int, stop: int) -> None:
+        upper_BB = _inverse_upper(root_II[start:stop, start:stop])
+        block_BO = torch.addmm(weight_IO[start:stop], upper_BB.T, carried_IO[start:stop])
+        if isinstance(pattern, NM):
+            keep_IO[start:stop] = kernels.prune_nm(block_BO, upper_BB, pattern.n, pattern.m)
+        else:
+            keep_IO[start:stop] = _keep_block(block_BO, upper_BB, pattern, start)
+            kernels.prune_masked(block_BO, upper_BB, keep_IO[start:stop])
+        torch.sub(weight_IO[start:stop], block_BO, out=change_IO[start:stop])
+        weight_IO[start:stop] = block_BO
+
+    def sweep(blocks: list[Block]) -> None:
+        if len(blocks) == 1:
+            prune(*blocks[0])
+            return
+        left, right = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
+        start, middle, stop = left[0][0], right[0][0], right[-1][1]
+        sweep(left)
+        carried_IO[middle:stop].addmm_(root_II[start:middle, middle:stop].T, change_IO[start:middle])
+        sweep(right)
+
+    sweep(blocks)
+    return keep_IO
+
+
+def _keep_block(block_BO: Tensor, upper_BB: Tensor, pattern: Pattern, start: int) -> Tensor:
+    """Choose the mask of one compensated block."""
     if not isinstance(pattern, Unstructured):
         raise PatternError(f"sparsegpt chooses its masks block by block; it cannot follow {pattern}")
     score_BO = block_BO.square() / upper_BB.diagonal().square().unsqueeze(1)
-    keep_BO = pattern.keep_block(score_BO.T, start).T.contiguous()
-    return kernels.obs_masked(block_BO, upper_BB, keep_BO), keep_BO
+    return pattern.keep_block(score_BO.T, start).T
+
+
+def _inverse_upper(upper_BB: Tensor) -> Tensor:
+    identity_BB = torch.eye(len(upper_BB), dtype=upper_BB.dtype, device=upper_BB.device)
+    inverse_BB: Tensor = torch.linalg.solve_triangular(upper_BB, identity_BB, upper=True)
+    return inverse_BB
