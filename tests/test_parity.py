@@ -70,13 +70,16 @@ def sparsegpt(weight: Tensor, x: Tensor, sparsity: float, n: int, m: int) -> Ten
 
 @torch.no_grad()
 def prune_plainly(folder: Path, ids: Tensor, solve: Any, **target: Any) -> Any:
-    """Block by block: all inputs of the dense block, then prune it, then run it on: the order of the papers' scripts."""
+    """Block by block: all inputs of the dense block, then prune it, then run it on: the order of the papers' scripts.
+
+    As there, the model runs on with the solution in the dtype in which it is stored.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     hidden, keywords = block_inputs(model, ids)
     for block in model.model.layers:
         for name, x in site_inputs(block, hidden, keywords).items():
             weight = block.get_parameter(f"{name}.weight")
-            weight.copy_(solve(weight, x, **target))
+            weight.copy_(solve(weight, x, **target).bfloat16())
         hidden = [block(x, **keywords) for x in hidden]
     return model
 
