@@ -108,9 +108,7 @@ class Run:
             self._solve(self._timed(collector.groups(index, sites)), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
         with clock.phase("write"):
-            changed = self.store.keep(stage, sites)
-        if changed and collector:
-            collector.outdate()
+            self.store.keep(stage, sites)
 
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
         with self.report.clock.phase("recall"):

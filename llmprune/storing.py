@@ -24,8 +24,8 @@ class Store(Protocol):
     def recall(self, stage: Stage) -> None:
         """Load a stage that was kept before, pruned as it is."""
 
-    def keep(self, stage: Stage, sites: list[Site]) -> bool:
-        """Take a pruned stage, which is loaded; return whether the model runs on with other weights than before."""
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        """Take a pruned stage, which is loaded; the model runs on with it as it is."""
 
     def go_back(self) -> bool:
         """Forget what was done of a stage that was not kept; False if that is not possible."""
@@ -45,9 +45,8 @@ class InMemory:
     def recall(self, stage: Stage) -> None:
         pass
 
-    def keep(self, stage: Stage, sites: list[Site]) -> bool:
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
         self._kept.add(stage.name)
-        return False
 
     def go_back(self) -> bool:
         return False
@@ -72,19 +71,20 @@ class OnDisk:
 
     def recall(self, stage: Stage) -> None:
         self._host.load(stage, self._sink.copy)
+        for name, weight in self._sink.aside(stage.name).items():
+            self._host.model.get_parameter(name).data.copy_(weight)
 
-    def keep(self, stage: Stage, sites: list[Site]) -> bool:
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
         for name, tensor in self._host.stored(stage, sites):
             self._sink.write(name, tensor)
+        if self._host.rounds(stage):  # the run goes on with what was solved, and so must one that resumes it
+            parameters = {site.tensor: self._host.model.get_parameter(site.tensor) for site in sites}
+            self._sink.set_aside(stage.name, {name: parameter.data for name, parameter in parameters.items()})
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
         run = {"batch_size": self.batch_size, "runs": self._report.most_runs, "seconds": self._report.clock.seconds}
         self._sink.finish(stage.name, {"sites": reports, **run})
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
-        rounded = self._host.rounds(stage)
-        if rounded:  # a resumed run can only go on with what was written, so every run does
-            self.recall(stage)
-        return rounded
 
     def go_back(self) -> bool:
         del self._report.sites[self._reported :]

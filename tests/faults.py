@@ -168,6 +168,7 @@ def _command(arguments: list[str], said: Path, point: int | None, strike: Strike
     with said.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     sys.argv = ["llmprune", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
     Events(point, strike).watch()
     cli.main()
 

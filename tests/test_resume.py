@@ -48,6 +48,17 @@ def interrupted(source: Path, out: Path, stages: int, **options: Any) -> Path:
 RESUMED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "sparsegpt": ("llama", torch.bfloat16, {"calibration": IDS}),
     "true sequential": ("llama", torch.float32, {"calibration": IDS, "true_sequential": True}),
+    "dense target": ("llama", torch.float32, {"calibration": IDS, "true_sequential": True, "dense_target": 0.5}),
+    "dense target, wider than stored": (
+        "llama",
+        torch.bfloat16,
+        {"calibration": IDS, "true_sequential": True, "dense_target": 0.5, "dtype": "float32"},
+    ),
+    "dense target, experts": (
+        "qwen3-moe",
+        torch.float32,
+        {"calibration": IDS, "true_sequential": True, "dense_target": 0.5},
+    ),
     "batches": ("qwen3", torch.float32, {"calibration": IDS, "batch_size": 3, "method": "wanda"}),
     "sliding and full attention, tied head": (
         "gemma2",

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from llmprune.checkpoint.guard import MAX_JSON_BYTES
 from llmprune.errors import CheckpointError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+MAX_HEADER_BYTES = 16 << 20  # more than 100,000 tensors in one file; the format itself allows 100 MB
 _READ_BYTES = 8 << 20
 
 
@@ -53,7 +53,7 @@ def read_header(path: Path) -> list[TensorEntry]:
     try:
         with path.open("rb") as file:
             size, length = path.stat().st_size, _length(file.read(8))
-            if not 0 < length <= min(MAX_JSON_BYTES, size - 8):
+            if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path} is truncated or not a safetensors file: download it again")
             text = file.read(length)
     except OSError as error:

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from llmprune.checkpoint import durable
 from llmprune.checkpoint.journal import this_process
@@ -94,6 +96,22 @@ class Sink:
             durable.overwrite(entry.file, entry.start, data.data)
         self._touched.add(entry.file)
 
+    def set_aside(self, stage: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep tensors of a stage as they are, for the run to go on with; they are no part of the output."""
+        path = self._aside(stage)
+        with _writing(path, f"write {stage} to"):
+            path.parent.mkdir(exist_ok=True)
+            save_file(tensors, path)
+        self._touched |= {path, path.parent}
+
+    def aside(self, stage: str) -> dict[str, torch.Tensor]:
+        """Return what was set aside of a stage."""
+        path = self._aside(stage)
+        try:
+            return load_file(path) if path.exists() else {}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): start anew with --overwrite") from None
+
     def finish(self, stage: str, record: dict[str, Any]) -> None:
         """Note that all tensors of a stage are written, with what is to be known of it; on return that is durable."""
         for path in sorted(self._touched):
@@ -167,6 +185,9 @@ class Sink:
     def _note(self, record: dict[str, Any], action: str = "write") -> None:
         with _writing(self._journal.path, action):
             self._journal.append(record | {"by": this_process()})
+
+    def _aside(self, stage: str) -> Path:
+        return self.place.partial / "aside" / f"{stage}.safetensors"
 
     def _target(self, path: Path) -> Path:
         return self.place.model / path.relative_to(self._source.folder)

@@ -92,7 +92,7 @@ class Collector:
         if sites and self.true_sequential and self.side_by_side and not experts:
             sites = yield from self._side_by_side(index, sites)
             if sites:
-                self.outdate()
+                self.lanes.retract(range(self._batches))  # what is pruned now changes their outputs
         else:
             self.run_twins(index)
         if sites:
@@ -104,10 +104,6 @@ class Collector:
             self.lanes.provide(
                 {lane: self.lanes.run(index, lane) for lane in self.lanes.waiting_at(index) if self._is_twin(lane)}
             )
-
-    def outdate(self) -> None:
-        """Have the pruned model's lanes run the stage again: weights have changed since they did."""
-        self.lanes.retract(range(self._batches))
 
     @property
     def _batches(self) -> int:

@@ -5,6 +5,7 @@ for a whole model, done for a few tensors at a time.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,6 +97,7 @@ class Loader:
                 if converter is None:
                     self._renamed[name] = key
         self._require_shapes(known)
+        self._require_sizes(known, mapped)
         return mapped
 
     def _require_shapes(self, known: dict[str, Tensor]) -> None:
@@ -103,6 +105,16 @@ class Loader:
             stored, expected = self._source.entries[key].shape, tuple(known[name].shape)
             if stored != expected:
                 raise CheckpointError(f"{key} has shape {list(stored)}, the config asks for {list(expected)}")
+
+    def _require_sizes(self, known: dict[str, Tensor], mapped: dict[str, str]) -> None:
+        """A parameter that is made of several tensors, such as fused experts, cannot hold more than they do."""
+        stored: Counter[str] = Counter()
+        for key, name in mapped.items():
+            stored[name] += self._source.entries[key].count
+        for name, count in stored.items():
+            if known[name].numel() > count:
+                asked = list(known[name].shape)
+                raise CheckpointError(f"{name} does not fit the model's config: it asks for {asked}, {count} are there")
 
     def _require_all(self) -> None:
         stored = set(self.parameter_of.values())
