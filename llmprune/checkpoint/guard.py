@@ -19,7 +19,7 @@ def require_inside(folder: Path, path: Path) -> Path:
         CheckpointError: a link leads out of the folder.
     """
     home, real = folder.resolve(), path.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    homes = [home, (home.parent.parent / "blobs").resolve()] if home.parent.name == "snapshots" else [home]
     if not any(place in real.parents for place in homes):
         raise CheckpointError(f"{path} is a link out of the model's folder: put the file itself there")
     return path
