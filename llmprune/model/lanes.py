@@ -112,8 +112,8 @@ class Lanes:
         Raises:
             UnsupportedModelError: a lane goes back.
         """
-        for lane, arrival in enumerate(self._arrivals):
-            if arrival is not None and arrival.stage == index:
+        for lane in range(len(self._lanes)):
+            if self._waits(lane, index):
                 output = self._send_home(self.run(index, lane))
                 self._arrivals[lane] = None
                 self._arrivals[lane] = self._onward(self._resume(lane, output), index)
@@ -152,6 +152,10 @@ class Lanes:
             return reached
         self._results.append(reached)
         return None
+
+    def _waits(self, lane: int, index: int) -> bool:
+        arrival = self._arrivals[lane]
+        return arrival is not None and arrival.stage == index
 
     def _onward(self, arrival: Arrival | None, index: int) -> Arrival | None:
         if arrival is not None and arrival.stage <= index:
