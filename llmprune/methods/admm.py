@@ -1,4 +1,4 @@
-"""ADMM search of mask and weights together (Meng et al., ALPS, NeurIPS 2024, arXiv:2406.07831, eq. 4 and 5).
+"""ADMM search of mask and weights together (Meng et al., ALPS, NeurIPS 2024, arXiv:2406.07831).
 
 Minimises tr((W - W₀) H (W - W₀)ᵀ) over the matrices W of the pattern. W is split into a dense X, which follows the
 objective, and a sparse Z, which obeys the pattern; a penalty rho pulls them together. Inputs are scaled to a Hessian

@@ -1,4 +1,4 @@
-"""Optimal brain damage on a layer's outputs (LeCun, Denker & Solla, NIPS 1989, eq. 5)."""
+"""Optimal brain damage on a layer's outputs (LeCun, Denker & Solla, NIPS 1989)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

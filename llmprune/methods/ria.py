@@ -1,4 +1,4 @@
-"""RIA, relative importance and activations (Zhang et al., ICLR 2024, openreview.net/forum?id=Tr0lPx9woF, eq. 3)."""
+"""RIA, relative importance and activations (Zhang et al., Plug-and-Play, ICLR 2024)."""
 
 import math
 from dataclasses import dataclass

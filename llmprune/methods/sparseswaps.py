@@ -71,7 +71,9 @@ class SparseSwaps:
             if not len(row):
                 return
             out, back = removed_R[row], revived_R[row]
-            carried_RI[row] += weight_RI[row, out, None] * hessian_II[out] - weight_RI[row, back, None] * hessian_II[back]
+            carried_RI[row] += (
+                weight_RI[row, out, None] * hessian_II[out] - weight_RI[row, back, None] * hessian_II[back]
+            )
             keep_RI[row, out], keep_RI[row, back] = False, True
 
     def _best_swap(
