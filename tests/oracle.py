@@ -59,3 +59,36 @@ def remove_lowest(score: list[float], count: int) -> list[bool]:
     """Mark the `count` lowest scores, the earliest first among equals."""
     order = sorted(range(len(score)), key=lambda index: (score[index], index))
     return [index in order[:count] for index in range(len(score))]
+
+
+def best_fit(weight_I: Tensor, hessian_II: Tensor, keep_I: Tensor) -> Tensor:
+    """The weights on a mask with the least error, by solving the normal equations of one row."""
+    kept = keep_I.nonzero().squeeze(1)
+    fitted = torch.zeros_like(weight_I)
+    fitted[kept] = torch.linalg.solve(hessian_II[kept][:, kept], hessian_II[kept] @ weight_I)
+    return fitted
+
+
+def best_mask_error(weight_I: Tensor, hessian_II: Tensor, remove: int) -> float:
+    """The smallest error of removing `remove` weights of one row, survivors unchanged: all subsets tried."""
+    return min(
+        float(weight_I[list(rows)] @ hessian_II[list(rows)][:, list(rows)] @ weight_I[list(rows)])
+        for rows in itertools.combinations(range(len(weight_I)), remove)
+    )
+
+
+def can_swap(weight_I: Tensor, hessian_II: Tensor, keep_I: Tensor, group: int) -> bool:
+    """Whether exchanging a kept and a removed weight of one group lowers the error of a mask, each pair tried."""
+
+    def error(keep_I: Tensor) -> float:
+        removed_I = weight_I * ~keep_I
+        return float(removed_I @ hessian_II @ removed_I)
+
+    limit = error(keep_I) * (1 - 1e-4)
+    for out, back in itertools.product(range(len(weight_I)), repeat=2):
+        if out // group == back // group and keep_I[out] and not keep_I[back]:
+            swapped_I = keep_I.clone()
+            swapped_I[out], swapped_I[back] = False, True
+            if error(swapped_I) < limit:
+                return True
+    return False

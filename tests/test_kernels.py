@@ -127,3 +127,33 @@ def test_nothing_removed_changes_nothing() -> None:
     before_BO = block_BO.clone()
     error_BO = kernels.obs_masked(block_BO, upper_BB, torch.ones_like(block_BO, dtype=torch.bool))
     assert torch.equal(block_BO, before_BO) and not error_BO.any()
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 100, 128])
+def test_prune_masked_is_the_column_loop(columns: int) -> None:
+    block_BO, upper_BB = problem(columns, 5, 0)
+    keep_BO = random_keep(columns, 5, 0.5, 1)
+    expected_BO, _ = slow_masked(block_BO, upper_BB, keep_BO)
+    kernels.prune_masked(block_BO, upper_BB, keep_BO)
+    torch.testing.assert_close(block_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("n", "m"), NM_PATTERNS)
+def test_prune_nm_is_the_column_loop(n: int, m: int) -> None:
+    block_BO, upper_BB = problem(m * max(1, 128 // m), 5, 0)
+    expected_BO, _, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
+    keep_BO = kernels.prune_nm(block_BO, upper_BB, n, m)
+    assert torch.equal(keep_BO, expected_keep_BO)
+    torch.testing.assert_close(block_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
+
+
+def test_the_reference_rounds_after_the_product_and_after_the_difference() -> None:
+    block_BO, upper_BB = problem(64, 40, 0)
+    keep_BO = random_keep(64, 40, 0.5, 1)
+    expected_BO = block_BO.clone()
+    for column in range(64):
+        error_O = (expected_BO[column] / upper_BB[column, column]).masked_fill(keep_BO[column], 0)
+        product_BO = upper_BB[column, column + 1 :, None] * error_O
+        expected_BO[column + 1 :] -= product_BO
+    kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    assert torch.equal(block_BO, expected_BO.masked_fill(~keep_BO, 0))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import oracle
 from llmprune import methods, patterns
-from llmprune.errors import PatternError, RecipeError
+from llmprune.errors import NumericalError, PatternError, RecipeError
 from llmprune.methods import Method, Solution
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.patterns import NM, Count, Pattern, Unstructured
@@ -208,6 +208,130 @@ def test_sparsegpt_lies_between_the_best_removal_and_magnitudes(seed: int, remov
     assert best * 0.999 <= errors["sparsegpt"] <= errors["magnitude"] * 1.001
 
 
+def errors_of(method: Method, weight_OI: Tensor, statistic: Gram, x_TI: Tensor, pattern: Pattern) -> Tensor:
+    """Return the output error of every row, in units of the Hessian."""
+    change_OI = (weight_OI - solved(method, weight_OI, x_TI, pattern).weight_OI).double()
+    return (change_OI @ statistic.hessian_II.double() * change_OI).sum(1)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.3, "block"), Unstructured(0.5, "row"), NM(2, 4), NM(8, 24)], ids=repr
+)
+@pytest.mark.parametrize("inputs", [240, 408])
+def test_fast_arithmetic_is_the_papers_algorithm(inputs: int, pattern: Pattern) -> None:
+    weight_OI, x_TI = weights(inputs=inputs), correlated(3 * inputs, inputs)
+    x_TI[:, 5] = 0
+    paper, fast = (solved(SparseGPT(arithmetic=a), weight_OI, x_TI, pattern) for a in ("paper", "fast"))
+    assert torch.equal(paper.keep_OI, fast.keep_OI)
+    assert not fast.weight_OI[:, 5].any()
+    torch.testing.assert_close(paper.weight_OI, fast.weight_OI, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("remove", [2, 4, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_admm_is_near_the_best_of_all_refitted_subsets(seed: int, remove: int) -> None:
+    weight_OI, x_TI = weights(outputs=16, inputs=8, seed=seed), correlated(64, 8, seed)
+    statistic, pattern = gram_of(x_TI), Unstructured(remove / 8, "row")
+    found = errors_of(methods.get("admm", {"damp": 1e-6}), weight_OI, gram_of(x_TI), x_TI, pattern).sum()
+    greedy = errors_of(SparseGPT(damp=1e-6), weight_OI, statistic, x_TI, pattern).sum()
+    best = sum(oracle.best_removal(row.double(), statistic.hessian_II.double(), remove) for row in weight_OI)
+    assert best * 0.999 <= found <= min(best * 1.25, greedy * 1.001)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6, "layer"), Unstructured(0.6, "row"), NM(2, 4)], ids=repr)
+def test_admm_beats_sparsegpt_on_correlated_inputs(pattern: Pattern) -> None:
+    weight_OI, x_TI = weights(), correlated(400, INPUTS) @ correlated(INPUTS, INPUTS, 2)
+    statistic = gram_of(x_TI)
+    group = replace(pattern, group="block") if isinstance(pattern, Unstructured) else pattern
+    greedy = errors_of(methods.get("sparsegpt"), weight_OI, statistic, x_TI, group).sum()
+    assert errors_of(methods.get("admm"), weight_OI, statistic, x_TI, pattern).sum() < 0.95 * greedy
+
+
+def test_admm_follows_a_count() -> None:
+    pattern = Count(1000, OUTPUTS * INPUTS)
+    pattern.check(solved(methods.get("admm"), weights(), inputs_with_dead_ones(), pattern).keep_OI)
+
+
+def test_admm_zeroes_the_weights_of_dead_inputs() -> None:
+    solution = solved(methods.get("admm"), weights(), inputs_with_dead_ones(), Unstructured(0.5, "layer"))
+    assert not solution.weight_OI[:, DEAD].any()
+
+
+def test_admm_refuses_an_indefinite_hessian() -> None:
+    statistic = Gram.from_matrix(torch.tensor([[1.0, 3.0], [3.0, 1.0]]))
+    with pytest.raises(NumericalError, match=r"admm: the Hessian is not positive definite at rho 0\.03"):
+        methods.get("admm").solve(weights(inputs=2), statistic, Unstructured(0.5, "row"), torch.Generator())
+
+
+@pytest.mark.parametrize(("pattern", "group"), [(Unstructured(0.5, "row"), 8), (NM(2, 4), 4)], ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_sparseswaps_ends_where_no_exchange_helps(seed: int, pattern: Pattern, group: int) -> None:
+    weight_OI, x_TI = weights(outputs=16, inputs=8, seed=seed), correlated(64, 8, seed)
+    hessian_II = gram_of(x_TI).hessian_II
+    wanda = errors_of(methods.get("wanda"), weight_OI, gram_of(x_TI), x_TI, pattern)
+    swapped = errors_of(methods.get("sparseswaps"), weight_OI, gram_of(x_TI), x_TI, pattern)
+    solution = solved(methods.get("sparseswaps"), weight_OI, x_TI, pattern)
+    assert (swapped <= wanda * 1.0001).all() and swapped.sum() < wanda.sum()
+    assert torch.equal(solution.weight_OI, weight_OI * solution.keep_OI)
+    for row, keep, found in zip(weight_OI.double(), solution.keep_OI, swapped, strict=True):
+        assert not oracle.can_swap(row, hessian_II.double(), keep, group)
+        if group == 8:
+            assert float(found) >= oracle.best_mask_error(row, hessian_II.double(), 4) * 0.999
+
+
+def test_sparseswaps_keeps_every_rows_count() -> None:
+    pattern, x_TI = Unstructured(0.5, "layer"), correlated(400, INPUTS)
+    before, after = (
+        solved(methods.get("sparseswaps", {"swaps": swaps}), weights(), x_TI, pattern).keep_OI for swaps in (0, 50)
+    )
+    assert torch.equal(before.sum(1), after.sum(1)) and not torch.equal(before, after)
+
+
+def test_sparseswaps_refits_its_own_mask() -> None:
+    weight_OI, x_TI, pattern = weights(), correlated(400, INPUTS), Unstructured(0.5, "row")
+    plain, fitted = (solved(methods.get("sparseswaps", {"refit": n}), weight_OI, x_TI, pattern) for n in (0, 20))
+    assert torch.equal(plain.keep_OI, fitted.keep_OI)
+    statistic = gram_of(x_TI)
+    assert statistic.energy(weight_OI - fitted.weight_OI) < 0.9 * statistic.energy(weight_OI - plain.weight_OI)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_ria_scores_weights_by_their_share_of_row_and_column(power: float) -> None:
+    weight_OI, x_TI = weights(outputs=6, inputs=8), correlated(40, 8)
+    size = weight_OI.abs().double().tolist()
+    norms = [float(column.double().square().sum().sqrt()) for column in x_TI.T]
+    solution = solved(methods.get("ria", {"power": power}), weight_OI, x_TI, Unstructured(0.5, "row"))
+    for o, keep in enumerate(solution.keep_OI.tolist()):
+        score = [
+            (size[o][i] / sum(size[o]) + size[o][i] / sum(row[i] for row in size)) * norms[i] ** power for i in range(8)
+        ]
+        assert keep == [not gone for gone in oracle.remove_lowest(score, 4)]
+
+
+def test_ria_survives_a_row_and_a_column_of_zeros() -> None:
+    weight_OI = weights(outputs=6, inputs=8)
+    weight_OI[2], weight_OI[:, 3] = 0, 0
+    assert (
+        not solved(methods.get("ria"), weight_OI, correlated(40, 8), Unstructured(0.5, "row")).keep_OI[[0, 1], 3].any()
+    )
+
+
+def test_obd_removes_the_least_increases_of_a_diagonal_hessian() -> None:
+    weight_OI, x_TI = weights(outputs=6, inputs=8), correlated(40, 8)
+    increase = (weight_OI.double().square() * x_TI.double().square().sum(0)).flatten().tolist()
+    solution = solved(methods.get("obd"), weight_OI, x_TI, Unstructured(0.5, "layer"))
+    assert solution.keep_OI.flatten().tolist() == [not gone for gone in oracle.remove_lowest(increase, 24)]
+
+
+def test_l2_normalised_magnitude_is_blind_to_the_scale_of_outputs() -> None:
+    weight_OI, x_TI, pattern = weights(outputs=6, inputs=8), correlated(40, 8), Unstructured(0.5, "layer")
+    score = (weight_OI.double().abs() / weight_OI.double().norm(dim=1, keepdim=True)).flatten().tolist()
+    solution = solved(methods.get("magnitude_l2"), weight_OI, x_TI, pattern)
+    assert solution.keep_OI.flatten().tolist() == [not gone for gone in oracle.remove_lowest(score, 24)]
+    scaled_OI = weight_OI * torch.tensor([1.0, 2, 4, 8, 16, 32])[:, None]
+    assert torch.equal(solved(methods.get("magnitude_l2"), scaled_OI, x_TI, pattern).keep_OI, solution.keep_OI)
+
+
 def test_best_removal_is_the_best_of_all_refitted_subsets() -> None:
     weight_I, x_TI = weights(outputs=1, inputs=6)[0].double(), correlated(40, 6).double()
     refitted = []
@@ -234,7 +358,17 @@ def test_sparsegpt_cannot_follow_a_count() -> None:
 
 
 def test_the_files_are_the_methods() -> None:
-    assert methods.names() == ["magnitude", "random", "sparsegpt", "wanda"]
+    assert methods.names() == [
+        "admm",
+        "magnitude",
+        "magnitude_l2",
+        "obd",
+        "random",
+        "ria",
+        "sparsegpt",
+        "sparseswaps",
+        "wanda",
+    ]
     assert [methods.name_of(methods.get(name)) for name in methods.names()] == methods.names()
 
 
@@ -253,7 +387,7 @@ def test_an_unknown_method_gets_the_nearest_name(name: str, near: str) -> None:
 
 
 def test_a_method_unlike_any_gets_them_all() -> None:
-    with pytest.raises(RecipeError, match="known: magnitude, random, sparsegpt, wanda"):
+    with pytest.raises(RecipeError, match=r"known: admm, magnitude, .*, sparsegpt, sparseswaps, wanda"):
         methods.get("xyz")
 
 
@@ -276,6 +410,15 @@ def test_options_are_converted() -> None:
         ("sparsegpt", {"block_size": 64.5}, "block_size=64.5 is not a int"),
         ("sparsegpt", {"block_size": float("inf")}, "block_size=inf is not a int"),
         ("sparsegpt", {"block_size": 0}, "block_size must be at least 1, not 0"),
+        ("sparsegpt", {"arithmetic": "fats"}, "unknown arithmetic 'fats': did you mean 'fast'"),
+        ("ria", {"power": -1}, "power must be a number of at least 0, not -1.0"),
+        ("admm", {"damp": -1}, "damp must be a number of at least 0, not -1.0"),
+        ("admm", {"stages": 0}, "at least 1 stage, and an iteration for each, not 0 stages of 60 iterations"),
+        ("admm", {"stages": 61}, "an iteration for each, not 61 stages of 60 iterations"),
+        ("admm", {"first_rho": 2}, "rho must rise from above 0, not 2.0 to 1.0"),
+        ("admm", {"refit": -1}, "refit must be at least 0, not -1"),
+        ("sparseswaps", {"swaps": -1}, "swaps must be at least 0, not -1"),
+        ("sparseswaps", {"candidates": 0}, "candidates must be at least 1, not 0"),
     ],
 )
 def test_wrong_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:

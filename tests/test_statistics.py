@@ -220,3 +220,17 @@ def test_without_the_dense_models_inputs_the_target_is_the_weight_itself() -> No
     statistic.add(torch.randn(9, 5), 1)
     weight_OI = torch.randn(4, 5)
     assert torch.equal(statistic.target(weight_OI, 0.5, 0.01), weight_OI)
+
+
+def test_the_two_kinds_of_factor_are_inverses() -> None:
+    statistic = gram_of(inputs(60, 20))
+    upper_II, root_II = statistic.factor(0.01).upper_II, statistic.factor(0.01, "root").upper_II
+    assert torch.equal(root_II, root_II.triu())
+    torch.testing.assert_close(upper_II @ root_II, torch.eye(20), rtol=0, atol=1e-5)
+    torch.testing.assert_close(root_II @ root_II.T, statistic.damped_II(0.01), rtol=1e-5, atol=1e-4)
+
+
+def test_the_damping_ladder_is_the_same_for_both_kinds() -> None:
+    indefinite_II = torch.diag(torch.tensor([10.0, 10.0, -0.5]))
+    inverse, root = (factorize(indefinite_II, 0.001, kind) for kind in ("inverse", "root"))
+    assert (inverse.damp, inverse.notes) == (root.damp, root.notes)

@@ -1,0 +1,97 @@
+"""ADMM search of mask and weights together (Meng et al., ALPS, NeurIPS 2024, arXiv:2406.07831).
+
+Minimises tr((W - W₀) H (W - W₀)ᵀ) over the matrices W of the pattern. W is split into a dense X, which follows the
+objective, and a sparse Z, which obeys the pattern; a penalty rho pulls them together. Inputs are scaled to a Hessian
+of unit diagonal first, so that the projection on the pattern compares what removals cost.
+
+Two things differ from the paper: rho climbs a fixed geometric ladder, so each rung takes one Cholesky factorisation
+and no eigendecomposition is needed; and the start is the largest scaled weights.
+
+Shape suffixes: O outputs, I inputs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import NumericalError, RecipeError
+from llmprune.methods import Solution
+from llmprune.patterns import ComparisonGroup, Pattern
+from llmprune.refit import refit
+from llmprune.statistics import Gram
+
+
+@dataclass(frozen=True)
+class ADMM:
+    """`stages` values of rho from `first_rho` to `last_rho`, `iterations` in all, then `refit` steps on the mask."""
+
+    damp: float = 0.01
+    iterations: int = 60
+    stages: int = 10
+    first_rho: float = 0.03
+    last_rho: float = 1.0
+    refit: int = 10
+    needs: ClassVar[type[Gram]] = Gram
+    row_wise: ClassVar[bool] = False
+    comparison_group: ClassVar[ComparisonGroup] = "layer"
+    comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer", "block")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp < math.inf:
+            raise RecipeError(f"method 'admm': damp must be a number of at least 0, not {self.damp}")
+        if not 1 <= self.stages <= self.iterations:
+            asked = f"{self.stages} stages of {self.iterations} iterations"
+            raise RecipeError(f"method 'admm': there must be at least 1 stage, and an iteration for each, not {asked}")
+        if not 0 < self.first_rho <= self.last_rho < math.inf:
+            raise RecipeError(f"method 'admm': rho must rise from above 0, not {self.first_rho} to {self.last_rho}")
+        if self.refit < 0:
+            raise RecipeError(f"method 'admm': refit must be at least 0, not {self.refit}")
+
+    def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
+        hessian_II = statistic.damped_II(self.damp)
+        scale_I = hessian_II.diagonal().sqrt()
+        hessian_II.div_(scale_I).div_(scale_I.unsqueeze(1))
+        target_OI = (weight_OI.float() * scale_I).masked_fill_(statistic.hessian_II.diagonal() == 0, 0)
+        sparse_OI, keep_OI = self._search(target_OI, hessian_II, pattern)
+        fitted_OI = refit(target_OI, hessian_II, keep_OI, sparse_OI, self.refit)
+        return Solution((fitted_OI / scale_I).to(weight_OI.dtype), keep_OI)
+
+    def _search(self, target_OI: Tensor, hessian_II: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        """Return the sparse matrix that the iterations end at, and its mask."""
+        pull_OI = target_OI @ hessian_II
+        keep_OI = pattern.keep(target_OI.abs())
+        sparse_OI, dual_OI = target_OI * keep_OI, torch.zeros_like(target_OI)
+        before = self._rho(0)
+        for stage in range(self.stages):
+            rho = self._rho(stage)
+            inverse_II = _regularised_inverse(hessian_II, rho)
+            dual_OI.mul_(before / rho)  # scaled by 1/rho
+            for _ in range(self._share(stage)):
+                dense_OI = torch.add(pull_OI, sparse_OI - dual_OI, alpha=rho) @ inverse_II
+                dual_OI.add_(dense_OI)
+                keep_OI = pattern.keep(dual_OI.abs())
+                sparse_OI = dual_OI * keep_OI
+                dual_OI.sub_(sparse_OI)
+            before = rho
+        return sparse_OI, keep_OI
+
+    def _rho(self, stage: int) -> float:
+        return self.first_rho * (self.last_rho / self.first_rho) ** (stage / max(self.stages - 1, 1))
+
+    def _share(self, stage: int) -> int:
+        """Split the iterations over the stages, all of them used."""
+        return self.iterations * (stage + 1) // self.stages - self.iterations * stage // self.stages
+
+
+def _regularised_inverse(hessian_II: Tensor, rho: float) -> Tensor:
+    regularised_II = hessian_II.clone()
+    regularised_II.diagonal().add_(rho)
+    lower_II, failed = torch.linalg.cholesky_ex(regularised_II)
+    if failed.item():
+        raise NumericalError(
+            f"admm: the Hessian is not positive definite at rho {rho:g}: raise damp, or use more calibration"
+        )
+    return torch.cholesky_inverse(lower_II)
