@@ -128,7 +128,7 @@ def test_the_card_has_the_metadata_of_the_run(hub: FakeHub, out: Path) -> None:
     assert {name: result.metric_value for name, result in results.items()} == {
         "perplexity": 12.34567, "kl_divergence": 0.125, "top1_agreement": 0.875
     }  # fmt: skip
-    assert results["perplexity"].dataset_type == "wikitext2"
+    assert results["perplexity"].dataset_type == "Salesforce/wikitext"
     assert results["perplexity"].dataset_args == {"convention": "tail dropped"}
 
 
@@ -160,16 +160,49 @@ def test_a_card_that_the_user_has_edited_is_uploaded_as_it_stands(hub: FakeHub, 
     assert hub.repos["tester/pruned"].files["README.md"].decode() == edited
 
 
-@pytest.mark.parametrize("gap", ["[More Information Needed]", "TODO: say more"])
-def test_a_card_with_a_gap_is_refused(hub: FakeHub, out: Path, gap: str) -> None:
+@pytest.mark.parametrize(
+    ("card", "gap"),
+    [
+        ("---\nlicense: mit\n---\n[More Information Needed]\n", "[More Information Needed]"),
+        ("---\nlicense: mit\n---\nTODO: say more\n", "TODO"),
+        ("---\nlanguage: en\n---\nwords\n", "license"),
+        ("words\n", "license"),
+    ],
+)
+def test_a_card_with_a_gap_is_refused(hub: FakeHub, out: Path, card: str, gap: str) -> None:
     publish(out)
-    (out / "README.md").write_text(f"---\nlicense: mit\n---\n{gap}\n", "utf-8")
-    refused(out, CheckpointError, "README.md holds an unfilled field", gap[:4])
+    (out / "README.md").write_text(card, "utf-8")
+    refused(out, CheckpointError, f"README.md holds an unfilled field ('{gap}')")
+
+
+def test_a_card_edited_where_the_base_had_none_is_kept(hub: FakeHub, out: Path) -> None:
+    (out / "README.md").unlink()
+    publish(out)
+    edited = "---\nlicense: mit\n---\nMy own words.\n"
+    (out / "README.md").write_text(edited, "utf-8")
+    publish(out)
+    assert (out / "README.md").read_text("utf-8") == edited and not (out / "BASE_README.md").exists()
+
+
+def test_pruning_a_published_model_again_keeps_all_cards(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+    publish(out)
+    llmprune.prune(out, tmp_path / "again", method="magnitude", pattern="2:4", exclude="*.0.mlp.*")
+    publish(tmp_path / "again", base_model="tester/pruned")
+    kept = (tmp_path / "again" / "BASE_README.md").read_text("utf-8")
+    assert kept.index("# pruned") < kept.index("Built with care.")
+    assert metadata_of(tmp_path / "again" / "README.md").license == "llama3.2"
+
+
+def test_a_card_does_not_tell_where_a_file_lay(hub: FakeHub, out: Path) -> None:
+    runs.add_evaluations(out, [EVALUATION | {"data": "/home/me/secret/text.txt"}])
+    publish(out)
+    text = (out / "README.md").read_text("utf-8")
+    assert "| text.txt | 512 |" in text and "secret" not in text
 
 
 def test_the_licence_is_taken_from_the_hub_or_given(hub: FakeHub, out: Path) -> None:
     (out / "README.md").unlink()
-    publish(out)
+    publish(out, "tester/first")
     assert metadata_of(out / "README.md").license == "llama3.2"
     hub.repos[BASE].files.clear()
     (out / "README.md").unlink()
