@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from llmprune.checkpoint.sink import REPORT
 from llmprune.errors import CheckpointError, PatternError
 from llmprune.locate import locate
 from llmprune.model import Streamed
-from llmprune.model.sites import Site, sites_of
+from llmprune.model.sites import Site, dense_parameters, is_router, sites_of
 from llmprune.patterns import NM, Unstructured, parse
 
 GROUP_SIZES = (4, 8, 16, 32, 64, 128)
@@ -47,10 +49,15 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's tensors, and whether they keep what its `llmprune.json` promises."""
+    """A checkpoint's tensors, and whether they keep what its `llmprune.json` promises.
+
+    Attributes:
+        left_dense: tensors of two dimensions or more that were not pruned, or would not be, and why.
+    """
 
     model: str
     tensors: list[TensorReport]
+    left_dense: dict[str, str]
     faults: list[str]
     promised: bool
 
@@ -64,6 +71,11 @@ class Inspection:
         counted = [tensor for tensor in self.tensors if tensor.site or not sites_only]
         return sum(tensor.zeros for tensor in counted) / max(sum(tensor.count for tensor in counted), 1)
 
+    def share(self, pruned_only: bool) -> float:
+        """Return the share of all parameters that are in sites, or in sites that hold zeros."""
+        counted = [tensor for tensor in self.tensors if tensor.site and (tensor.zeros or not pruned_only)]
+        return sum(tensor.count for tensor in counted) / max(sum(tensor.count for tensor in self.tensors), 1)
+
     def to_json(self) -> dict[str, Any]:
         """Return the inspection as plain values."""
         return {
@@ -73,6 +85,8 @@ class Inspection:
                 "sites": sum(tensor.count for tensor in self.tensors if tensor.site),
                 "all": sum(tensor.count for tensor in self.tensors),
             },
+            "share": {"sites": self.share(False), "pruned": self.share(True)},
+            "left_dense": self.left_dense,
             "verified": self.verified,
             "faults": self.faults,
             "tensors": [asdict(tensor) for tensor in self.tensors],
@@ -87,6 +101,9 @@ class Inspection:
             lines.append(f"{tensor.name:{width}}  {shape:>14}  {tensor.sparsity:8.2%}  {patterns}")
         verdict = {True: "all promises of llmprune.json kept", False: "BROKEN", None: "no llmprune.json"}
         lines.append(f"zeros: {self.sparsity(True):.4%} of the sites, {self.sparsity(False):.4%} of all parameters")
+        lines.append(f"sites: {self.share(False):.2%} of all parameters, {self.share(True):.2%} in sites with zeros")
+        reasons = Counter(self.left_dense.values()).most_common()
+        lines += [f"left dense: {count} {reason}" for reason, count in reasons]
         return "\n".join([*lines, f"verified: {verdict[self.verified]}", *self.faults])
 
 
@@ -101,19 +118,31 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
     """
     source = Source.open(locate(model, revision))
     host = Streamed(source, torch.device("cpu"), trust_remote_code=trust_remote_code)
-    sites = {site.name: site for stage in host.blocks for site in sites_of(stage)}
+    sites = {site.tensor: site for stage in host.blocks for site in sites_of(stage) if not is_router(site.tensor)}
     promises = _promises(source.folder)
     sizes = sorted({*GROUP_SIZES, *_promised_sizes(promises)})
     tensors = [_tensor_report(source, key, sites.get(host.parameter_of(key)), sizes) for key in source.entries]
-    return Inspection(str(model), tensors, _broken(promises, tensors, host), bool(promises))
+    left_dense = _left_dense(source.folder, host)
+    return Inspection(str(model), tensors, left_dense, _broken(promises, tensors, host), bool(promises))
+
+
+def _left_dense(folder: Path, host: Streamed) -> dict[str, str]:
+    """Return what a run left dense as its report says, or what a run with default options would leave dense."""
+    if told := _report(folder).get("left_dense"):
+        return dict(told)
+    ends = {site.tensor: "embedding" for site in sites_of(host.embedding)}
+    ends |= {site.tensor: "output head" for site in sites_of(host.head)}
+    inner = dict(pair for stage in host.blocks for pair in dense_parameters(stage))
+    routers = (site.tensor for stage in host.blocks for site in sites_of(stage) if is_router(site.tensor))
+    return ends | inner | dict.fromkeys(routers, "router")
 
 
 def _tensor_report(source: Source, key: str, site: Site | None, sizes: list[int]) -> TensorReport:
     entry = source.entries[key]
-    inputs = 0 if site is not None and site.transposed else 1
+    inputs = -2 if site is not None and site.is_stored_transposed(entry.shape) else -1
     zeros = negative = 0
-    tightest = {m: 0 for m in sizes if len(entry.shape) == 2 and entry.shape[inputs] % m == 0}
-    for chunk in source.chunks(key, 1 if inputs else math.lcm(*tightest)):
+    tightest = {m: 0 for m in sizes if len(entry.shape) in (2, 3) and entry.shape[inputs] % m == 0}
+    for chunk in source.chunks(key, math.lcm(*tightest) if inputs == -len(entry.shape) else 1):
         empty = chunk == 0
         zeros += int(empty.sum())
         if chunk.is_floating_point():
@@ -128,36 +157,50 @@ def _tensor_report(source: Source, key: str, site: Site | None, sizes: list[int]
 
 
 def _most_kept(kept: Tensor, m: int, dimension: int) -> int:
-    """Return the most kept weights in any group of `m` along `dimension`."""
-    groups = kept.unflatten(dimension, (-1, m)).sum(dimension + 1)
-    return int(groups.max())
+    """Return the most kept weights in any group of `m` along `dimension`, counted from the last."""
+    return int(kept.unflatten(dimension, (-1, m)).sum(dimension).max())
 
 
-def _promises(folder: Path) -> list[dict[str, Any]]:
+def _report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     if not path.is_file():
-        return []
+        return {}
     try:
-        sites: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))["sites"]
-        return [{"name": s["name"], "pattern": s["pattern"], "zeros": int(s["zeros"])} for s in sites]
-    except (ValueError, KeyError, TypeError):
+        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return {"sites": report["sites"], "left_dense": report.get("left_dense", {})}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is damaged: delete it to inspect the weights alone") from None
 
 
+def _promises(folder: Path) -> list[dict[str, Any]]:
+    """Return what was promised of each parameter; the promises of its experts are added up."""
+    promises: dict[tuple[str, str], int] = {}
+    try:
+        for site in _report(folder).get("sites", []):
+            key = re.sub(r"\[\d+\]$", "", site["name"]), site["pattern"]
+            promises[key] = promises.get(key, 0) + int(site["zeros"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / REPORT} is damaged: delete it to inspect the weights alone") from None
+    return [{"name": name, "pattern": pattern, "zeros": zeros} for (name, pattern), zeros in promises.items()]
+
+
 def _broken(promises: list[dict[str, Any]], tensors: list[TensorReport], host: Streamed) -> list[str]:
-    by_parameter = {host.parameter_of(tensor.name): tensor for tensor in tensors}
-    faults = []
-    for promise in promises:
-        tensor = by_parameter.get(host.tied_to(promise["name"]))
-        if tensor is None:
-            faults.append(f"{promise['name']}: promised, but the checkpoint has no such tensor")
-        elif tensor.zeros < promise["zeros"]:
-            faults.append(f"{tensor.name}: has {tensor.zeros} zeros, {promise['zeros']} were promised")
-        elif not _satisfies(tensor, promise["pattern"]):
-            faults.append(f"{tensor.name}: is not {promise['pattern']}")
-        elif tensor.negative_zeros:
-            faults.append(f"{tensor.name}: holds {tensor.negative_zeros} negative zeros")
-    return faults
+    by_parameter: dict[str, list[TensorReport]] = defaultdict(list)
+    for tensor in tensors:
+        by_parameter[host.parameter_of(tensor.name)].append(tensor)
+    return [fault for promise in promises for fault in _faults(promise, by_parameter[host.tied_to(promise["name"])])]
+
+
+def _faults(promise: dict[str, Any], stored: list[TensorReport]) -> list[str]:
+    """Compare a promise with the tensors that make up the parameter: one, or one for each of its experts."""
+    if not stored:
+        return [f"{promise['name']}: promised, but the checkpoint has no such tensor"]
+    zeros = sum(tensor.zeros for tensor in stored)
+    if zeros < promise["zeros"]:
+        return [f"{promise['name']}: has {zeros} zeros, {promise['zeros']} were promised"]
+    faults = [f"{t.name}: is not {promise['pattern']}" for t in stored if not _satisfies(t, promise["pattern"])]
+    signed = [f"{t.name}: holds {t.negative_zeros} negative zeros" for t in stored if t.negative_zeros]
+    return faults or signed
 
 
 def _promised_sizes(promises: list[dict[str, Any]]) -> list[int]:

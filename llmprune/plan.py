@@ -10,12 +10,11 @@ from torch import Tensor
 from llmprune import calibration, data, methods
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
-from llmprune.model.sites import Selection, Site, Stage, fused_parameters, is_router, sites_of
+from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, sites_of
 from llmprune.patterns import NM, Unstructured
 from llmprune.recipe import Recipe
 
 DEFAULT_CALIBRATION = "c4"
-FUSED = "a parameter of three dimensions, such as fused experts"
 DEFAULT_LENGTH = 2048  # the papers'
 
 
@@ -41,10 +40,14 @@ class Plan:
     """The stages that calibration visits, the sites to prune in each, and why other matrices stay dense."""
 
     stages: list[Stage]
+    embedding: str
+    head: str
     sites: dict[str, list[Site]]
     pattern: Unstructured | NM
     left_dense: dict[str, str]
     tokens: Tokens | None
+    parameters: int  # of the whole model
+    inner_parameters: int  # beside embeddings and head
 
     @property
     def rows(self) -> list[Tensor]:
@@ -54,6 +57,14 @@ class Plan:
     def all_sites(self) -> list[Site]:
         """Return the sites of all stages."""
         return [site for sites in self.sites.values() for site in sites]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters beside embeddings and head that are in sites."""
+        stages = self.sites.keys() - {self.embedding, self.head}
+        return sum(s.shape[0] * s.shape[1] for stage in stages for s in self.sites[stage]) / max(
+            self.inner_parameters, 1
+        )
 
 
 def make_plan(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Plan:
@@ -67,26 +78,36 @@ def make_plan(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Plan:
     """
     selection = Selection(recipe.include, recipe.exclude)
     every = {stage.name: sites_of(stage) for stage in [host.embedding, *host.blocks, host.head]}
-    selection.require_matches([site.name for sites in every.values() for site in sites])
+    selection.require_matches([site.tensor for sites in every.values() for site in sites])
     ends = {host.embedding.name: "embedding", host.head.name: "output head"}
+    left_dense = {name: what for stage in host.blocks for name, what in dense_parameters(stage)}
     chosen: dict[str, list[Site]] = {}
-    left_dense, taken = {}, set[str]()
+    taken = set[str]()
     for stage, sites in every.items():
         for site in sites:
-            reason = ends.get(stage) or ("router" if is_router(site.name) else None)
-            twin = host.model.all_tied_weights_keys.get(site.name)
+            reason = ends.get(stage) or ("router" if is_router(site.tensor) else None)
+            twin = host.model.all_tied_weights_keys.get(site.tensor)
             if twin in taken:
-                left_dense[site.name] = f"one with {twin}"
-            elif selection.takes(site.name, by_default=reason is None):
-                taken.add(site.name)
+                left_dense[site.tensor] = f"one with {twin}"
+            elif selection.takes(site.tensor, by_default=reason is None):
+                taken.add(site.tensor)
                 chosen.setdefault(stage, []).append(site)
             else:
-                left_dense[site.name] = reason or "excluded"
-    left_dense |= {name: FUSED for stage in host.blocks for name in fused_parameters(stage)}
+                left_dense[site.tensor] = reason or "excluded"
     sites = [site for chosen_here in chosen.values() for site in chosen_here]
     _require_sense(host, recipe, chosen, sites)
     stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)
-    return Plan(stages, chosen, recipe.target(), left_dense, _draw_tokens(host, recipe, tokenizer))
+    tokens = _draw_tokens(host, recipe, tokenizer)
+    return Plan(
+        stages, host.embedding.name, host.head.name, chosen, recipe.target(), left_dense, tokens, *_parameters(host)
+    )
+
+
+def _parameters(host: Host) -> tuple[int, int]:
+    """Count the parameters of the model, and those beside its embedding and its head."""
+    outer = {id(p) for stage in (host.embedding, host.head) for p in stage.module.parameters()}
+    counts = [(p.numel(), id(p) in outer) for p in host.model.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, is_outer in counts if not is_outer)
 
 
 def context_length(config: Any) -> int | None:

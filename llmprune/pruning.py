@@ -1,5 +1,6 @@
 """The line of a run: a checkpoint in, one block at a time through memory, a pruned checkpoint out."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,19 +14,21 @@ from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.sink import require_place
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
+from llmprune.methods.magnitude import Magnitude
 from llmprune.model import Lanes, Resident, Streamed, load_tokenizer
-from llmprune.model.collect import Group, collect, collect_late, find_groups, sum_groups
-from llmprune.model.memory import batch_size, home_device
+from llmprune.model.collect import Collector, Group
+from llmprune.model.memory import batch_size, home_device, statistics_budget
 from llmprune.model.sites import Site, Stage, require_finite
 from llmprune.patterns import Pattern, Unstructured
 from llmprune.plan import Host, Plan, make_plan
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
-from llmprune.report import Report, SiteReport
+from llmprune.report import Clock, Report, SiteReport
 from llmprune.solving import prune_matrix
-from llmprune.statistics import ColumnNorm, Gram
 
-Fed = tuple[Site, ColumnNorm | Gram | None]  # a site and what is known of its inputs
+_SMALL_SHARE = 0.5  # of the parameters beside embeddings; below it a run warns that most of the model stays dense
+
+_log = logging.getLogger(__name__)
 
 
 def prune(
@@ -60,6 +63,7 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
     recipe = recipe.for_model(model)
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
+    _warn_of_small_share(plan)
     report = Report.begin(str(model), recipe.to_json(), host, plan)
     report.notes.extend(host.notes())
     home = home_device(recipe.place(), plan.rows, host.config, host.dtype)
@@ -82,11 +86,22 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     recipe.require_in_place()
     host = Resident(model)
     plan = make_plan(host, recipe, lambda: tokenizer)
+    _warn_of_small_share(plan)
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan)
     _run(host, plan, recipe, host.home, report, lambda stage, sites: None)
     return report
+
+
+def _warn_of_small_share(plan: Plan) -> None:
+    """A model of which most stays dense should not be called pruned without a word."""
+    if plan.coverage < _SMALL_SHARE:
+        _log.warning(
+            "only %.1f%% of the parameters beside embeddings are in matrices to prune: `left_dense` of the report "
+            "tells what stays dense and why",
+            100 * plan.coverage,
+        )
 
 
 def _run(
@@ -100,14 +115,16 @@ def _run(
     """Visit the stages in order: load, collect statistics, solve, run on with the pruned weights, store, free."""
     patterns, clock = _patterns(host, plan), report.clock
     if embedding := plan.sites.get(host.embedding.name):
-        _prune_sites(host, [(site, None) for site in embedding], patterns, recipe, report)
+        _prune_sites(host, _unfed(embedding), patterns, recipe, report)
         store(host.embedding, embedding)
     with _lanes(host, plan, recipe, home) as lanes, Progress(len(plan.stages), "pruning", "block") as bar:
+        collector = _collector(lanes, host, recipe)
         for index, stage in enumerate(plan.stages):
             with clock.phase("load"):
                 host.load(stage)
             sites = plan.sites.get(stage.name, [])
-            _prune_sites(host, _fed(lanes, index, sites, recipe, report), patterns, recipe, report)
+            groups = _timed(collector.groups(index, sites), clock) if collector else _unfed(sites)
+            _prune_sites(host, groups, patterns, recipe, report)
             if lanes and index + 1 < len(plan.stages):
                 with clock.phase("forward"):
                     lanes.advance(index)
@@ -115,7 +132,7 @@ def _run(
                 store(stage, sites)
             host.free(stage)
             bar.step()
-    report.close(plan)
+    report.close(plan, collector.most_runs if collector else 0)
 
 
 def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> AbstractContextManager[Lanes | None]:
@@ -126,41 +143,45 @@ def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> Abstra
     return Lanes(host.model, plan.stages, batches(plan.tokens, size), home, host.device_of)
 
 
-def _fed(lanes: Lanes | None, index: int, sites: list[Site], recipe: Recipe, report: Report) -> Iterator[Fed]:
-    """Yield the sites of a stage with their statistics: all collected first, or, true-sequentially, group by group."""
+def _collector(lanes: Lanes | None, host: Host, recipe: Recipe) -> Collector | None:
     needs = recipe.solver().needs
-    if lanes is None or needs is None or not sites:
-        yield from ((site, None) for site in sites)
-        return
-    clock = report.clock
-    with clock.phase("statistics"):
-        groups = find_groups(lanes, index, sites) if recipe.true_sequential else collect(lanes, index, sites, needs)
-    for group in groups:
-        if recipe.true_sequential:
-            with clock.phase("statistics"):
-                sum_groups(lanes, index, [group], needs)
-        yield from _members([group])
-    seen = {site for group in groups for site in group.sites}
-    with clock.phase("statistics"):
-        late = collect_late(lanes, index, [site for site in sites if site not in seen], needs)
-    yield from _members(late)
+    if lanes is None or needs is None:
+        return None
+    largest = max(_nbytes(block.module) for block in host.blocks)
+    return Collector(lanes, needs, statistics_budget(largest, host.place), recipe.true_sequential)
 
 
-def _members(groups: list[Group]) -> Iterator[Fed]:
-    """Yield every group's sites with their statistic, and let go of each statistic after its last site."""
-    for group in groups:
-        for site in group.sites:
-            yield site, group.statistic
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _timed(groups: Iterator[Group], clock: Clock) -> Iterator[Group]:
+    """Count the time it takes to come by each group, and let go of its statistic after use."""
+    while True:
+        with clock.phase("statistics"):
+            group = next(groups, None)
+        if group is None:
+            return
+        yield group
         group.statistic = None
 
 
-def _prune_sites(host: Host, fed: Iterable[Fed], patterns: dict[str, Pattern], recipe: Recipe, report: Report) -> None:
-    method = recipe.solver()
-    for site, statistic in fed:
-        with report.clock.phase("solve"):
-            weight_OI, pattern = site.view(host.weight(site)), patterns[site.name]
-            outcome = prune_matrix(site.name, method, weight_OI, statistic, pattern, recipe.seed)
-        report.sites.append(SiteReport.of(site, outcome, pattern, statistic))
+def _unfed(sites: Iterable[Site]) -> Iterator[Group]:
+    return (Group([site]) for site in sites)
+
+
+def _prune_sites(
+    host: Host, groups: Iterable[Group], patterns: dict[str, Pattern], recipe: Recipe, report: Report
+) -> None:
+    for group in groups:
+        method = recipe.solver()
+        if group.statistic is None and method.needs is not None:
+            method = Magnitude()  # experts that no token reached; the group's notes say so
+        for site in group.sites:
+            with report.clock.phase("solve"):
+                pattern = patterns[site.name]
+                outcome = prune_matrix(site.name, method, host.weight(site), group.statistic, pattern, recipe.seed)
+            report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
 
 
 def _patterns(host: Host, plan: Plan) -> dict[str, Pattern]:

@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ import torch
 from llmprune.errors import RecipeError
 from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
-from llmprune.plan import FUSED, Host, Plan
+from llmprune.plan import Host, Plan
 from llmprune.solving import Outcome
 from llmprune.statistics import ColumnNorm, Gram
 
@@ -47,14 +48,20 @@ class SiteReport:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, site: Site, outcome: Outcome, pattern: Pattern, statistic: ColumnNorm | Gram | None) -> "SiteReport":
+    def of(
+        cls,
+        site: Site,
+        outcome: Outcome,
+        pattern: Pattern,
+        statistic: ColumnNorm | Gram | None,
+        notes: tuple[str, ...] = (),
+    ) -> "SiteReport":
         """Return the report on a solved site."""
         sparsity = outcome.zeros / (site.shape[0] * site.shape[1])
         norm = {ColumnNorm: "column_norm", Gram: "gram"}.get(type(statistic), "weights")
         tokens = statistic.tokens if statistic else 0
-        return cls(
-            site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, outcome.notes
-        )
+        notes = notes + outcome.notes
+        return cls(site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, notes)
 
 
 @dataclass
@@ -81,6 +88,7 @@ class Report:
     recipe: dict[str, Any]
     blocks: int
     parameters: int
+    coverage: float = 1.0  # share of the parameters beside embeddings and head that are in matrices to prune
     calibration: dict[str, Any] | None = None
     sites: list[SiteReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
@@ -92,11 +100,7 @@ class Report:
     @classmethod
     def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan) -> "Report":
         """Return the report of a run that is about to start."""
-        parameters = sum(parameter.numel() for parameter in host.model.parameters())
-        report = cls(model, recipe, len(host.blocks), parameters, left_dense=dict(plan.left_dense))
-        share = sum(site.shape[0] * site.shape[1] for site in plan.all_sites()) / parameters
-        if any(reason == FUSED for reason in plan.left_dense.values()):
-            report.notes.append(f"fused experts stay dense: {share:.1%} of all parameters are in matrices to prune")
+        report = cls(model, recipe, len(host.blocks), plan.parameters, plan.coverage, left_dense=dict(plan.left_dense))
         if plan.tokens is not None:
             report.calibration = {
                 "data": plan.tokens.name,
@@ -107,9 +111,18 @@ class Report:
             }
         return report
 
-    def close(self, plan: Plan) -> None:
-        """Note the memory that was needed, and which sites no calibration input ever reached."""
+    def close(self, plan: Plan, most_runs: int) -> None:
+        """Note the memory that was needed, and which sites no calibration input ever reached.
+
+        Args:
+            plan: what was to be done.
+            most_runs: how often a block was run to collect its statistics, at most.
+        """
         self.peak = peak_memory()
+        order = {site.name: place for place, site in enumerate(plan.all_sites())}
+        self.sites.sort(key=lambda site: order[site.name])
+        if most_runs > 1 and not self.recipe["true_sequential"]:
+            self.notes.append(f"statistics of a block were collected in up to {most_runs} runs, to bound their memory")
         pruned = {site.name for site in self.sites}
         self.left_dense |= {s.name: "never given an input" for s in plan.all_sites() if s.name not in pruned}
 
@@ -135,6 +148,7 @@ class Report:
                 "all_parameters": self.zeros / self.parameters,
             },
             "parameters": {"sites": self.site_parameters, "all": self.parameters, "blocks": self.blocks},
+            "coverage": {"all_parameters": self.site_parameters / self.parameters, "inner_parameters": self.coverage},
             "sites": [asdict(site) for site in self.sites],
             "left_dense": self.left_dense,
             "notes": self.notes,
@@ -164,11 +178,17 @@ class Report:
             f"  zeros         {self.zeros / max(self.site_parameters, 1):.4%} of the pruned matrices, "
             f"{self.zeros / self.parameters:.4%} of all parameters",
             f"  output error  {self._errors()}",
-            f"  left dense    {len(self.left_dense)} matrices beside embeddings and norms",
+            f"  pruned        {self.coverage:.1%} of the parameters beside embeddings are in these matrices",
+            f"  left dense    {self._left_dense()}",
             "  time          " + ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items()),
             f"  peak memory   {self.peak['host'] / 2**30:.2f} GiB",
         ]
         return "\n".join(lines + [f"  note          {note}" for note in self.all_notes()])
+
+    def _left_dense(self) -> str:
+        reasons = Counter(self.left_dense.values())
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        return f"{len(self.left_dense)} tensors beside norms and biases" + (f": {listed}" if listed else "")
 
     def _errors(self) -> str:
         if not self.sites:

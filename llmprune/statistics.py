@@ -45,6 +45,13 @@ class Statistic(Protocol):
     def merge(self: S, other: S) -> None:
         """Add what another statistic has summed."""
 
+    def shrink(self: S, other: S, share: float) -> None:
+        """Move the mean per token by `share` (0 to 1) of the way to that of `other`; `tokens` stays."""
+
+    @staticmethod
+    def nbytes(inputs: int) -> int:
+        """Return the bytes that the statistic of that many inputs takes."""
+
     def energy(self, weight_OI: Tensor) -> float:
         """Return the summed square of the outputs of `weight_OI` on these inputs, per sequence."""
 
@@ -85,6 +92,14 @@ class ColumnNorm:
         self.sum_I += other.sum_I
         self.sequences += other.sequences
         self.tokens += other.tokens
+
+    def shrink(self, other: "ColumnNorm", share: float) -> None:
+        self.sum_I.mul_((1 - share) / max(self.tokens, 1)).add_(other.sum_I, alpha=share / other.tokens)
+        self.sequences = 1
+
+    @staticmethod
+    def nbytes(inputs: int) -> int:
+        return 4 * inputs
 
     @property
     def norm_I(self) -> Tensor:
@@ -144,6 +159,16 @@ class Gram:
         self._changed()
         self.sequences += other.sequences
         self.tokens += other.tokens
+
+    def shrink(self, other: "Gram", share: float) -> None:
+        own = (1 - share) * self.sequences / max(self.tokens, 1)
+        self._mean_II.mul_(own).add_(other._mean_II, alpha=share * other.sequences / other.tokens)
+        self._changed()
+        self.sequences = 1
+
+    @staticmethod
+    def nbytes(inputs: int) -> int:
+        return 4 * inputs * inputs
 
     @property
     def hessian_II(self) -> Tensor:

@@ -1,10 +1,11 @@
 """Measure the peak memory of pruning a model that is much larger than one block.
 
-    python scripts/bench_memory.py --work bench_work
+    python scripts/bench_memory.py --work bench_work                    # a Llama of 2.38 B parameters
+    python scripts/bench_memory.py --work bench_work --model mixture    # a mixture of experts of 1.95 B parameters
 
-Writes a randomly initialised 2.38 B-parameter Llama in bfloat16 (4.8 GB in shards of about 1 GB, one shard in memory
-at a time), prunes it in a child process with `python -m llmprune prune`, and checks what came out. `--work` keeps the
-checkpoint for the next run; without it everything goes to a temporary folder.
+Writes the randomly initialised model in bfloat16 (4 to 5 GB in shards of about 1 GB, one shard in memory at a time),
+prunes it in a child process with `python -m llmprune prune`, and checks what came out. `--work` keeps the checkpoint
+for the next run; without it everything goes to a temporary folder.
 
 Prints one JSON row:
 
@@ -26,6 +27,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,10 +35,8 @@ from bench_peers import VOCABULARY, Row, in_child, machine, own_environment, run
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
-HIDDEN = 2560
-INTERMEDIATE = 6912
-HEADS = 20
 INIT_STD = 0.02
 SEED = 0
 SHARD_BYTES = 1_000_000_000
@@ -45,25 +45,106 @@ TOTAL_TOLERANCE = 1e-3  # methods that pool their scores over rows promise the t
 INDEX = "model.safetensors.index.json"
 
 
-def block_shapes(block: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Llama:
+    """Dense decoder blocks of 79 M parameters."""
+
+    hidden: int = 2560
+    intermediate: int = 6912
+    heads: int = 20
+    blocks: int = 28
+
+    def config(self) -> PretrainedConfig:
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            intermediate_size=self.intermediate, architectures=["LlamaForCausalLM"], **common_fields(self)
+        )
+
+    def feed_forward_shapes(self) -> Shapes:
+        yield from projection_shapes("", self.hidden, self.intermediate)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Qwen3-MoE blocks of 105 M parameters, 96 % of them in 64 experts, of which 8 see each token."""
+
+    hidden: int = 1024
+    intermediate: int = 512
+    heads: int = 8
+    blocks: int = 18
+    experts: int = 64
+
+    def config(self) -> PretrainedConfig:
+        from transformers import Qwen3MoeConfig
+
+        return Qwen3MoeConfig(
+            intermediate_size=2048,
+            moe_intermediate_size=self.intermediate,
+            num_experts=self.experts,
+            num_experts_per_tok=8,
+            architectures=["Qwen3MoeForCausalLM"],
+            **common_fields(self),
+        )
+
+    def feed_forward_shapes(self) -> Shapes:
+        yield "gate.weight", (self.experts, self.hidden)
+        for expert in range(self.experts):
+            yield from projection_shapes(f"experts.{expert}.", self.hidden, self.intermediate)
+
+
+Model = Llama | Mixture
+MODELS: dict[str, type[Llama] | type[Mixture]] = {"llama": Llama, "mixture": Mixture}
+
+
+def common_fields(model: Model) -> Row:
+    """Return the configuration fields that both models share."""
+    import torch
+
+    return {
+        "head_dim": model.hidden // model.heads,
+        "hidden_size": model.hidden,
+        "num_hidden_layers": model.blocks,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.heads,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "dtype": torch.bfloat16,
+    }
+
+
+def projection_shapes(prefix: str, hidden: int, intermediate: int) -> Shapes:
+    """Yield the three matrices of a gated feed-forward layer."""
+    yield f"{prefix}gate_proj.weight", (intermediate, hidden)
+    yield f"{prefix}up_proj.weight", (intermediate, hidden)
+    yield f"{prefix}down_proj.weight", (hidden, intermediate)
+
+
+def block_shapes(model: Model, block: int) -> Shapes:
     """Yield the tensors of one decoder block."""
-    prefix = f"model.layers.{block}"
+    prefix, hidden = f"model.layers.{block}", model.hidden
     for projection in "qkvo":
-        yield f"{prefix}.self_attn.{projection}_proj.weight", (HIDDEN, HIDDEN)
-    yield f"{prefix}.mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
-    yield f"{prefix}.mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
-    yield f"{prefix}.mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
-    yield f"{prefix}.input_layernorm.weight", (HIDDEN,)
-    yield f"{prefix}.post_attention_layernorm.weight", (HIDDEN,)
+        yield f"{prefix}.self_attn.{projection}_proj.weight", (hidden, hidden)
+    if isinstance(model, Mixture):
+        for projection in "qk":
+            yield f"{prefix}.self_attn.{projection}_norm.weight", (hidden // model.heads,)
+    for name, shape in model.feed_forward_shapes():
+        yield f"{prefix}.mlp.{name}", shape
+    yield f"{prefix}.input_layernorm.weight", (hidden,)
+    yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
 
 
-def model_shapes(blocks: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def model_shapes(model: Model) -> Shapes:
     """Yield every tensor of the model in checkpoint order."""
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
-    for block in range(blocks):
-        yield from block_shapes(block)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+    yield "model.embed_tokens.weight", (VOCABULARY, model.hidden)
+    for block in range(model.blocks):
+        yield from block_shapes(model, block)
+    yield "model.norm.weight", (model.hidden,)
+    yield "lm_head.weight", (VOCABULARY, model.hidden)
 
 
 def random_tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -76,10 +157,10 @@ def random_tensor(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * INIT_STD).to(torch.bfloat16)
 
 
-def shards(blocks: int) -> Iterator[dict[str, torch.Tensor]]:
+def shards(model: Model) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the tensors of the model in shards of about `SHARD_BYTES`."""
     shard: dict[str, torch.Tensor] = {}
-    for offset, (name, shape) in enumerate(model_shapes(blocks)):
+    for offset, (name, shape) in enumerate(model_shapes(model)):
         shard[name] = random_tensor(shape, SEED + offset)
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             yield shard
@@ -88,35 +169,15 @@ def shards(blocks: int) -> Iterator[dict[str, torch.Tensor]]:
         yield shard
 
 
-def write_config(folder: Path, blocks: int) -> None:
-    """Write the configuration of the model."""
-    import torch
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=blocks,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype=torch.bfloat16,
-    )
-    config.save_pretrained(folder)
-
-
-def write_model(folder: Path, blocks: int) -> None:
+def write_model(folder: Path, model: Model) -> None:
     """Write the checkpoint; the index comes last, so a folder that has one is whole."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, blocks)
+    model.config().save_pretrained(folder)
     weight_map: dict[str, str] = {}
     total = 0
-    for number, shard in enumerate(shards(blocks), start=1):
+    for number, shard in enumerate(shards(model), start=1):
         file_name = f"model-{number:05d}.safetensors"
         save_file(shard, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
@@ -156,22 +217,20 @@ def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left.view(torch.int16), right.view(torch.int16))
 
 
-def check_weights(state: dict[str, torch.Tensor], source: Path, method: str, pattern: str) -> dict[str, bool]:
-    """Compare the loaded output with the source, one tensor at a time."""
+def check_weights(out: Path, source: Path, method: str, pattern: str) -> dict[str, bool]:
+    """Compare the files of the output with the source's, one tensor at a time."""
     checks = {"pattern": True, "rest_equal": True}
     if method in MASK_ONLY:
         checks["kept_equal"] = True
-    seen = 0
-    for name, original in source_tensors(source):
-        seen += 1
-        if ".layers." not in name or original.dim() != 2:
-            checks["rest_equal"] &= same_bytes(state[name], original)
+    for (name, pruned), (original_name, original) in zip(source_tensors(out), source_tensors(source), strict=True):
+        checks["rest_equal"] &= name == original_name
+        if ".layers." not in name or original.dim() != 2 or name.endswith(".gate.weight"):
+            checks["rest_equal"] &= same_bytes(pruned, original)
             continue
-        checks["pattern"] &= has_zeros(state[name], method, pattern)
+        checks["pattern"] &= has_zeros(pruned, method, pattern)
         if method in MASK_ONLY:
-            keep = state[name] != 0
-            checks["kept_equal"] &= same_bytes(state[name][keep], original[keep])
-    checks["rest_equal"] &= seen == len(state)
+            keep = pruned != 0
+            checks["kept_equal"] &= same_bytes(pruned[keep], original[keep])
     return checks
 
 
@@ -188,8 +247,8 @@ def check_output(out: Path, source: Path, method: str, pattern: str) -> dict[str
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(VOCABULARY, (1, 128), generator=torch.Generator().manual_seed(SEED))
+    checks = check_weights(out, source, method, pattern)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
-    checks = check_weights(model.state_dict(), source, method, pattern)
     with torch.inference_mode():
         plain = model(ids).logits
     del model
@@ -198,9 +257,10 @@ def check_output(out: Path, source: Path, method: str, pattern: str) -> dict[str
 
 def bench(arguments: argparse.Namespace, work: Path) -> Row:
     """Make the model when it is not there yet, prune it, and return the row."""
-    model, out, tokens = work / f"model-{arguments.blocks}", work / "pruned", work / "tokens.jsonl"
+    shape = MODELS[arguments.model]()
+    model, out, tokens = work / arguments.model, work / "pruned", work / "tokens.jsonl"
     if not (model / INDEX).exists():
-        in_child(write_model, model, arguments.blocks)
+        in_child(write_model, model, shape)
     in_child(write_random_tokens, tokens, arguments.sequences, arguments.length)
     shutil.rmtree(out, ignore_errors=True)
     say(f"pruning {model}")
@@ -210,9 +270,10 @@ def bench(arguments: argparse.Namespace, work: Path) -> Row:
     say(f"{run.wall_s:.1f} s, {run.peak_rss_bytes:,} bytes; checking the output")
     size = json.loads((model / INDEX).read_text())["metadata"]["total_size"]
     return {
+        "model": arguments.model,
         "parameters": size // 2,
         "checkpoint_bytes": size,
-        "blocks": arguments.blocks,
+        "blocks": shape.blocks,
         "method": arguments.method,
         "pattern": arguments.pattern,
         "sequences": arguments.sequences,
@@ -229,8 +290,8 @@ def bench(arguments: argparse.Namespace, work: Path) -> Row:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Measure the peak memory of pruning a 2.4 B-parameter model.")
-    parser.add_argument("--blocks", type=int, default=28, help="decoder blocks, 79 M parameters each (default: 28)")
+    parser = argparse.ArgumentParser(description="Measure the peak memory of pruning a model of 2 B parameters.")
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama")
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--pattern", default="50%")
     parser.add_argument("--sequences", type=int, default=4)

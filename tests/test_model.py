@@ -13,9 +13,7 @@ from llmprune.checkpoint import Source
 from llmprune.errors import CheckpointError, NumericalError, UnsupportedModelError
 from llmprune.model import Lanes, Resident, Streamed, load_causal_lm, streamed_logits
 from llmprune.model.blocks import find_blocks
-from llmprune.model.collect import Group, collect, find_groups, sum_groups
-from llmprune.model.sites import Stage, sites_of
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.model.sites import Stage
 
 CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -197,101 +195,6 @@ def test_a_quantized_model_is_refused() -> None:
     model.config.quantization_config = {"bits": 4}
     with pytest.raises(UnsupportedModelError, match="is quantized"):
         Resident(model)
-
-
-def short_names(groups: Sequence[Group]) -> list[list[str]]:
-    return [[site.name.split(".")[-2] for site in group.sites] for group in groups]
-
-
-GROUPS = {
-    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
-    "qwen3": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
-    "gemma2": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
-    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
-    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
-}
-
-
-@pytest.mark.parametrize("family", GROUPS)
-def test_sites_that_read_one_input_share_a_group(family: str) -> None:
-    host = Resident(tiny.model(family))
-    with lanes_of(host, [tiny.ids(2), tiny.ids(1, 9)]) as lanes:
-        sites = sites_of(host.blocks[0])
-        found = collect(lanes, 0, sites, Gram)
-        assert [sorted(names) for names in short_names(found)] == [sorted(names) for names in GROUPS[family]]
-        assert short_names(find_groups(lanes, 0, sites)) == short_names(found)
-
-
-@pytest.mark.parametrize("needs", [Gram, ColumnNorm])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_statistics_are_those_of_the_models_own_forward(family: str, needs: type[Gram] | type[ColumnNorm]) -> None:
-    host, batches = Resident(tiny.model(family)), [tiny.ids(2), tiny.ids(1, 9)]
-    sites = sites_of(host.blocks[1])
-    expected = {site: needs(site.shape[1], CPU) for site in sites}
-
-    def hook_for(site: Any) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            for sequence in args[0]:
-                expected[site].add(sequence, 1)
-
-        return hook
-
-    handles = [site.module.register_forward_pre_hook(hook_for(site)) for site in sites]
-    for batch in batches:
-        tiny.logits(host.model, batch)
-    for handle in handles:
-        handle.remove()
-    with lanes_of(host, batches) as lanes:
-        lanes.advance(0)
-        groups = collect(lanes, 1, sites, needs)
-    for group in groups:
-        for site in group.sites:
-            assert same_statistic(group.statistic, expected[site])
-
-
-def same_statistic(a: Any, b: Any) -> bool:
-    sums = (a.hessian_II, b.hessian_II) if isinstance(a, Gram) else (a.sum_I, b.sum_I)
-    return torch.equal(*sums) and (a.tokens, a.sequences) == (b.tokens, b.sequences)
-
-
-@pytest.mark.parametrize("needs", [Gram, ColumnNorm])
-def test_group_by_group_gives_the_same_statistics_as_all_at_once(needs: type[Gram] | type[ColumnNorm]) -> None:
-    host = Resident(tiny.model("llama"))
-    with lanes_of(host, [tiny.ids(2), tiny.ids(1, 9), tiny.ids(2, 9)]) as lanes:
-        sites = sites_of(host.blocks[0])
-        together, apart = collect(lanes, 0, sites, needs), find_groups(lanes, 0, sites)
-        for group in apart:
-            sum_groups(lanes, 0, [group], needs)
-        assert short_names(together) == short_names(apart)
-        assert all(same_statistic(a.statistic, b.statistic) for a, b in zip(together, apart, strict=True))
-        assert not any(module._forward_pre_hooks for module in host.blocks[0].module.modules())
-
-
-def test_a_site_that_reads_nothing_is_in_no_group() -> None:
-    model = tiny.model("llama")
-    block: Any = model.get_submodule("model.layers.0")
-    block.spare = nn.Linear(64, 64)
-    host = Resident(model)
-    with lanes_of(host, [tiny.ids(2)]) as lanes:
-        groups = collect(lanes, 0, sites_of(host.blocks[0]), Gram)
-    assert short_names(groups) == GROUPS["llama"]
-
-
-def test_experts_without_tokens_do_not_share_a_group() -> None:
-    """Empty tensors have no address by which they could be told apart."""
-    block, stage_input = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), torch.ones(2, 4)
-
-    def forward(x: Tensor) -> Tensor:
-        first, second = block
-        return torch.cat([first(x[:0]), second(x[2:]), x])
-
-    block.forward = forward
-    stage = Stage("experts", block)
-    model = nn.Module()
-    model.forward = lambda input_ids, use_cache: block(stage_input)
-    model.block = block
-    with Lanes(model, [stage], [tiny.ids(1, 2)], CPU, lambda stage: CPU) as lanes:
-        assert len(find_groups(lanes, 0, sites_of(stage))) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])

@@ -10,9 +10,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DbrxConfig,
+    DeepseekV3Config,
     Gemma2Config,
     GPT2Config,
+    GptOssConfig,
+    JetMoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     PreTrainedModel,
     Qwen3Config,
@@ -64,6 +71,33 @@ _GEMMA2: dict[str, Any] = _SIZES | {"tie_word_embeddings": True, "num_hidden_lay
 
 # The file has a matrix for each expert, the model one tensor for all of them.
 _MOE: dict[str, Any] = _SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_MOE: dict[str, Any] = _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
+_DEEPSEEK: dict[str, Any] = {name: value for name, value in _SIZES.items() if name != "head_dim"} | {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_LLAMA4: dict[str, Any] = _LOCAL_MOE | {"intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}
+_JETMOE: dict[str, Any] = _SIZES | {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+_DBRX: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": BLOCKS,
+    "max_seq_len": CONTEXT,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+}
 
 FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "llama": (LlamaConfig, _SIZES),
@@ -74,11 +108,23 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "gemma2": (Gemma2Config, _GEMMA2),
     "qwen3-moe": (Qwen3MoeConfig, _MOE),
 }
+# How experts are stored: a file's matrix for each or one tensor for all, transposed or not, in or out of
+# transformers' experts interface.
+EXPERTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, _LOCAL_MOE),
+    "qwen3-moe": (Qwen3MoeConfig, _MOE),
+    "olmoe": (OlmoeConfig, _MOE),
+    "deepseek-v3": (DeepseekV3Config, _DEEPSEEK),
+    "gpt-oss": (GptOssConfig, _LOCAL_MOE | {"sliding_window": 8}),
+    "llama4": (Llama4TextConfig, _LLAMA4),
+    "jetmoe": (JetMoeConfig, _JETMOE),
+    "dbrx": (DbrxConfig, _DBRX),
+}
 
 
 def config(family: str, **changes: Any) -> Any:
     """Return the configuration of a tiny model, with some fields changed."""
-    config_class, fields = FAMILIES[family]
+    config_class, fields = (FAMILIES | EXPERTS)[family]
     return config_class(**fields | changes)
 
 

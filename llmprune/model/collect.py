@@ -1,129 +1,240 @@
 """Run a stage on the calibration batches and sum up what its sites are fed: one statistic per shared input."""
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmprune.model.lanes import Lanes
+from llmprune.model.observe import observing
 from llmprune.model.sites import Site
 from llmprune.statistics import ColumnNorm, Gram
 
 StatisticType = type[ColumnNorm] | type[Gram]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Group:
-    """Sites that read the same input, in the order of the forward, and the one statistic of that input."""
+    """Sites that read the same input, and the one statistic of that input."""
 
     sites: list[Site]
-    calls: int  # how often the input is read in one forward
-    statistic: ColumnNorm | Gram | None = field(default=None)
+    calls: int | None = None  # how often the input is read in one forward, where the first lane told
+    statistic: ColumnNorm | Gram | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """The name that experts which do the same job share; unique for all others."""
+        return self.sites[0].family
+
+    @property
+    def of_expert(self) -> bool:
+        return self.family != self.sites[0].name
+
+    @property
+    def inputs(self) -> int:
+        """Width of the input."""
+        return self.sites[0].shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the statistic has seen."""
+        return self.statistic.tokens if self.statistic else 0
 
 
 class _Enough(Exception):
     """The last wanted input of a stage's forward has been seen; what would follow is not needed."""
 
 
-def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
-    """Group the sites of stage `index` by the tensors they read, on the first lane; unread sites are in no group."""
-    groups, _ = _first_lane(lanes, index, sites)
-    return groups
+@dataclass
+class Collector:
+    """Collects the statistics of one stage after another.
 
-
-def collect(lanes: Lanes, index: int, sites: Sequence[Site], needs: StatisticType) -> list[Group]:
-    """Group the sites of stage `index` and sum the statistic of each group over all lanes.
-
-    Raises:
-        NumericalError: an input holds NaN or infinity.
+    Args:
+        lanes: the calibration batches.
+        needs: the kind of statistic.
+        budget: bytes that the statistics of a stage may take at once.
+        true_sequential: let each site see the earlier ones of its block pruned.
     """
-    groups, inputs = _first_lane(lanes, index, sites)
-    for group in groups:
-        for x in inputs[group.sites[0]]:
-            _add(group, x, needs, lanes.sequences(0))
-    inputs.clear()
-    sum_groups(lanes, index, groups, needs, first_lane=1)
-    return groups
 
+    lanes: Lanes
+    needs: StatisticType
+    budget: int
+    true_sequential: bool = False
+    most_runs: int = field(default=0, init=False)  # how often a stage was run at most to collect its statistics
 
-def sum_groups(lanes: Lanes, index: int, groups: Sequence[Group], needs: StatisticType, first_lane: int = 0) -> None:
-    """Sum the statistic of known groups over the lanes from `first_lane` on."""
-    by_leader = {group.sites[0]: group for group in groups}
-    for lane in range(first_lane, len(lanes)):
-        waiting = {group.sites[0]: group.calls for group in groups}
+    def groups(self, index: int, sites: Sequence[Site]) -> Iterator[Group]:
+        """Yield the groups of stage `index` with their statistics; each is to be solved before the next is asked for.
 
-        def add(site: Site, x: Tensor, lane: int = lane, waiting: dict[Site, int] = waiting) -> None:
-            _add(by_leader[site], x, needs, lanes.sequences(lane))
-            waiting[site] -= 1
-            if all(calls <= 0 for calls in waiting.values()):
+        Statistics that do not fit into the budget together are collected in several runs, those of the last sites
+        first, as solving them does not change what earlier sites read. A site that no lane reaches is not yielded;
+        an expert is, with the pooled statistic of its family, or with none where no token reached any of them.
+
+        Raises:
+            NumericalError: an input holds NaN or infinity.
+        """
+        if not sites:
+            return
+        groups, seen = _first_lane(self.lanes, index, sites)
+        units = _units(groups)
+        if not self.true_sequential and self._bytes(groups) <= self.budget:
+            self._sum(index, groups, seen)
+            seen.clear()
+            for unit in units:
+                yield from _with_statistic(unit)
+            self.most_runs = max(self.most_runs, 1)
+            return
+        seen.clear()
+        runs = 0
+        for unit in units if self.true_sequential else reversed(units):
+            parts = list(self._parts(unit))
+            yield from self._in_parts(index, parts) if len(parts) > 1 else self._at_once(index, unit)
+            runs += len(parts)
+        self.most_runs = max(self.most_runs, runs)
+
+    def _at_once(self, index: int, unit: list[Group]) -> Iterator[Group]:
+        self._sum(index, unit)
+        yield from _with_statistic(unit)
+
+    def _in_parts(self, index: int, parts: list[list[Group]]) -> Iterator[Group]:
+        """Yield the experts of a family part by part; starved ones wait until all are pooled, then run once more."""
+        pooled, starved = None, list[Group]()
+        for part in parts:
+            self._sum(index, part)
+            pooled = _pool(part, pooled)
+            for group in part:
+                if _is_starved(group):
+                    group.statistic = None
+                    starved.append(group)
+                else:
+                    yield group
+        for part in self._parts(starved):
+            self._sum(index, part)
+            _feed(part, pooled)
+            yield from part
+
+    def _parts(self, unit: Sequence[Group]) -> Iterator[list[Group]]:
+        """Split a family into parts whose statistics fit into the budget, each of one group at least."""
+        part: list[Group] = []
+        for group in unit:
+            if part and self._bytes([*part, group]) > self.budget:
+                yield part
+                part = []
+            part.append(group)
+        if part:
+            yield part
+
+    def _bytes(self, groups: Sequence[Group]) -> int:
+        return sum(self.needs.nbytes(group.inputs) for group in groups)
+
+    def _sum(self, index: int, groups: Sequence[Group], seen: Mapping[Site, Sequence[Tensor]] | None = None) -> None:
+        """Sum the statistics of groups over all lanes; `seen` is what the first lane fed them, if it has been run."""
+        by_leader = {group.sites[0]: group for group in groups}
+        for leader, inputs in (seen or {}).items():
+            for x in inputs if leader in by_leader else ():
+                self._add(by_leader[leader], x, lane=0)
+        for lane in range(1 if seen is not None else 0, len(self.lanes)):
+            self._sum_lane(index, lane, by_leader)
+        for group in groups:
+            if group.statistic is not None:
+                group.statistic.require_finite(group.sites[0].name)
+
+    def _sum_lane(self, index: int, lane: int, by_leader: dict[Site, Group]) -> None:
+        waiting = {leader: group.calls for leader, group in by_leader.items()}
+
+        def see(site: Site, x: Tensor) -> None:
+            self._add(by_leader[site], x, lane)
+            calls = waiting[site]
+            waiting[site] = None if calls is None else calls - 1
+            if all(calls is not None and calls <= 0 for calls in waiting.values()):
                 raise _Enough
 
-        with _observing(list(by_leader), add), suppress(_Enough):
-            lanes.run(index, lane)
-    _require_finite(groups)
+        with observing(self.lanes.stage(index), list(by_leader), see), suppress(_Enough):
+            self.lanes.run(index, lane)
+
+    def _add(self, group: Group, x: Tensor, lane: int) -> None:
+        if group.statistic is None:
+            group.statistic = self.needs(x.shape[-1], x.device)
+        sequences = self.lanes.sequences(lane)
+        # One sequence at a time, as the papers' scripts see them: masks then do not depend on the batch size.
+        parts = x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
+        for part in parts:
+            group.statistic.add(part, sequences // len(parts))
 
 
-def collect_late(lanes: Lanes, index: int, sites: Sequence[Site], needs: StatisticType) -> list[Group]:
-    """Sum the statistics of sites that the first lane did not reach, such as experts that it did not choose.
+def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
+    """Group the sites of stage `index` by the tensors they read, in reading order, as the first lane tells.
 
-    Each is a group of its own; sites that no lane reaches are in none.
+    Sites that it does not reach, such as experts that it did not choose, come last, each in a group of its own.
     """
-    groups = {site: Group([site], 0) for site in sites}
-    for lane in range(1, len(lanes) if sites else 0):
-
-        def add(site: Site, x: Tensor, lane: int = lane) -> None:
-            _add(groups[site], x, needs, lanes.sequences(lane))
-
-        with _observing(sites, add):
-            lanes.run(index, lane)
-    reached = [group for group in groups.values() if group.statistic is not None]
-    _require_finite(reached)
-    return reached
-
-
-def _require_finite(groups: Sequence[Group]) -> None:
-    for group in groups:
-        if group.statistic is not None:
-            group.statistic.require_finite(group.sites[0].name)
+    return _first_lane(lanes, index, sites)[0]
 
 
 def _first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]]]:
     """Run one lane, holding on to every input so that no two of them can share an address, and compare addresses."""
     inputs: dict[Site, list[Tensor]] = defaultdict(list)
-    with _observing(sites, lambda site, x: inputs[site].append(x)):
+    with observing(lanes.stage(index), sites, lambda site, x: inputs[site].append(x)):
         lanes.run(index, 0)
     groups: dict[tuple[Any, ...], Group] = {}
     for site, seen in inputs.items():
         # An empty tensor has no address: it is told apart by its identity.
         key = tuple((x.data_ptr() or id(x), x.shape, x.stride(), x._version) for x in seen)
         groups.setdefault(key, Group([], len(seen))).sites.append(site)
-    return list(groups.values()), inputs
+    unreached = [Group([site]) for site in sites if site not in inputs]
+    return [*groups.values(), *unreached], inputs
 
 
-def _add(group: Group, x: Tensor, needs: StatisticType, sequences: int) -> None:
-    if group.statistic is None:
-        group.statistic = needs(x.shape[-1], x.device)
-    # One sequence at a time, as the papers' scripts see them: masks then do not depend on the batch size.
-    parts = x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
-    for part in parts:
-        group.statistic.add(part, sequences // len(parts))
+def _units(groups: Sequence[Group]) -> list[list[Group]]:
+    """Put experts that do the same job together, at the place of their first: none of them reads another's output."""
+    place: dict[str, int] = {}
+    for group in groups:
+        place.setdefault(group.family, len(place))
+    ordered = sorted(groups, key=lambda group: place[group.family])
+    return [list(unit) for _, unit in groupby(ordered, key=lambda group: group.family)]
 
 
-@contextmanager
-def _observing(sites: Sequence[Site], see: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    def hook_for(site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            see(site, x.detach())
+def _with_statistic(unit: Sequence[Group]) -> Iterator[Group]:
+    """Yield the groups of a family that can be solved, starved experts fed from the others."""
+    if starved := [group for group in unit if _is_starved(group)]:
+        _feed(starved, _pool(unit))
+    yield from (group for group in unit if group.statistic is not None or group.of_expert)
 
-        return hook
 
-    handles = [site.module.register_forward_pre_hook(hook_for(site), with_kwargs=True) for site in sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _is_starved(group: Group) -> bool:
+    """Say whether an expert saw fewer tokens than it has inputs, so that some directions were never measured."""
+    return group.of_expert and group.tokens < group.inputs
+
+
+def _pool(groups: Sequence[Group], pooled: ColumnNorm | Gram | None = None) -> ColumnNorm | Gram | None:
+    """Add up the statistics of groups, always in their order, so that the sum does not depend on the budget."""
+    for group in groups:
+        if group.statistic is not None:
+            pooled = pooled or type(group.statistic)(group.inputs, group.statistic.device)
+            pooled.merge(group.statistic)  # type: ignore[arg-type]  # of one type, as all of a collector's
+    return pooled if pooled is not None and pooled.tokens else None
+
+
+def _feed(starved: Sequence[Group], pooled: ColumnNorm | Gram | None) -> None:
+    """Shrink the statistics of starved experts towards the pooled one: by all that they lack in tokens."""
+    family = starved[0].family
+    if pooled is None:
+        _log.warning("%s: no token reached any expert; all are solved by magnitude", family)
+    else:
+        _log.info("%s: %d experts saw too few tokens, and share the pooled statistic", family, len(starved))
+    for group in starved:
+        count = f"{group.tokens} routed tokens for {group.inputs} inputs"
+        if pooled is None:
+            group.statistic = None
+            group.notes = (f"{count}, none for its fellow experts: solved by magnitude",)
+            continue
+        share = 1 - group.tokens / group.inputs
+        group.statistic = group.statistic or type(pooled)(group.inputs, pooled.device)
+        group.statistic.shrink(pooled, share)  # type: ignore[arg-type]
+        group.notes = (f"{count}: statistic shrunk by {share:.1%} towards that of all experts",)

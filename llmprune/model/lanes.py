@@ -85,6 +85,10 @@ class Lanes:
     def __len__(self) -> int:
         return len(self._lanes)
 
+    def stage(self, index: int) -> Stage:
+        """Return the stage at which lanes park `index`-th."""
+        return self._stages[index]
+
     def sequences(self, lane: int) -> int:
         """Return the number of sequences in a lane's batch."""
         return len(self._batches[lane])

@@ -5,10 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 _DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
+_STATISTICS_SHARE = 0.4  # of a GPU's free memory
+_HOST_STATISTICS_SHARE = 1 / 32  # of the host's available memory: others live there too
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
 
 
@@ -33,6 +36,14 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
     needed = sum(len(row) for row in rows) * hidden * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     return device if needed < _HIDDEN_SHARE * free else torch.device("cpu")
+
+
+def statistics_budget(block_bytes: int, device: torch.device) -> int:
+    """Return how many bytes the statistics of one block may take together."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(_STATISTICS_SHARE * free)
+    return max(block_bytes, int(_HOST_STATISTICS_SHARE * psutil.virtual_memory().available))
 
 
 def give_back_freed_memory() -> None:

@@ -45,8 +45,8 @@ class Resident:
         """Nothing to do: the block stays."""
 
     def weight(self, site: Site) -> Tensor:
-        """Return the site's stored parameter; writing to it changes the model."""
-        return self._offloaded.get(site.name, site.module.get_parameter("weight").data)
+        """Return the site's matrix [outputs, inputs], a view: writing to it changes the model."""
+        return site.view(self._offloaded.get(site.tensor, site.module.get_parameter(site.parameter).data))
 
 
 def _offloaded_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What can be pruned: the weight matrices of a block, as [outputs, inputs] whatever way the model stores them."""
 
 import fnmatch
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.errors import NumericalError, RecipeError, did_you_mean
+from llmprune.model.experts import stacks_of
 
 _CHECKED_AT_ONCE = 1 << 20  # elements whose finiteness is checked at once: the check needs several times their size
 
@@ -26,16 +28,35 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One prunable weight matrix."""
+    """One prunable weight matrix: a module's own, or one expert's part of a stack of them."""
 
-    name: str
+    tensor: str  # name of the parameter that holds it
     module: nn.Module
+    parameter: str  # the name within the module
     shape: tuple[int, int]  # (outputs, inputs)
     transposed: bool  # stored as [inputs, outputs], as transformers' Conv1D does
+    expert: int | None = None
+    experts: int = 1  # how many matrices the parameter holds
+
+    @property
+    def name(self) -> str:
+        """The tensor's name, with the number of the expert in brackets."""
+        return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
+
+    @property
+    def family(self) -> str:
+        """One name for all experts that do the same job in a block; the site's own for what is no expert."""
+        return re.sub(r"\.experts\.\d+\.", ".experts.*.", self.tensor)
 
     def view(self, stored: Tensor) -> Tensor:
-        """Return the stored parameter, or a mask of it, as [outputs, inputs] (a view)."""
+        """Return this matrix of the stored parameter, or of a mask of it, as [outputs, inputs] (a view)."""
+        if self.expert is not None:
+            stored = stored.view(self.experts, -1, stored.shape[-1])[self.expert]
         return stored.T if self.transposed else stored
+
+    def is_stored_transposed(self, shape: tuple[int, ...]) -> bool:
+        """Say whether a file's tensor of that shape is [inputs, outputs]: only as a whole parameter, not in pieces."""
+        return self.transposed and shape == tuple(self.module.get_parameter(self.parameter).shape)
 
 
 def sites_of(stage: Stage) -> list[Site]:
@@ -46,19 +67,37 @@ def sites_of(stage: Stage) -> list[Site]:
 def _sites(stage: Stage) -> Iterator[Site]:
     from transformers.pytorch_utils import Conv1D
 
-    for path, module in stage.module.named_modules():
-        name = ".".join(part for part in (stage.name, path, "weight") if part)
-        if isinstance(module, nn.Linear):
-            yield Site(name, module, (module.weight.shape[0], module.weight.shape[1]), transposed=False)
-        elif isinstance(module, nn.Embedding) and module is stage.module:
-            yield Site(name, module, (module.num_embeddings, module.embedding_dim), transposed=False)
+    for path, module in stage.module.named_modules(prefix=stage.name):
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Embedding) and module is stage.module):
+            yield Site(f"{path}.weight", module, "weight", _shape(module.weight, False), transposed=False)
         elif isinstance(module, Conv1D):
-            yield Site(name, module, (module.weight.shape[1], module.weight.shape[0]), transposed=True)
+            yield Site(f"{path}.weight", module, "weight", _shape(module.weight, True), transposed=True)
+        for stack in stacks_of(module):
+            stored = module.get_parameter(stack.parameter)
+            shape = _shape(stored.view(stack.count, -1, stored.shape[-1])[0], stack.transposed)
+            for expert in range(stack.count):
+                name = f"{path}.{stack.parameter}"
+                yield Site(name, module, stack.parameter, shape, stack.transposed, expert, stack.count)
 
 
-def fused_parameters(stage: Stage) -> list[str]:
-    """Return the names of parameters of three dimensions, most of them fused experts, which are no sites yet."""
-    return [name for name, parameter in stage.module.named_parameters(stage.name) if parameter.ndim == 3]
+def _shape(weight: Tensor, transposed: bool) -> tuple[int, int]:
+    rows, columns = weight.shape
+    return (columns, rows) if transposed else (rows, columns)
+
+
+def dense_parameters(stage: Stage) -> Iterator[tuple[str, str]]:
+    """Yield the tensors of a stage that are no sites though they have two dimensions or more, and what they are."""
+    sites = {site.tensor for site in _sites(stage)}
+    for path, module in stage.module.named_modules(prefix=stage.name):
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.ndim > 1 and name not in sites:
+                yield name, _what(name, module)
+
+
+def _what(name: str, module: nn.Module) -> str:
+    if is_router(name):
+        return "router"
+    return f"not a weight of a Linear, a Conv1D or an expert ({type(module).__name__})"
 
 
 @dataclass(frozen=True)

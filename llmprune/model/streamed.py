@@ -108,8 +108,8 @@ class Streamed:
         return notes
 
     def weight(self, site: Site) -> Tensor:
-        """Return the site's parameter as the model stores it; writing to it changes what `stored` returns."""
-        return site.module.get_parameter("weight").data
+        """Return the site's matrix [outputs, inputs], a view: writing to it changes what `stored` returns."""
+        return site.view(site.module.get_parameter(site.parameter).data)
 
     def parameter_of(self, key: str) -> str:
         """Return the parameter that a tensor of the source goes to; its own name where the model has no use for it."""
@@ -125,7 +125,7 @@ class Streamed:
         state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
         tied = self.model.all_tied_weights_keys
         state |= {tied[name]: state[name] for name in list(state) if name in tied}
-        wanted = {site.name for site in sites} | {tied[site.name] for site in sites if site.name in tied}
+        wanted = {site.tensor for site in sites} | {tied[site.tensor] for site in sites if site.tensor in tied}
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
                 yield key, _cast(tensor, self.source.entries[key].torch_dtype)

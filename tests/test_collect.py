@@ -1,0 +1,198 @@
+"""What sites are fed is seen wherever it is multiplied, summed once per shared input, and never lost or mixed up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny
+from llmprune.model import Lanes, Resident
+from llmprune.model.collect import Collector, Group, StatisticType, find_groups
+from llmprune.model.sites import Site, Stage, sites_of
+from llmprune.statistics import ColumnNorm, Gram
+
+CPU = torch.device("cpu")
+
+
+def lanes_of(host: Resident, batches: Sequence[Tensor]) -> Lanes:
+    return Lanes(host.model, host.blocks, batches, CPU, host.device_of)
+
+
+def collected(lanes: Lanes, index: int, sites: Sequence[Site], needs: StatisticType) -> list[Group]:
+    return list(Collector(lanes, needs, budget=1 << 30).groups(index, sites))
+
+
+def short_names(groups: Sequence[Group]) -> list[list[str]]:
+    return [[site.name.split(".")[-2] for site in group.sites] for group in groups]
+
+
+GROUPS = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "qwen3": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "gemma2": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+}
+
+
+@pytest.mark.parametrize("family", GROUPS)
+def test_sites_that_read_one_input_share_a_group(family: str) -> None:
+    host = Resident(tiny.model(family))
+    with lanes_of(host, [tiny.ids(2), tiny.ids(1, 9)]) as lanes:
+        sites = sites_of(host.blocks[0])
+        found = collected(lanes, 0, sites, Gram)
+        assert [sorted(names) for names in short_names(found)] == [sorted(names) for names in GROUPS[family]]
+        assert short_names(find_groups(lanes, 0, sites)) == short_names(found)
+
+
+@pytest.mark.parametrize("needs", [Gram, ColumnNorm])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_statistics_are_those_of_the_models_own_forward(family: str, needs: type[Gram] | type[ColumnNorm]) -> None:
+    host, batches = Resident(tiny.model(family)), [tiny.ids(2), tiny.ids(1, 9)]
+    sites = sites_of(host.blocks[1])
+    expected = {site: needs(site.shape[1], CPU) for site in sites}
+
+    def hook_for(site: Any) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for sequence in args[0]:
+                expected[site].add(sequence, 1)
+
+        return hook
+
+    handles = [site.module.register_forward_pre_hook(hook_for(site)) for site in sites]
+    for batch in batches:
+        tiny.logits(host.model, batch)
+    for handle in handles:
+        handle.remove()
+    with lanes_of(host, batches) as lanes:
+        lanes.advance(0)
+        groups = collected(lanes, 1, sites, needs)
+    for group in groups:
+        for site in group.sites:
+            assert same_statistic(group.statistic, expected[site])
+
+
+def same_statistic(a: Any, b: Any) -> bool:
+    sums = (a.hessian_II, b.hessian_II) if isinstance(a, Gram) else (a.sum_I, b.sum_I)
+    return torch.equal(*sums) and (a.tokens, a.sequences) == (b.tokens, b.sequences)
+
+
+@pytest.mark.parametrize("needs", [Gram, ColumnNorm])
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
+def test_a_small_budget_costs_runs_and_changes_nothing(family: str, needs: type[Gram] | type[ColumnNorm]) -> None:
+    host = Resident(tiny.model(family))
+    with lanes_of(host, [tiny.ids(2), tiny.ids(1, 9), tiny.ids(2, 9)]) as lanes:
+        sites = sites_of(host.blocks[0])
+        at_once, bit_by_bit = Collector(lanes, needs, 1 << 30), Collector(lanes, needs, 1)
+        together, apart = list(at_once.groups(0, sites)), list(bit_by_bit.groups(0, sites))
+        assert at_once.most_runs == 1 < bit_by_bit.most_runs
+        by_name = {group.sites[0].name: group for group in apart}
+        assert by_name.keys() == {group.sites[0].name for group in together}
+        for group in together:
+            other = by_name[group.sites[0].name]
+            assert same_statistic(group.statistic, other.statistic)
+            assert group.notes == other.notes
+        assert not any(module._forward_pre_hooks for module in host.blocks[0].module.modules())
+
+
+def test_what_is_read_last_is_yielded_first_when_the_budget_is_small() -> None:
+    """Solving it then changes nothing that is still to be measured."""
+    host = Resident(tiny.model("llama"))
+    with lanes_of(host, [tiny.ids(2)]) as lanes:
+        groups = list(Collector(lanes, Gram, 1).groups(0, sites_of(host.blocks[0])))
+    assert short_names(groups) == GROUPS["llama"][::-1]
+
+
+def test_a_site_that_reads_nothing_is_in_no_group() -> None:
+    model = tiny.model("llama")
+    block: Any = model.get_submodule("model.layers.0")
+    block.spare = nn.Linear(64, 64)
+    host = Resident(model)
+    with lanes_of(host, [tiny.ids(2)]) as lanes:
+        groups = collected(lanes, 0, sites_of(host.blocks[0]), Gram)
+    assert short_names(groups) == GROUPS["llama"]
+
+
+def test_experts_without_tokens_do_not_share_a_group() -> None:
+    """Empty tensors have no address by which they could be told apart."""
+    block, stage_input = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), torch.ones(2, 4)
+
+    def forward(x: Tensor) -> Tensor:
+        first, second = block
+        return torch.cat([first(x[:0]), second(x[2:]), x])
+
+    block.forward = forward
+    stage = Stage("experts", block)
+    model = nn.Module()
+    model.forward = lambda input_ids, use_cache: block(stage_input)
+    model.block = block
+    with Lanes(model, [stage], [tiny.ids(1, 2)], CPU, lambda stage: CPU) as lanes:
+        assert len(find_groups(lanes, 0, sites_of(stage))) == 2
+
+
+@pytest.mark.parametrize("needs", [Gram, ColumnNorm])
+def test_a_starved_expert_is_shrunk_towards_the_pooled_statistic(needs: type[Gram] | type[ColumnNorm]) -> None:
+    """By the share of tokens that it lacks, each statistic taken per token."""
+    x_full, x_few = torch.randn(2, 12, 8), torch.randn(1, 2, 8)
+    stage, lanes = expert_lanes([x_full, x_few])
+    with lanes:
+        fed = list(Collector(lanes, needs, 1 << 20).groups(0, sites_of(stage)))
+    full, few, none = (group.statistic for group in sorted(fed, key=lambda group: group.sites[0].name))
+    assert full and few and none
+    assert [statistic.tokens for statistic in (full, few, none)] == [24, 2, 0]
+    grams = [x.reshape(-1, 8).T @ x.reshape(-1, 8) for x in (x_full, x_few)]
+    pooled = (grams[0] + grams[1]) / 26
+    for statistic, expected in ((few, 0.25 * grams[1] / 2 + 0.75 * pooled), (none, pooled)):
+        assert proportional(matrix(statistic), expected if needs is Gram else expected.diagonal())
+
+
+def test_experts_of_which_none_is_reached_have_no_statistic_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    stage, lanes = expert_lanes([])
+    with lanes:
+        fed = list(Collector(lanes, Gram, 1 << 20).groups(0, sites_of(stage)))
+    assert [group.statistic for group in fed] == [None] * 3
+    assert all("magnitude" in group.notes[0] for group in fed)
+    assert "no token reached any expert" in caplog.text
+
+
+def expert_lanes(inputs: Sequence[Tensor]) -> tuple[Stage, Lanes]:
+    """Return a stage of three experts, the first of which are given `inputs`, and a lane that waits there."""
+    block: Any = nn.Module()
+    block.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward() -> None:
+        for expert, x in zip(block.experts, inputs, strict=False):
+            expert(x)
+
+    block.forward = forward
+    model = nn.Module()
+    model.block = block
+    model.forward = lambda input_ids, use_cache: block()
+    stage = Stage("block", block)
+    return stage, Lanes(model, [stage], [tiny.ids(1, 2)], CPU, lambda stage: CPU)
+
+
+def matrix(statistic: Any) -> Tensor:
+    return statistic.hessian_II if isinstance(statistic, Gram) else statistic.sum_I
+
+
+def proportional(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a / a.norm(), b / b.norm(), atol=1e-5)
+
+
+def test_a_weight_that_is_used_without_its_module_is_seen() -> None:
+    """As Mamba's dt_proj: the weight times columns of inputs."""
+    block: Any = nn.Module()
+    block.dt_proj, x = nn.Linear(4, 6, bias=False), torch.randn(2, 4, 5)
+    block.forward = lambda: block.dt_proj.weight @ x
+    model = nn.Module()
+    model.block = block
+    model.forward = lambda input_ids, use_cache: block()
+    stage = Stage("block", block)
+    with Lanes(model, [stage], [tiny.ids(2, 5)], CPU, lambda stage: CPU) as lanes:
+        (group,) = collected(lanes, 0, sites_of(stage), Gram)
+    expected = x.mT.reshape(-1, 4)
+    assert proportional(matrix(group.statistic), expected.T @ expected)
+    assert group.tokens == 10
