@@ -48,7 +48,7 @@ def head(name: str, thing: Any) -> str:
         fields = [ast.unparse(part) for part in node.body if isinstance(part, ast.AnnAssign)]
         return call(name, fields if dataclasses.is_dataclass(thing) else [], "")
     assert isinstance(node, ast.FunctionDef)
-    parameters = [text for text in split(ast.unparse(node.args)) if text not in ("self", "cls")]
+    parameters = [spaced(text) for text in split(ast.unparse(node.args)) if text not in ("self", "cls")]
     return call(name, parameters, f" -> {ast.unparse(node.returns)}" if node.returns else "")
 
 
@@ -71,6 +71,12 @@ def split(parameters: str) -> list[str]:
         else:
             found[-1] += letter
     return [part.strip() for part in found if part.strip()]
+
+
+def spaced(parameter: str) -> str:
+    """Return an annotated parameter with spaces around its default, which `ast` leaves out."""
+    name, equals, default = parameter.partition("=")
+    return f"{name} = {default}" if equals and ":" in name else parameter
 
 
 def text(thing: Any) -> str:

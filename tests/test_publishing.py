@@ -21,6 +21,8 @@ import tiny
 from hub_server import FakeHub, Repo
 from llmprune import runs
 from llmprune.errors import CheckpointError, HubError, LlmpruneError, RecipeError
+from llmprune.locate import demo_folder
+from llmprune.page import write_page
 
 ROOT = Path(__file__).parent.parent
 BASE = "org/base"
@@ -370,19 +372,24 @@ print("equal")
 """
 
 
-def test_the_demo_is_pruned_evaluated_published_and_pulled_back_by_the_scripts(tmp_path: Path) -> None:
-    out = tmp_path / "pruned"
+def test_the_demo_is_pruned_evaluated_reported_published_and_pulled_back_by_the_scripts(tmp_path: Path) -> None:
+    out, text = tmp_path / "pruned", tmp_path / "text.jsonl"
+    lines = (demo_folder() / "wikitext2-evaluation.jsonl").read_text("utf-8").splitlines(keepends=True)
+    text.write_text("".join(lines[:200]), "utf-8")
     with hub_server.serve() as hub:
         there = {
             "HF_ENDPOINT": hub.address, "HF_TOKEN": hub_server.TOKEN, "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
         assert "42 matrices" in script("prune_model", "demo", out, "--pattern", "2:4", "--method", "magnitude")
-        assert "perplexity" in script("evaluate", out, "--data", "demo", "--save")
+        assert "perplexity" in script("evaluate", "demo", out, "--data", text, "--save")
+        write_page(out)
         assert "published" in script("push_to_hub", out, "tester/pruned", "--private", **there)
         assert hub.repos["tester/pruned"].private
+        assert b"<svg" in hub.repos["tester/pruned"].files["report.html"]
         (tmp_path / "pull.py").write_text(PULL, "utf-8")
         assert "equal" in script(str(tmp_path / "pull"), "tester/pruned", out, **there)
     data = metadata_of(out / "README.md")
     assert data.license == "cc-by-sa-4.0"
-    assert [result.metric_type for result in data.eval_results or []][:1] == ["perplexity"]
+    found = [result.metric_type for result in data.eval_results or []]
+    assert found == ["perplexity", "kl_divergence", "top1_agreement"]
