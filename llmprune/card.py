@@ -9,36 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import CheckpointError
-from llmprune.runs import command_of
+from llmprune.runs import command_of, update_run
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 NOBODY = "none"  # what a user gives as the base model where that is on no Hub
 GENERATED = "<!-- Written by llmprune push. Delete this line and edit the card: it is then uploaded as it stands. -->"
+_WRITTEN = "card"  # the field of llmprune.json that tells llmprune's README.md from the base model's
 _UNFILLED = re.compile(r"\[More Information Needed\]|\bTODO\b|\bTBD\b")
 _INHERITED = ("license", "license_name", "license_link", "language")
 # Of the relations that the Hub knows (adapter, merge, quantized, finetune) the one for changed weights.
 _RELATION = "finetune"
+_DATA_SETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "ptb-text-only/ptb_text_only"}
 
 
-def base_metadata(folder: Path) -> dict[str, Any]:
+def base_metadata(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata of the base model's card that lies in an output folder; none where there is no card."""
-    from huggingface_hub import ModelCard
-
-    path = next((folder / name for name in (BASE_CARD, CARD) if (folder / name).is_file()), None)
-    if path is None:
-        return {}
-    try:
-        metadata: dict[str, Any] = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, UnicodeDecodeError):  # the header is not YAML: as good as none
-        return {}
-    return metadata
+    path = folder / (BASE_CARD if run.get(_WRITTEN) else CARD)
+    return _metadata_of(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def write_card(folder: Path, run: dict[str, Any], repo: str, base: str | None, inherited: dict[str, Any]) -> None:
     """Write README.md anew, unless it is one that the user has edited.
 
     Args:
-        run: what `llmprune.json` holds.
+        run: what `llmprune.json` holds; it takes note of the card.
         repo: where the model will be published, as `organisation/name`.
         base: the base model's id on the Hub, None where it is on no Hub.
         inherited: metadata of the base model's card; its licence and languages are carried over.
@@ -47,12 +41,34 @@ def write_card(folder: Path, run: dict[str, Any], repo: str, base: str | None, i
         CheckpointError: the card has unfilled fields.
     """
     path = folder / CARD
-    if not _is_edited(folder):
-        if path.is_file() and GENERATED not in path.read_text("utf-8"):
-            path.rename(folder / BASE_CARD)
+    if not run.get(_WRITTEN):
+        _set_aside(folder)
+    if not run.get(_WRITTEN) or not path.is_file() or GENERATED in path.read_text("utf-8"):
         path.write_text(card_text(folder, run, repo, base, inherited), "utf-8")
-    if found := _UNFILLED.search(path.read_text("utf-8")):
-        raise CheckpointError(f"{path} holds an unfilled field ('{found[0]}'): fill it in, then push again")
+        update_run(folder, **{_WRITTEN: True})
+    text = path.read_text("utf-8")
+    found = _UNFILLED.search(text)
+    if gap := found[0] if found else "" if _metadata_of(text).get("license") else "license":
+        raise CheckpointError(f"{path} holds an unfilled field ('{gap}'): fill it in, then push again")
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep the base model's card, and before it those that it kept itself."""
+    cards = [folder / name for name in (CARD, BASE_CARD) if (folder / name).is_file()]
+    if (folder / CARD).is_file():
+        text = "\n\n".join(path.read_text("utf-8") for path in cards)
+        (folder / CARD).unlink()
+        (folder / BASE_CARD).write_text(text, "utf-8")
+
+
+def _metadata_of(text: str) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    try:
+        metadata: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # the header is not YAML: as good as none
+        return {}
+    return metadata
 
 
 def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, inherited: dict[str, Any]) -> str:
@@ -68,11 +84,6 @@ def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, in
         f"## Limits\n\n{_limits(folder, run, inherited)}",
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def _is_edited(folder: Path) -> bool:
-    card = folder / CARD
-    return card.is_file() and (folder / BASE_CARD).is_file() and GENERATED not in card.read_text("utf-8")
 
 
 def _metadata(run: dict[str, Any], name: str, base: str | None, inherited: dict[str, Any]) -> str:
@@ -95,10 +106,11 @@ def _metadata(run: dict[str, Any], name: str, base: str | None, inherited: dict[
 
 def _results(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the Hub's `model-index` for one measurement."""
+    data = _data_name(evaluation)
     place = {
         "task_type": "text-generation",
-        "dataset_type": evaluation["data"],
-        "dataset_name": f"{evaluation['data']} ({evaluation['length']} tokens a window)",
+        "dataset_type": _DATA_SETS.get(data, data),
+        "dataset_name": f"{data} ({evaluation['length']} tokens a window)",
         "dataset_args": {"convention": evaluation["convention"]},
     }
     names = {"perplexity": "Perplexity", "kl_divergence": "KL divergence to the dense model, nats a token"}
@@ -108,6 +120,12 @@ def _results(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         for key, name in names.items()
         if evaluation.get(key) is not None
     ]
+
+
+def _data_name(evaluation: dict[str, Any]) -> str:
+    """Return what was measured on; of a file the name alone, as where it lay is nobody's business."""
+    data = str(evaluation["data"])
+    return Path(data).name if Path(data).is_absolute() or data.startswith((".", "~")) else data
 
 
 def _summary(run: dict[str, Any], base: str | None) -> str:
@@ -145,7 +163,7 @@ def _cost(run: dict[str, Any]) -> str:
         return "It was not evaluated before it was published."
     header = "| data | window | dtype | perplexity | KL divergence | top-1 agreement |\n|---|---|---|---|---|---|"
     lines = [f"| {' | '.join(_cells(evaluation))} |" for evaluation in evaluations]
-    notes = sorted({f"{evaluation['data']}: {evaluation['convention']}." for evaluation in evaluations})
+    notes = sorted({f"{_data_name(evaluation)}: {evaluation['convention']}." for evaluation in evaluations})
     return "\n".join([header, *lines, "", "KL divergence (nats a token) and agreement are to the dense model.", *notes])
 
 
@@ -153,7 +171,7 @@ def _cells(evaluation: dict[str, Any]) -> list[str]:
     kl, agreement, dense = (evaluation.get(key) for key in ("kl_divergence", "top1_agreement", "dense_perplexity"))
     perplexity = f"{evaluation['perplexity']:.4f}" + (f" (dense {dense:.4f})" if dense else "")
     finer = ["" if kl is None else f"{kl:.4f}", "" if agreement is None else f"{agreement:.2%}"]
-    return [evaluation["data"], str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
+    return [_data_name(evaluation), str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
 
 
 def _loading(repo: str) -> str:
@@ -176,7 +194,7 @@ def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str
     ]
     if inherited.get("license") is not None:
         lines.append(f"- The licence of the base model ({inherited['license']}) holds for this one too.")
-    if (folder / CARD).is_file() or (folder / BASE_CARD).is_file():
+    if (folder / BASE_CARD).is_file():
         lines.append(f"- The card of the base model, with its notices, is [{BASE_CARD}]({BASE_CARD}).")
     return "\n".join(lines + [f"- {note}." for note in run["notes"]])
 

@@ -53,7 +53,7 @@ def push(
     base_info = client.look_up(base) if base else None
     if base:
         _require_open(base_info, base, private, allow_gated)
-    inherited = _inherited(folder, base_info, license)
+    inherited = _inherited(folder, run, base_info, license)
     _require_free(client.look_up(repo), repo, private, overwrite)
     _require_promises_kept(folder)
     card.write_card(folder, run, repo, base, inherited)
@@ -111,10 +111,10 @@ def _require_open(info: Any, base: str, private: bool, allow_gated: bool) -> Non
         )
 
 
-def _inherited(folder: Path, info: Any, license: str | None) -> dict[str, Any]:
+def _inherited(folder: Path, run: dict[str, Any], info: Any, license: str | None) -> dict[str, Any]:
     """Return metadata with a licence: the one given, else that of the base's card here, else of the one on the Hub."""
     on_hub = info.card_data.to_dict() if info is not None and info.card_data is not None else {}
-    metadata: dict[str, Any] = on_hub | card.base_metadata(folder) | ({"license": license} if license else {})
+    metadata: dict[str, Any] = on_hub | card.base_metadata(folder, run) | ({"license": license} if license else {})
     if not metadata.get("license"):
         raise RecipeError("the licence of the base model is not known: give it as --license, such as apache-2.0")
     return metadata

@@ -40,9 +40,18 @@ def add_evaluations(folder: str | Path, evaluations: Sequence[dict[str, Any]]) -
     """
     run = read_run(folder)
     kept = [old for old in run.get("evaluations", []) if not any(_same(old, new) for new in evaluations)]
-    run["evaluations"] = [*kept, *evaluations]
+    update_run(folder, evaluations=[*kept, *evaluations])
+
+
+def update_run(folder: str | Path, **fields: Any) -> None:
+    """Set fields of the `llmprune.json` of an output folder, all at once or not at all.
+
+    Raises:
+        CheckpointError: as `read_run`.
+    """
+    text = json.dumps(read_run(folder) | fields, indent=2, ensure_ascii=False, allow_nan=False)
     temporary = Path(folder) / f"{REPORT}.new"
-    temporary.write_text(json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    temporary.write_text(text + "\n", "utf-8")
     os.replace(temporary, Path(folder) / REPORT)
 
 

@@ -21,6 +21,8 @@ import tiny
 from hub_server import FakeHub, Repo
 from llmprune import runs
 from llmprune.errors import CheckpointError, HubError, LlmpruneError, RecipeError
+from llmprune.locate import demo_folder
+from llmprune.page import write_page
 
 ROOT = Path(__file__).parent.parent
 BASE = "org/base"
@@ -128,7 +130,7 @@ def test_the_card_has_the_metadata_of_the_run(hub: FakeHub, out: Path) -> None:
     assert {name: result.metric_value for name, result in results.items()} == {
         "perplexity": 12.34567, "kl_divergence": 0.125, "top1_agreement": 0.875
     }  # fmt: skip
-    assert results["perplexity"].dataset_type == "wikitext2"
+    assert results["perplexity"].dataset_type == "Salesforce/wikitext"
     assert results["perplexity"].dataset_args == {"convention": "tail dropped"}
 
 
@@ -160,16 +162,49 @@ def test_a_card_that_the_user_has_edited_is_uploaded_as_it_stands(hub: FakeHub, 
     assert hub.repos["tester/pruned"].files["README.md"].decode() == edited
 
 
-@pytest.mark.parametrize("gap", ["[More Information Needed]", "TODO: say more"])
-def test_a_card_with_a_gap_is_refused(hub: FakeHub, out: Path, gap: str) -> None:
+@pytest.mark.parametrize(
+    ("card", "gap"),
+    [
+        ("---\nlicense: mit\n---\n[More Information Needed]\n", "[More Information Needed]"),
+        ("---\nlicense: mit\n---\nTODO: say more\n", "TODO"),
+        ("---\nlanguage: en\n---\nwords\n", "license"),
+        ("words\n", "license"),
+    ],
+)
+def test_a_card_with_a_gap_is_refused(hub: FakeHub, out: Path, card: str, gap: str) -> None:
     publish(out)
-    (out / "README.md").write_text(f"---\nlicense: mit\n---\n{gap}\n", "utf-8")
-    refused(out, CheckpointError, "README.md holds an unfilled field", gap[:4])
+    (out / "README.md").write_text(card, "utf-8")
+    refused(out, CheckpointError, f"README.md holds an unfilled field ('{gap}')")
+
+
+def test_a_card_edited_where_the_base_had_none_is_kept(hub: FakeHub, out: Path) -> None:
+    (out / "README.md").unlink()
+    publish(out)
+    edited = "---\nlicense: mit\n---\nMy own words.\n"
+    (out / "README.md").write_text(edited, "utf-8")
+    publish(out)
+    assert (out / "README.md").read_text("utf-8") == edited and not (out / "BASE_README.md").exists()
+
+
+def test_pruning_a_published_model_again_keeps_all_cards(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+    publish(out)
+    llmprune.prune(out, tmp_path / "again", method="magnitude", pattern="2:4", exclude="*.0.mlp.*")
+    publish(tmp_path / "again", base_model="tester/pruned")
+    kept = (tmp_path / "again" / "BASE_README.md").read_text("utf-8")
+    assert kept.index("# pruned") < kept.index("Built with care.")
+    assert metadata_of(tmp_path / "again" / "README.md").license == "llama3.2"
+
+
+def test_a_card_does_not_tell_where_a_file_lay(hub: FakeHub, out: Path) -> None:
+    runs.add_evaluations(out, [EVALUATION | {"data": "/home/me/secret/text.txt"}])
+    publish(out)
+    text = (out / "README.md").read_text("utf-8")
+    assert "| text.txt | 512 |" in text and "secret" not in text
 
 
 def test_the_licence_is_taken_from_the_hub_or_given(hub: FakeHub, out: Path) -> None:
     (out / "README.md").unlink()
-    publish(out)
+    publish(out, "tester/first")
     assert metadata_of(out / "README.md").license == "llama3.2"
     hub.repos[BASE].files.clear()
     (out / "README.md").unlink()
@@ -337,19 +372,24 @@ print("equal")
 """
 
 
-def test_the_demo_is_pruned_evaluated_published_and_pulled_back_by_the_scripts(tmp_path: Path) -> None:
-    out = tmp_path / "pruned"
+def test_the_demo_is_pruned_evaluated_reported_published_and_pulled_back_by_the_scripts(tmp_path: Path) -> None:
+    out, text = tmp_path / "pruned", tmp_path / "text.jsonl"
+    lines = (demo_folder() / "wikitext2-evaluation.jsonl").read_text("utf-8").splitlines(keepends=True)
+    text.write_text("".join(lines[:200]), "utf-8")
     with hub_server.serve() as hub:
         there = {
             "HF_ENDPOINT": hub.address, "HF_TOKEN": hub_server.TOKEN, "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
         }  # fmt: skip
         assert "42 matrices" in script("prune_model", "demo", out, "--pattern", "2:4", "--method", "magnitude")
-        assert "perplexity" in script("evaluate", out, "--data", "demo", "--save")
+        assert "perplexity" in script("evaluate", "demo", out, "--data", text, "--save")
+        write_page(out)
         assert "published" in script("push_to_hub", out, "tester/pruned", "--private", **there)
         assert hub.repos["tester/pruned"].private
+        assert b"<svg" in hub.repos["tester/pruned"].files["report.html"]
         (tmp_path / "pull.py").write_text(PULL, "utf-8")
         assert "equal" in script(str(tmp_path / "pull"), "tester/pruned", out, **there)
     data = metadata_of(out / "README.md")
     assert data.license == "cc-by-sa-4.0"
-    assert [result.metric_type for result in data.eval_results or []][:1] == ["perplexity"]
+    found = [result.metric_type for result in data.eval_results or []]
+    assert found == ["perplexity", "kl_divergence", "top1_agreement"]

@@ -81,6 +81,16 @@ def test_sensitivity_as_text_as_json_and_as_a_page(folder: Path, tmp_path: Path)
     assert page.count("<svg") == 2 and page.count("<circle") == len(found.cells)
 
 
+def test_fused_experts_are_kinds_and_are_put_back(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.model("qwen3-moe"), tmp_path / "moe")
+    found = llmprune.sensitivity(folder, sparsities=(0.5,), data=DATA)
+    kinds = found.parts("kind")
+    assert {"q_proj", "gate_up_proj", "down_proj"} <= kinds.keys()
+    assert all(cells[0].kl_divergence > 0 for cells in kinds.values())
+    again = llmprune.sensitivity(folder, sparsities=(0.5,), data=DATA)
+    assert again == found  # every cell starts from the dense weights, in whatever order
+
+
 @pytest.mark.parametrize("sparsities", [(), (0.0,), (1.0,), (0.5, 2.0)])
 def test_shares_out_of_range_are_refused(folder: Path, sparsities: tuple[float, ...]) -> None:
     with pytest.raises(RecipeError, match="strictly between 0 and 1"):

@@ -70,6 +70,8 @@ def test_a_local_task_scores_as_its_definition_says(tasks: Path) -> None:
     (score,) = [score for score in found.scores if score.metric == "acc,none"]
     assert (score.task, score.model, score.shots) == ("local_choice", "demo", 0)
     assert score.value == pytest.approx(right / len(QUESTIONS)) and 0 < right < len(QUESTIONS)
+    share = right / len(QUESTIONS)
+    assert score.error == pytest.approx((share * (1 - share) / (len(QUESTIONS) - 1)) ** 0.5)
     assert "local_choice (acc,none, 0 shots)" in str(found)
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmprune import data as data_room
@@ -202,9 +201,9 @@ def _parts(network: Any) -> dict[tuple[str, str], list[Site]]:
     kinds: dict[tuple[str, str], list[Site]] = {}
     for index, stage in enumerate(Resident(network).blocks):
         for site in sites_of(stage):
-            if not is_router(site.name):
+            if not is_router(site.tensor):
                 parts.setdefault(("block", str(index)), []).append(site)
-                kinds.setdefault(("kind", kind_of(site.name)), []).append(site)
+                kinds.setdefault(("kind", kind_of(site.tensor)), []).append(site)
     return parts | kinds
 
 
@@ -213,16 +212,16 @@ def _pruned(
     subject: Subject, parts: dict[tuple[str, str], list[Site]], part: tuple[str, str], recipe: dict[str, Any]
 ) -> Iterator[None]:
     """Prune one part of a loaded model inside the block, and put its weights back after it."""
-    chosen = {site.name for site in parts[part]}
-    others = tuple(site.name for sites in parts.values() for site in sites if site.name not in chosen)
-    kept = {site: site.module.get_parameter("weight").detach().clone() for site in parts[part]}
+    chosen = {site.tensor for site in parts[part]}
+    others = dict.fromkeys(site.tensor for sites in parts.values() for site in sites if site.tensor not in chosen)
+    host = Resident(subject.network)
+    kept = {site: host.weight(site).clone() for site in parts[part]}
     try:
-        prune(subject.network, exclude=tuple(dict.fromkeys(others)), **recipe)
+        prune(subject.network, exclude=tuple(others), **recipe)
         yield
     finally:
-        with torch.no_grad():
-            for site, weight in kept.items():
-                site.module.get_parameter("weight").copy_(weight)
+        for site, weight in kept.items():
+            host.weight(site).copy_(weight)
 
 
 def _require_shares(sparsities: Sequence[float]) -> None:

@@ -15,6 +15,8 @@ from llmprune.hub import one_line
 from llmprune.locate import locate
 from llmprune.recipe import require_dtype, require_whole, resolve_device
 
+_RESAMPLES = 1000  # for standard errors that have no formula
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -95,7 +97,7 @@ def evaluate_tasks(
             try:
                 found = lm_eval.simple_evaluate(
                     model="hf", model_args=arguments, tasks=list(tasks), num_fewshot=shots, limit=limit,
-                    device=str(place), batch_size=batch_size or 1, task_manager=manager, bootstrap_iters=0,
+                    device=str(place), batch_size=batch_size or 1, task_manager=manager, bootstrap_iters=_RESAMPLES,
                 )  # fmt: skip
             except (OSError, ValueError, KeyError) as error:  # a data set that is missing or of another layout
                 raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {one_line(error)}") from error

@@ -170,10 +170,6 @@ class Lanes:
         self._results.append(reached)
         return None
 
-    def _waits(self, lane: int, index: int) -> bool:
-        arrival = self._arrivals[lane]
-        return arrival is not None and arrival.stage == index
-
     def _onward(self, arrival: Arrival | None, index: int) -> Arrival | None:
         if arrival is not None and arrival.stage <= index:
             raise UnsupportedModelError(

@@ -8,7 +8,7 @@ from typing import Any
 Site = dict[str, Any]
 
 _BLOCK = re.compile(r"\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.|\[(\d+)\]$")  # a module of its own, or a part of a stack of experts
 
 
 def block_of(site: Site) -> int | None:
@@ -20,12 +20,17 @@ def block_of(site: Site) -> int | None:
 def expert_of(site: Site) -> int | None:
     """Return the number of the expert that the site belongs to, None for other sites."""
     found = _EXPERT.search(site["name"])
-    return int(found[1]) if found else None
+    return int(found[1] or found[2]) if found else None
+
+
+def tensor_of(name: str) -> str:
+    """Return the tensor that holds a site: its name without the number of an expert in brackets."""
+    return name.partition("[")[0]
 
 
 def kind_of(name: str) -> str:
     """Return the part that a site plays in its block, such as `q_proj`."""
-    parts = [part for part in name.split(".") if part != "weight" and not part.isdigit()]
+    parts = [part for part in tensor_of(name).split(".") if part != "weight" and not part.isdigit()]
     return parts[-1]
 
 

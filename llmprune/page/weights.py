@@ -13,7 +13,7 @@ from llmprune.checkpoint import Source
 from llmprune.errors import LlmpruneError
 from llmprune.locate import locate
 from llmprune.model import Streamed
-from llmprune.page.facts import kind_of
+from llmprune.page.facts import kind_of, tensor_of
 
 BINS = 60
 _REACH = 4.0  # standard deviations to either side
@@ -34,7 +34,7 @@ def histograms(folder: Path, run: dict[str, Any]) -> list[Histogram]:
 
     The base model is read where it lies on this machine; it is not downloaded.
     """
-    sites = {site["name"] for site in run["sites"]}
+    sites = {tensor_of(site["name"]) for site in run["sites"]}
     with hub.offline():
         after = _samples(folder, sites)
         before = _samples_of_base(run, sites)
