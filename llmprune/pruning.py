@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llmprune.allocation import global_magnitude
-from llmprune.calibration import batches
+from llmprune.calibration import Tokens, batches
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.place import require_place
 from llmprune.errors import RecipeError
@@ -20,7 +20,7 @@ from llmprune.model.collect import Collector, Group
 from llmprune.model.memory import batch_size, home_device, statistics_budget
 from llmprune.model.sites import Site, require_finite
 from llmprune.patterns import Pattern, Unstructured
-from llmprune.plan import Host, Plan, make_plan
+from llmprune.planning import Host, Plan, draw_tokens, make_plan
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.report import Clock, Report, SiteReport, hardware, versions
@@ -73,17 +73,18 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
     require_place(source, out, overwrite, resume)
     recipe = recipe.for_model(model)
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
-    plan = make_plan(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
+    plan = make_plan(host, recipe)
+    tokens = draw_tokens(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
     _warn_of_small_share(plan)
-    report = Report.begin(str(model), recipe.to_json(), host, plan)
+    report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
-    home = home_device(recipe.place(), plan.rows, host.config, host.dtype)
+    home = home_device(recipe.place(), tokens.rows if tokens else [], host.config, host.dtype)
     with Sink(source, out, _fingerprint(source, report), resume) as sink:
         with report.clock.phase("load"):
             host.open(home)
         with report.clock.phase("copy"):
             sink.copy_source()
-        _run(host, plan, recipe, home, report, OnDisk(host, sink, report))
+        _run(host, plan, tokens, recipe, home, report, OnDisk(host, sink, report))
         sink.commit(report.to_json())
     return report
 
@@ -103,12 +104,13 @@ def _fingerprint(source: Source, report: Report) -> dict[str, Any]:
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     recipe.require_in_place()
     host = Resident(model)
-    plan = make_plan(host, recipe, lambda: tokenizer)
+    plan = make_plan(host, recipe)
+    tokens = draw_tokens(host, recipe, lambda: tokenizer)
     _warn_of_small_share(plan)
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
-    report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan)
-    _run(host, plan, recipe, host.home, report, InMemory())
+    report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
+    _run(host, plan, tokens, recipe, host.home, report, InMemory())
     return report
 
 
@@ -122,7 +124,9 @@ def _warn_of_small_share(plan: Plan) -> None:
         )
 
 
-def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Report, store: Store) -> None:
+def _run(
+    host: Host, plan: Plan, tokens: Tokens | None, recipe: Recipe, home: torch.device, report: Report, store: Store
+) -> None:
     """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
     patterns, clock = _patterns(host, plan), report.clock
     embedding = plan.sites.get(host.embedding.name)
@@ -130,7 +134,7 @@ def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Rep
         _prune_sites(host, _unfed(embedding), patterns, recipe, report)
         store.keep(host.embedding, embedding)
     stages = [] if all(store.has(stage) for stage in plan.stages) else plan.stages
-    with _lanes(host, plan, recipe, home) as lanes, Progress(len(stages), "pruning", "block") as bar:
+    with _lanes(host, plan, tokens, recipe, home) as lanes, Progress(len(stages), "pruning", "block") as bar:
         collector = _collector(lanes, host, recipe)
         for index, stage in enumerate(stages):
             if store.has(stage):
@@ -152,12 +156,14 @@ def _run(host: Host, plan: Plan, recipe: Recipe, home: torch.device, report: Rep
     report.close(plan, collector.most_runs if collector else 0)
 
 
-def _lanes(host: Host, plan: Plan, recipe: Recipe, home: torch.device) -> AbstractContextManager[Lanes | None]:
-    if plan.tokens is None:
+def _lanes(
+    host: Host, plan: Plan, tokens: Tokens | None, recipe: Recipe, home: torch.device
+) -> AbstractContextManager[Lanes | None]:
+    if tokens is None:
         return nullcontext()
-    longest = max(len(row) for row in plan.rows)
+    longest = max(len(row) for row in tokens.rows)
     size = recipe.batch_size or batch_size(longest, host.config, host.dtype, host.place)
-    return Lanes(host.model, plan.stages, batches(plan.tokens, size), home, host.device_of)
+    return Lanes(host.model, plan.stages, batches(tokens, size), home, host.device_of)
 
 
 def _collector(lanes: Lanes | None, host: Host, recipe: Recipe) -> Collector | None:

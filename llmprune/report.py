@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from llmprune.calibration import Tokens
 from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
-from llmprune.plan import Host, Plan
+from llmprune.planning import Host, Plan
 from llmprune.solving import Outcome
 from llmprune.statistics import ColumnNorm, Gram
 
@@ -97,16 +98,16 @@ class Report:
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
 
     @classmethod
-    def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan) -> "Report":
+    def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan, tokens: Tokens | None) -> "Report":
         """Return the report of a run that is about to start."""
         report = cls(model, recipe, len(host.blocks), plan.parameters, plan.coverage, left_dense=dict(plan.left_dense))
-        if plan.tokens is not None:
+        if tokens is not None:
             report.calibration = {
-                "data": plan.tokens.name,
-                "fingerprint": plan.tokens.fingerprint,
-                "sequences": len(plan.rows),
-                "tokens": sum(len(row) for row in plan.rows),
-                "note": plan.tokens.note,
+                "data": tokens.name,
+                "fingerprint": tokens.fingerprint,
+                "sequences": len(tokens.rows),
+                "tokens": sum(len(row) for row in tokens.rows),
+                "note": tokens.note,
             }
         return report
 

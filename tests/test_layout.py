@@ -21,7 +21,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.checkpoint", "llmprune.hub", "llmprune.documents", "llmprune.datafiles"},
     {"llmprune.model", "llmprune.data", "llmprune.calibration", "llmprune.locate"},
     {"llmprune.recipe"},
-    {"llmprune.plan", "llmprune.solving"},
+    {"llmprune.planning", "llmprune.solving"},
     {"llmprune.report"},
     {"llmprune.storing"},
     {"llmprune.pruning", "llmprune.inspection"},

@@ -22,7 +22,7 @@ from llmprune.documents import Documents
 from llmprune.errors import DataError, NumericalError
 from llmprune.locate import DEMO, locate
 from llmprune.model import load_causal_lm, load_tokenizer, read_config
-from llmprune.plan import context_length, window_length
+from llmprune.planning import context_length, window_length
 from llmprune.progress import Progress
 from llmprune.recipe import DTYPES, require_dtype, require_whole, resolve_device
 
@@ -95,7 +95,7 @@ def evaluate(
     require_whole("batch_size", batch_size, 1)
     require_dtype(dtype)
     source = Source.open(locate(model, revision)) if isinstance(model, str | Path) else None
-    config = read_config(source, trust_remote_code) if source else model.config
+    config = read_config(source.folder, source.config, trust_remote_code) if source else model.config
     text = documents.read(
         data if data is not None else DEMO if source and model == DEMO else DEFAULT_DATA, "evaluation"
     )
