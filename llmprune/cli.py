@@ -1,4 +1,4 @@
-"""The command line: `llmprune prune`, `eval`, `inspect`.
+"""The command line: `llmprune prune`, `plan`, `eval`, `inspect`.
 
 Every option is a field of `llmprune.Recipe` or a parameter of the Python function of the same name. Errors are one
 line on stderr and exit status 2; with `--json`, stdout holds one JSON object and nothing else.
@@ -39,6 +39,26 @@ _model = _options(
     click.option("--revision", help="Branch, tag or commit of a Hub model."),
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
 )
+_what = _options(
+    click.option("--method", help="magnitude, random, sparsegpt, wanda  [default: sparsegpt]"),
+    click.option("--pattern", help="50% or 0.5 (unstructured), or N:M: N KEPT of every M  [default: 50%]"),
+    click.option(
+        "--comparison-group", help="Compare per row, layer, block (128 columns) or model  [default: the paper's]"
+    ),
+    click.option("--method-option", multiple=True, metavar="NAME=VALUE", help="Hyper-parameter, e.g. damp=0.1."),
+    click.option(
+        "--calibration", metavar="SPEC", help="c4, wikitext2, ptb, demo, a Hub data set, or a file  [default: c4]"
+    ),
+    click.option("--samples", type=int, help="Calibration sequences  [default: 128]"),
+    click.option("--length", type=int, help="Tokens a sequence  [default: 2048, at most the model's context]"),
+    click.option("--seed", type=int, help="[default: 0]"),
+    click.option(
+        "--true-sequential", is_flag=True, default=None, help="Let each site see the block's earlier ones pruned."
+    ),
+    click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'."),
+    click.option("--recipe", type=click.Path(), metavar="FILE.yaml", help="Options in a file; the command line wins."),
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -55,22 +75,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--method", help="magnitude, random, sparsegpt, wanda  [default: sparsegpt]")
-@click.option("--pattern", help="50% or 0.5 (unstructured), or N:M: N KEPT of every M  [default: 50%]")
-@click.option("--comparison-group", help="Compare per row, layer, block (128 columns) or model  [default: the paper's]")
-@click.option("--method-option", multiple=True, metavar="NAME=VALUE", help="Hyper-parameter, e.g. damp=0.1.")
-@click.option(
-    "--calibration", metavar="SPEC", help="c4, wikitext2, ptb, demo, a Hub data set, or a file  [default: c4]"
-)
-@click.option("--samples", type=int, help="Calibration sequences  [default: 128]")
-@click.option("--length", type=int, help="Tokens a sequence  [default: 2048, at most the model's context]")
-@click.option("--seed", type=int, help="[default: 0]")
-@click.option(
-    "--true-sequential", is_flag=True, default=None, help="Let each site see the block's earlier ones pruned."
-)
-@click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'.")
-@click.option("--recipe", type=click.Path(), metavar="FILE.yaml", help="Options in a file; the command line wins.")
+@_what
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder; give up an unfinished run.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished run at OUT, if there is one.")
 @_where
@@ -80,20 +85,29 @@ def prune(
     model: str, out: Path, recipe: str | None, overwrite: bool, resume: bool, as_json: bool, **options: Any
 ) -> None:
     """Prune MODEL into the folder OUT, one block in memory at a time."""
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    if "method_option" in given:
-        given["method_options"] = dict(_name_and_value(text) for text in given.pop("method_option"))
     from llmprune.pruning import prune as run
-    from llmprune.recipe import read_recipe
 
-    in_file = read_recipe(recipe) if recipe else {}
-    if "method_options" in given:
-        given["method_options"] = (in_file.get("method_options") or {}) | given["method_options"]
-    report = run(model, out, overwrite=overwrite, resume=resume, **(in_file | given))
+    report = run(model, out, overwrite=overwrite, resume=resume, **_recipe_options(recipe, options))
     if as_json:
         _print_json({"out": str(out), **report.to_json()})
     else:
         click.echo(f"{report}\n  written to    {out}")
+
+
+@cli.command()
+@click.argument("model")
+@_what
+@_where
+@_model
+@_json
+def plan(model: str, recipe: str | None, as_json: bool, **options: Any) -> None:
+    """Show what pruning MODEL would do and need: matrices, memory, disk, time.
+
+    No weights are loaded: a config.json is enough.
+    """
+    from llmprune.preview import plan as run
+
+    _show(run(model, **_recipe_options(recipe, options)), as_json)
 
 
 @cli.command(name="eval")
@@ -156,6 +170,19 @@ def _fail(message: str) -> NoReturn:
 def _stop(number: int, frame: object) -> None:
     """End as Ctrl-C does, so that nothing half-written is left."""
     raise KeyboardInterrupt(signal.SIGTERM)
+
+
+def _recipe_options(recipe: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a recipe file, overruled by those of the command line."""
+    from llmprune.recipe import read_recipe
+
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "method_option" in given:
+        given["method_options"] = dict(_name_and_value(text) for text in given.pop("method_option"))
+    in_file = read_recipe(recipe) if recipe else {}
+    if "method_options" in given:
+        given["method_options"] = (in_file.get("method_options") or {}) | given["method_options"]
+    return in_file | given
 
 
 def _name_and_value(text: str) -> tuple[str, str]:
