@@ -17,7 +17,7 @@ from llmprune.model.outline import configured_dtype
 from llmprune.model.probe import Trial, try_blocks, try_head
 from llmprune.model.streamed import stored_dtype
 from llmprune.planning import Plan, make_plan
-from llmprune.progress import GIB
+from llmprune.progress import size_text
 from llmprune.recipe import Recipe
 from llmprune.report import hardware, versions
 
@@ -88,11 +88,11 @@ class Preview:
         for on, total in forecast.peak(self.memory).items():
             parts = [part for part in self.memory if part.on == on and part.amount]
             if parts:
-                lines.append(f"  memory        {total / GIB:.2f} GiB on the {on}")
-                lines += [f"    {p.amount / GIB:8.3f} GiB  {p.name} ({p.origin})" for p in parts]
-        lines.append(f"  disk          {self.disk.amount / GIB:.2f} GiB ({self.disk.origin})")
+                lines.append(f"  memory        {size_text(total)} on the {on}")
+                lines += [f"    {size_text(p.amount):>12}  {p.name} ({p.origin})" for p in parts]
+        lines.append(f"  disk          {size_text(self.disk.amount)} ({self.disk.origin})")
         lines.append(f"  time          {_duration(self.seconds)}, without reading and writing files")
-        lines += [f"    {p.amount:8.1f} s    {p.name} ({p.origin})" for p in self.time]
+        lines += [f"    {p.amount:10.1f} s  {p.name} ({p.origin})" for p in self.time]
         return "\n".join(lines + [f"  note          {note}" for note in self.notes])
 
     def _left_dense(self) -> str:
@@ -153,7 +153,7 @@ def _trials(host: Outline, plan: Plan, recipe: Recipe, workload: Workload) -> di
     assert needs is not None
     host.open(workload.home)
     budget = statistics_budget(max(host.bytes_of(block) for block in host.blocks), host.place)
-    trials = try_blocks(host, plan.sites, needs, budget, recipe.true_sequential, workload.home)
+    trials = try_blocks(host, plan.sites, needs, budget, recipe.true_sequential, workload.home, workload.length)
     if head := plan.sites.get(host.head.name):
         trials[host.head.name] = try_head(host, head, needs, trials[host.blocks[-1].name])
     return trials

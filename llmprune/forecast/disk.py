@@ -11,4 +11,5 @@ def disk(host: Outline, source: Source | None) -> Part:
         return Part("output", source.output_bytes(), "size of the checkpoint's files")
     tied = host.model.all_tied_weights_keys
     stored = sum(p.nbytes for name, p in host.model.named_parameters() if name not in tied)
-    return Part("output", stored, f"parameters of config.json in {str(host.dtype).removeprefix('torch.')}")
+    dtype = str(host.dtype).removeprefix("torch.")
+    return Part("output", stored, f"parameters that config.json asks for, in {dtype}")

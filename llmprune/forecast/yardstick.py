@@ -17,7 +17,7 @@ from llmprune.model.collect import StatisticType
 from llmprune.model.live import LiveBytes
 from llmprune.patterns import NM, Unstructured
 from llmprune.solving import ROW_CHUNK, prune_matrix
-from llmprune.statistics import Gram
+from llmprune.statistics import ColumnNorm, Gram
 
 _NARROW, _WIDE = 256, 1024  # inputs and outputs of sample matrices
 _TOKENS = 256
@@ -55,12 +55,15 @@ def statistic_time(needs: StatisticType, inputs: int, dtype: torch.dtype, device
 def copied_bytes(needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return the bytes of copies that summing a statistic of that many inputs takes per token."""
     statistic, x_TI = _fed(needs, min(inputs, _WIDE), dtype, device)
-    with LiveBytes() as live:
+    live = LiveBytes()
+    with live:
         statistic.add(x_TI, 1)
     return live.peak / _TOKENS * (inputs / statistic.inputs)
 
 
-def _fed(needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, Tensor]:
+def _fed(
+    needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device
+) -> tuple[ColumnNorm | Gram, Tensor]:
     return needs(inputs, device), torch.randn(_TOKENS, inputs).to(device, dtype)
 
 
@@ -103,7 +106,8 @@ def solving_bytes(
         sample = max(1, int(outputs * side)), _fit(int(inputs * side), pattern)
         scale = outputs * inputs / (sample[0] * sample[1])
     solve = _sample(method, pattern, *sample, dtype, device)()
-    with LiveBytes() as live:
+    live = LiveBytes()
+    with live:
         solve()
     return int(live.peak * scale)
 

@@ -48,16 +48,15 @@ class Outline:
         """Make what belongs to no stage."""
         for name in self._outer_names():
             self._fill(name, home)
+        inside = {id(module) for stage in [*self.blocks, self.head] for module in stage.module.modules()}
+        _fill_buffers((module for module in self.model.modules() if id(module) not in inside), home)
 
     def load(self, stage: Stage) -> None:
         """Make a stage's weights: matrices of zeros, and vectors of ones, so that norms let pass what they are fed."""
         for name, parameter in stage.module.named_parameters(stage.name):
             if parameter.is_meta:
                 self._fill(name, self.place)
-        for module in stage.module.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.place)
+        _fill_buffers(stage.module.modules(), self.place)
 
     def free(self, stage: Stage) -> None:
         """Drop a stage's weights."""
@@ -106,6 +105,14 @@ class Outline:
         parameter = nn.Parameter(value, requires_grad=False)
         for path, _, own in (twin.rpartition(".") for twin in twins):
             self.model.get_submodule(path)._parameters[own] = parameter
+
+
+def _fill_buffers(modules: Iterable[nn.Module], device: torch.device) -> None:
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                stored = buffer.is_meta  # the checkpoint would tell its contents; what is computed is there
+                module._buffers[name] = torch.zeros_like(buffer, device=device) if stored else buffer.to(device)
 
 
 def zeros(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -73,15 +73,19 @@ def try_blocks(
     budget: int,
     true_sequential: bool,
     home: torch.device,
+    longest: int,
 ) -> dict[str, Trial]:
-    """Return the trial of each block, by its name; `sites` are the blocks' sites to prune, by the same name.
+    """Return the trial of each block, by its name, on sequences of at most `longest` tokens.
+
+    `sites` are the blocks' sites to prune, by the blocks' names; for the other arguments see `Collector`.
 
     Raises:
         UnsupportedModelError: the model's forward cannot be led block by block.
     """
     kinds = {block.name: kind_of(block, sites.get(block.name, [])) for block in host.blocks}
     trials: dict[Kind, Trial] = {}
-    lengths = _SHORT, _long(host)
+    long = min(_long(host), longest)
+    lengths = min(_SHORT, long // 2), long
     with Lanes(host.model, host.blocks, [_ids(length) for length in lengths], home, host.device_of) as lanes:
         collector = Collector(lanes, needs, budget, true_sequential)
         for index, block in enumerate(host.blocks):
@@ -108,7 +112,8 @@ def try_head(host: Outline, sites: Sequence[Site], needs: StatisticType, like: T
 
 def waiting_bytes(host: Outline, sequences: int, length: int, home: torch.device) -> int:
     """Return what a batch keeps in memory while it waits at the first block: hidden states, masks, rotary tables."""
-    with LiveBytes() as live, Lanes(host.model, host.blocks, [_ids(length, sequences)], home, host.device_of):
+    live = LiveBytes()
+    with live, Lanes(host.model, host.blocks, [_ids(length, sequences)], home, host.device_of):
         waiting = live.now
     return waiting + int(_growth(host, home) * sequences * length)
 
@@ -118,10 +123,11 @@ def _growth(host: Outline, home: torch.device) -> float:
     if len(host.blocks) == 1:
         return 0.0
     host.load(host.blocks[0])
-    with LiveBytes() as live, Lanes(host.model, host.blocks, [_ids(_SHORT)], home, host.device_of) as lanes:
+    live = LiveBytes()
+    with live, Lanes(host.model, host.blocks, [_ids(2)], home, host.device_of) as lanes:
         before = live.now
         lanes.advance(0)
-        growth = (live.now - before) / _SHORT
+        growth = (live.now - before) / 2
     host.free(host.blocks[0])
     return growth
 
@@ -138,14 +144,17 @@ def _ids(length: int, sequences: int = 1) -> Tensor:
 def _try(collector: Collector, index: int, sites: Sequence[Site], lengths: tuple[int, int]) -> Trial:
     lanes = collector.lanes
     groups, inputs = first_lane(lanes, index, sites)
+    groups = _as_fellows(groups)
     fed = [sum(x.numel() for x in inputs.get(group.sites[0], ())) / group.inputs / lengths[0] for group in groups]
     input_bytes = bytes_of(list(inputs.values())) / lengths[0]
     inputs.clear()
     with one_by_one(lanes.stage(index).module):
         flops = [_flops(lanes, index, lane) for lane in (0, 1)]
-        with LiveBytes() as live:
+        live = LiveBytes()
+        with live:
             lanes.run(index, 1)
         seconds = _seconds(lanes, index, 1)
+    statistics_bytes, runs = collector.demand(groups)
     return Trial(
         groups=groups,
         fed=fed,
@@ -153,8 +162,22 @@ def _try(collector: Collector, index: int, sites: Sequence[Site], lengths: tuple
         seconds_per_flop=seconds / max(flops[1], 1),
         forward_bytes=live.peak / lengths[1],
         input_bytes=input_bytes,
-        **dict(zip(("statistics_bytes", "runs"), collector.demand(groups), strict=True)),
+        statistics_bytes=statistics_bytes,
+        runs=runs,
     )
+
+
+def _as_fellows(groups: Sequence[Group]) -> list[Group]:
+    """Let experts that no token reached share inputs as their fellows do that some tokens reached."""
+    shared = {site.family: group.family for group in groups if group.calls is not None for site in group.sites}
+    joined: dict[Any, Group] = {}
+    for group in groups:
+        site = group.sites[0]
+        expert = site.expert if site.expert is not None else site.tensor.rsplit(".", 2)[0]
+        unreached = group.calls is None and group.of_expert
+        key = (expert, shared.get(site.family, site.family)) if unreached else id(group)
+        joined.setdefault(key, Group([], group.calls)).sites.extend(group.sites)
+    return list(joined.values())
 
 
 def _flops(lanes: Lanes, index: int, lane: int) -> int:
