@@ -101,10 +101,7 @@ def prune(
 @_model
 @_json
 def plan(model: str, recipe: str | None, as_json: bool, **options: Any) -> None:
-    """Show what pruning MODEL would do and need: matrices, memory, disk, time.
-
-    No weights are loaded: a config.json is enough.
-    """
+    """Show what pruning MODEL would do and need, from its config.json: matrices, memory, disk, time."""
     from llmprune.preview import plan as run
 
     _show(run(model, **_recipe_options(recipe, options)), as_json)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import llmprune
 import tiny
-from llmprune import forecast, hub
+from llmprune import cli, forecast, hub
 from llmprune.checkpoint import Source
 from llmprune.errors import LlmpruneError
 from llmprune.forecast import Part, Workload
@@ -342,7 +344,7 @@ def test_a_factor_is_made_once_for_sites_that_share_it() -> None:
     assert solving_seconds([shared], times).amount == 27 + 2 * 3 * 10 + 18 * 100 + 54 * 1000
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.5, "model"), NM(2, 4), NM(1, 7)])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.5, "model"), NM(1, 7)])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_every_method_is_timed(method: str, pattern: Unstructured | NM) -> None:
     if method != "magnitude" and pattern == Unstructured(0.5, "model"):
@@ -387,5 +389,19 @@ def test_memory_of_a_gpu_is_told_apart() -> None:
     assert forecast.peak(parts) == {"host": 5, "device": 2}
 
 
-def test_a_plan_is_what_is_public() -> None:
-    assert llmprune.plan.__module__ == Preview.__module__ == "llmprune.preview"
+def test_the_command_line_plans_too(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: wanda\npattern: 2:4\nexclude: '*.0.*'\n", "utf-8")
+    arguments = ["plan", str(saved("llama")), "--recipe", str(recipe), "--length", "24", "--samples", "6"]
+    shown = CliRunner().invoke(cli.cli, arguments)
+    assert shown.exit_code == 0 and "14 Linear in 8 groups" in shown.stdout
+    found = json.loads(CliRunner().invoke(cli.cli, [*arguments, "--json"]).stdout)
+    same = json.loads(json.dumps(llmprune.plan(saved("llama"), **(OPTIONS | {"exclude": "*.0.*"})).to_json()))
+    for key in found.keys() - {"memory", "time"}:
+        assert found[key] == same[key]
+
+
+def test_keys_are_those_that_are_documented(saved: Callable[[str], Path]) -> None:
+    documented = set(re.findall(r"^    ([a-z_, ]+):", Preview.__doc__ or "", re.MULTILINE))
+    keys = {key for line in documented for key in line.split(", ")}
+    assert llmprune.plan(saved("llama"), method="magnitude").to_json().keys() == keys

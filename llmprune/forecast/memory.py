@@ -119,10 +119,12 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
 
 
 def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, on: str) -> Part:
-    """Return what solving the largest of the sites takes beside it and its statistic."""
-    shape = max((site.shape for site in sites), key=lambda shape: shape[0] * shape[1])
-    needed = solving_bytes(recipe.solver(), recipe.target(), shape, host.dtype, host.place)
-    return Part("solving", needed, f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
+    """Return what solving the most demanding of the sites takes beside it and its statistic."""
+    method, pattern = recipe.solver(), recipe.target()
+    shapes = {site.shape for site in sites}
+    needed = {shape: solving_bytes(method, pattern, shape, host.dtype, host.place) for shape in shapes}
+    shape = max(shapes, key=lambda shape: (needed[shape], shape))
+    return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
 
 
 def peak(parts: Sequence[Part]) -> dict[str, int]:
