@@ -2,6 +2,7 @@
 
     report = llmprune.prune("org/model", "out", method="sparsegpt", pattern="2:4")
     result = llmprune.evaluate("out", data="wikitext2")
+    preview = llmprune.plan("org/model", method="sparsegpt")
     solution = llmprune.solve(weight, inputs, method="wanda", pattern="50%")
 
 Importing this package is cheap; torch and transformers are imported when they are first needed.
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from llmprune.inspection import inspect as inspect
     from llmprune.patterns import NM as NM
     from llmprune.patterns import Unstructured as Unstructured
+    from llmprune.preview import Preview as Preview
+    from llmprune.preview import plan as plan
     from llmprune.pruning import prune as prune
     from llmprune.publishing import push as push
     from llmprune.recipe import Recipe as Recipe
@@ -33,12 +36,14 @@ _HOMES = {
     "Gram": "llmprune.statistics",
     "LlmpruneError": "llmprune.errors",
     "NM": "llmprune.patterns",
+    "Preview": "llmprune.preview",
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report",
     "Unstructured": "llmprune.patterns",
     "compare": "llmprune_eval.comparison",
     "evaluate": "llmprune_eval.perplexity",
     "inspect": "llmprune.inspection",
+    "plan": "llmprune.preview",
     "prune": "llmprune.pruning",
     "push": "llmprune.publishing",
     "sensitivity": "llmprune_eval.sensitivity",

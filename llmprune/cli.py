@@ -13,6 +13,7 @@ import click
 
 from llmprune.commands.evaluate import evaluate
 from llmprune.commands.inspect import inspect
+from llmprune.commands.plan import plan
 from llmprune.commands.prune import prune
 from llmprune.commands.push import push
 from llmprune.commands.report import report
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (prune, inspect, evaluate, sensitivity, sweep, report, push):
+for command in (prune, plan, inspect, evaluate, sensitivity, sweep, report, push):
     cli.add_command(command)
 
 

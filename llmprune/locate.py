@@ -1,6 +1,7 @@
 """From what a user calls a model to a folder on disk."""
 
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,8 +13,10 @@ DEMO = "demo"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def locate(model: str | Path, revision: str | None = None) -> Path:
+def locate(model: str | Path, revision: str | None = None, patterns: Sequence[str] = DOWNLOADED) -> Path:
     """Return the folder of a model given as a folder, a Hub id, or the word `demo`.
+
+    Of a model on the Hub the files are fetched whose names match `patterns`.
 
     Raises:
         CheckpointError: there is no such folder, or the Hub does not have it, or cannot be reached.
@@ -25,7 +28,7 @@ def locate(model: str | Path, revision: str | None = None) -> Path:
         return path
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise CheckpointError(f"{model}: no such folder; give a folder, a Hub id such as 'org/name', or '{DEMO}'")
-    return hub.fetch_model(model, revision, list(DOWNLOADED))
+    return hub.fetch_model(model, revision, list(patterns))
 
 
 def demo_folder() -> Path:

@@ -8,6 +8,11 @@ from tqdm import tqdm
 GIB = 2**30
 
 
+def size_text(size: float) -> str:
+    """Return a number of bytes in words."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
 def resident_bytes() -> int:
     """Return the memory that this process occupies now, in bytes."""
     return int(psutil.Process().memory_info().rss)

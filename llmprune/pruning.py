@@ -12,7 +12,7 @@ from llmprune.locate import locate
 from llmprune.model import Resident, Streamed, load_tokenizer
 from llmprune.model.memory import home_device
 from llmprune.model.sites import require_finite
-from llmprune.plan import Plan, make_plan
+from llmprune.planning import Plan, draw_tokens, make_plan
 from llmprune.recipe import Recipe
 from llmprune.report import Report, hardware, versions
 from llmprune.run import Run
@@ -68,17 +68,18 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
     require_place(source, out, overwrite, resume)
     recipe = recipe.for_model(model)
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
-    plan = make_plan(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
+    plan = make_plan(host, recipe)
+    tokens = draw_tokens(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
     _warn_of_small_share(plan)
-    report = Report.begin(str(model), recipe.to_json(), host, plan)
+    report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
-    home = home_device(recipe.place(), plan.rows, host.config, host.dtype)
+    home = home_device(recipe.place(), tokens.rows if tokens else [], host.config, host.dtype)
     with Sink(source, out, _fingerprint(source, report), resume) as sink:
         with report.clock.phase("load"):
             host.open(home)
         with report.clock.phase("copy"):
             sink.copy_source()
-        Run(host, plan, recipe, home, report, OnDisk(host, sink, report)).prune()
+        Run(host, plan, tokens, recipe, home, report, OnDisk(host, sink, report)).prune()
         sink.commit(report.to_json())
     report.out = out
     return report
@@ -99,12 +100,13 @@ def _fingerprint(source: Source, report: Report) -> dict[str, Any]:
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     recipe.require_in_place()
     host = Resident(model)
-    plan = make_plan(host, recipe, lambda: tokenizer)
+    plan = make_plan(host, recipe)
+    tokens = draw_tokens(host, recipe, lambda: tokenizer)
     _warn_of_small_share(plan)
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
-    report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan)
-    Run(host, plan, recipe, host.home, report, InMemory()).prune()
+    report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
+    Run(host, plan, tokens, recipe, host.home, report, InMemory()).prune()
     return report
 
 

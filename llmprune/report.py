@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmprune.calibration import Tokens
 from llmprune.errors import RecipeError
 from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
-from llmprune.plan import Host, Plan
+from llmprune.planning import Host, Plan
 from llmprune.solving import Outcome
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
 
@@ -105,16 +106,16 @@ class Report:
     out: Path | None = None  # the output folder; None for a model that was pruned in place
 
     @classmethod
-    def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan) -> "Report":
+    def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan, tokens: Tokens | None) -> "Report":
         """Return the report of a run that is about to start."""
         report = cls(model, recipe, len(host.blocks), plan.parameters, plan.coverage, left_dense=dict(plan.left_dense))
-        if plan.tokens is not None:
+        if tokens is not None:
             report.calibration = {
-                "data": plan.tokens.name,
-                "fingerprint": plan.tokens.fingerprint,
-                "sequences": len(plan.rows),
-                "tokens": sum(len(row) for row in plan.rows),
-                "note": plan.tokens.note,
+                "data": tokens.name,
+                "fingerprint": tokens.fingerprint,
+                "sequences": len(tokens.rows),
+                "tokens": sum(len(row) for row in tokens.rows),
+                "note": tokens.note,
             }
         return report
 

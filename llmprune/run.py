@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llmprune.allocation import global_magnitude
-from llmprune.calibration import batches
+from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError, ResourceError
 from llmprune.methods.magnitude import Magnitude
 from llmprune.model import Lanes
@@ -22,7 +22,7 @@ from llmprune.model.memory import (
 )
 from llmprune.model.sites import Site, Stage
 from llmprune.patterns import Pattern, Unstructured
-from llmprune.plan import Host, Plan
+from llmprune.planning import Host, Plan
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.report import Report, SiteReport
@@ -39,7 +39,8 @@ class Run:
 
     Attributes:
         host: the model.
-        plan: the stages, their sites, the calibration tokens.
+        plan: the stages and their sites.
+        tokens: the calibration tokens; None where the method needs none.
         recipe: what the user asked for.
         home: device on which hidden states wait between stages.
         report: filled on the way.
@@ -48,6 +49,7 @@ class Run:
 
     host: Host
     plan: Plan
+    tokens: Tokens | None
     recipe: Recipe
     home: torch.device
     report: Report
@@ -155,22 +157,22 @@ class Run:
             self.host.free(stage)
 
     def _batch_size(self) -> int:
-        longest = max((len(row) for row in self.plan.rows), default=1)
+        longest = max((len(row) for row in self.tokens.rows), default=1) if self.tokens else 1
         return self.recipe.batch_size or batch_size(longest, self.host.config, self.host.dtype, self.host.place)
 
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
-        if self.plan.tokens is None:
+        if self.tokens is None:
             return nullcontext()
-        rows = batches(self.plan.tokens, self.store.batch_size)
+        rows = batches(self.tokens, self.store.batch_size)
         rows = [*rows, *rows] if self.recipe.dense_target else rows
         return Lanes(self.host.model, self.plan.stages, rows, self.home, self.host.device_of)
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
         needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)
-        if lanes is None or needs is None:
+        if lanes is None or needs is None or self.tokens is None:
             return None
         budget = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
-        tokens = sum(len(row) for row in self.plan.rows) * (2 if twins else 1)
+        tokens = sum(len(row) for row in self.tokens.rows) * (2 if twins else 1)
         fits = fits_side_by_side(tokens, self.host.config, self.host.dtype, self.host.place)
         if twins and not fits:
             raise RecipeError(

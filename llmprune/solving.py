@@ -14,7 +14,7 @@ from llmprune.patterns import Pattern
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
 
-_ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
+ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _TARGET_DAMP = 0.01  # SparseGPT's own: its factor then serves both
 
 
@@ -116,7 +116,7 @@ def _square(weight_OI: Tensor) -> float:
 
 
 def _chunks(weight_OI: Tensor) -> tuple[Tensor, ...]:
-    chunks: tuple[Tensor, ...] = weight_OI.split(max(1, _ROW_CHUNK // weight_OI.shape[1]))
+    chunks: tuple[Tensor, ...] = weight_OI.split(max(1, ROW_CHUNK // weight_OI.shape[1]))
     return chunks
 
 

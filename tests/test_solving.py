@@ -110,7 +110,7 @@ def test_what_cannot_be_solved_is_refused(
 
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
 def test_the_relative_error_is_that_of_the_outputs(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(solving, "_ROW_CHUNK", chunk)
+    monkeypatch.setattr(solving, "ROW_CHUNK", chunk)
     weight, pruned, inputs = matrix(), llmprune.solve(matrix(), method="magnitude").weight_OI, matrix(64, seed=1)
     truth = float(((weight - pruned) @ inputs.T).square().sum() / (weight @ inputs.T).square().sum())
     change, whole = energies(weight, pruned, fed(Gram, inputs))
@@ -129,7 +129,7 @@ def test_a_matrix_pruned_in_chunks_of_rows_is_that_pruned_whole(
     fed_with = fed(statistic, matrix(64, seed=1)) if statistic else None
     results = []
     for chunk in (1 << 22, 3 * 32):
-        monkeypatch.setattr(solving, "_ROW_CHUNK", chunk)
+        monkeypatch.setattr(solving, "ROW_CHUNK", chunk)
         weight = matrix()
         outcome = prune_matrix("a site", recipe.solver(), weight, fed_with, recipe.target(), 0)
         results.append((weight, outcome))

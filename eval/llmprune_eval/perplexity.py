@@ -14,7 +14,7 @@ from llmprune.calibration import batches, check
 from llmprune.documents import Documents
 from llmprune.errors import DataError, NumericalError
 from llmprune.locate import DEMO
-from llmprune.plan import context_length, window_length
+from llmprune.planning import context_length, window_length
 from llmprune.runs import add_evaluations
 from llmprune_eval.scores import Scores, score
 from llmprune_eval.subjects import Place, Subject

@@ -20,7 +20,7 @@ from llmprune.locate import DEMO
 from llmprune.model import Resident
 from llmprune.model.sites import Site, is_router, sites_of
 from llmprune.page.facts import kind_of
-from llmprune.plan import DEFAULT_CALIBRATION, context_length, window_length
+from llmprune.planning import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
 from llmprune.pruning import prune
 from llmprune_eval.pages import sensitivity_page

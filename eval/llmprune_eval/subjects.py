@@ -57,7 +57,10 @@ class Subject:
     def __init__(self, model: Any, place: Place, tokenizer: Any = None, revision: str | None = None) -> None:
         self.model, self._place, self._tokenizer = model, place, tokenizer
         self.source = Source.open(locate(model, revision)) if isinstance(model, str | Path) else None
-        self.config = read_config(self.source, place.trust_remote_code) if self.source else model.config
+        if self.source:
+            self.config = read_config(self.source.folder, self.source.config, place.trust_remote_code)
+        else:
+            self.config = model.config
 
     @property
     def name(self) -> str:

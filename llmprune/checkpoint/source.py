@@ -48,12 +48,9 @@ class Source:
                 file or contradicts the files, a link out of the folder, or a damaged or outsized file.
         """
         folder = Path(folder)
-        config_path = _existing_folder(folder) / CONFIG
-        if not config_path.is_file():
-            raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIG}")
-        config, places = read_json(folder, CONFIG), _places(folder)
+        config, places = read_fields(folder), _places(folder)
         shards = tuple(_shard(folder, name) for name in sorted(set(places.values()) or {SINGLE}))
-        identities = {path: _identity(path) for path in (config_path, *shards)}
+        identities = {path: _identity(path) for path in (folder / CONFIG, *shards)}
         entries = _entries(shards)
         _require_placed(folder, places, entries)
         source = cls(folder, entries, config, shards, identities)
@@ -115,6 +112,22 @@ class Source:
             step = max(1, _CHECK_ELEMENTS * entry.shape[0] // (entry.count * multiple)) * multiple
             for start in range(0, entry.shape[0], step):
                 yield opened[name][start : start + step]
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Return what is in a model folder's config.json.
+
+    Raises:
+        CheckpointError: there is no such folder, or no config.json in it that can be read.
+    """
+    if not (_existing_folder(folder) / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIG}")
+    return read_json(folder, CONFIG)
+
+
+def has_weights(folder: Path) -> bool:
+    """Say whether a model folder holds safetensors, or an index that says it should."""
+    return (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
 
 
 def _existing_folder(folder: Path) -> Path:

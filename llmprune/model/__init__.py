@@ -3,8 +3,18 @@
 from llmprune.model.configuration import read_config
 from llmprune.model.lanes import Lanes
 from llmprune.model.loaded import load_causal_lm
+from llmprune.model.outline import Outline
 from llmprune.model.resident import Resident
 from llmprune.model.streamed import Streamed, streamed_logits
 from llmprune.model.tokenizer import load_tokenizer
 
-__all__ = ["Lanes", "Resident", "Streamed", "load_causal_lm", "load_tokenizer", "read_config", "streamed_logits"]
+__all__ = [
+    "Lanes",
+    "Outline",
+    "Resident",
+    "Streamed",
+    "load_causal_lm",
+    "load_tokenizer",
+    "read_config",
+    "streamed_logits",
+]

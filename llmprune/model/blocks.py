@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -35,6 +35,25 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     _require_whole(type(model).__name__, largest, blocks)
     _require_one_visit(model, largest)
     return largest, blocks[largest]
+
+
+class Stages(NamedTuple):
+    """The stages of a model: its blocks, with their common name, and what comes before and after them."""
+
+    blocks_name: str
+    blocks: list[Stage]
+    embedding: Stage
+    head: Stage
+
+
+def find_stages(model: Any) -> Stages:
+    """Return the stages of a model.
+
+    Raises:
+        UnsupportedModelError: as `find_blocks` and `find_ends` do.
+    """
+    name, blocks = find_blocks(model)
+    return Stages(name, [Stage(f"{name}.{index}", block) for index, block in enumerate(blocks)], *find_ends(model))
 
 
 def find_ends(model: Any) -> tuple[Stage, Stage]:

@@ -142,7 +142,7 @@ class Collector:
         return group.statistic
 
     def _by_runs(self, index: int, sites: Sequence[Site]) -> Iterator[Group]:
-        groups, seen = _first_lane(self.lanes, index, sites)
+        groups, seen = first_lane(self.lanes, index, sites)
         units = _units(groups)
         if not self.true_sequential and self._bytes(groups) <= self.budget:
             self._sum(index, groups, seen)
@@ -158,6 +158,15 @@ class Collector:
             yield from self._in_parts(index, parts) if len(parts) > 1 else self._at_once(index, unit)
             runs += len(parts)
         self.most_runs = max(self.most_runs, runs)
+
+    def demand(self, groups: Sequence[Group]) -> tuple[int, int]:
+        """Return the most bytes that the statistics of a stage's groups take, and in how many runs they are summed."""
+        if not self.true_sequential and self._bytes(groups) <= self.budget:
+            return self._bytes(groups), 1
+        units = [list(self._parts(unit)) for unit in _units(groups)]
+        pooled = [self._bytes(parts[0][:1]) if len(parts) > 1 else 0 for parts in units]
+        most = [max(map(self._bytes, parts)) for parts in units]
+        return max(map(sum, zip(most, pooled, strict=True)), default=0), sum(map(len, units))
 
     def _at_once(self, index: int, unit: list[Group]) -> Iterator[Group]:
         self._sum(index, unit)
@@ -252,10 +261,10 @@ def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
 
     Sites that it does not reach, such as experts that it did not choose, come last, each in a group of its own.
     """
-    return _first_lane(lanes, index, sites)[0]
+    return first_lane(lanes, index, sites)[0]
 
 
-def _first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]]]:
+def first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]]]:
     """Run one lane, holding on to every input so that no two of them can share an address, and compare addresses."""
     inputs: dict[Site, list[Tensor]] = defaultdict(list)
     with observing(lanes.stage(index), sites, lambda site, x: inputs[site].append(x)):

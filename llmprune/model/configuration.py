@@ -1,5 +1,6 @@
 """What kind of model a checkpoint holds, as its configuration tells: refused here, before anything is loaded."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -12,75 +13,72 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llmprune.checkpoint import Source
 from llmprune.errors import CheckpointError, UnsupportedModelError, did_you_mean
 
 
-def read_config(source: Source, trust_remote_code: bool) -> Any:
-    """Return the checkpoint's configuration as transformers reads it.
+def read_config(folder: Path, fields: dict[str, Any], trust_remote_code: bool) -> Any:
+    """Return the configuration of a model folder as transformers reads it; `fields` are those of its config.json.
 
     Raises:
         CheckpointError: the checkpoint is quantized.
         UnsupportedModelError: it is not a causal language model, or needs code of its own and that is not allowed.
     """
-    _require_not_quantized(source)
-    _require_known_type(source, trust_remote_code)
+    _require_not_quantized(folder, fields)
+    _require_known_type(folder, fields, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # configurations check themselves, each with errors of its own
-        raise UnsupportedModelError(f"{source.folder}/config.json is not understood: {first_line(error)}") from None
-    _require_causal(source, config, trust_remote_code)
+        raise UnsupportedModelError(f"{folder}/config.json is not understood: {first_line(error)}") from None
+    _require_causal(folder, fields, config, trust_remote_code)
     return config
 
 
-def unknown_fields(source: Source, config: Any) -> list[str]:
+def unknown_fields(fields: dict[str, Any], config: Any) -> list[str]:
     """Return the fields of the checkpoint's config.json that transformers keeps but has no use for."""
     try:
         default = type(config)()
     except Exception:  # a few classes, each with an error of its own, have no defaults to compare with
         return []
     known = vars(default).keys() | dir(type(config))
-    return [field for field in source.config if field in vars(config) and field not in known]
+    return [field for field in fields if field in vars(config) and field not in known]
 
 
-def _require_not_quantized(source: Source) -> None:
-    parts = [source.config, *(part for part in source.config.values() if isinstance(part, dict))]
+def _require_not_quantized(folder: Path, fields: dict[str, Any]) -> None:
+    parts = [fields, *(part for part in fields.values() if isinstance(part, dict))]
     if any(part.get("quantization_config") or part.get("compression_config") for part in parts):
-        raise CheckpointError(f"{source.folder} is already quantized: prune the original checkpoint, then quantize")
+        raise CheckpointError(f"{folder} is already quantized: prune the original checkpoint, then quantize")
 
 
-def _require_known_type(source: Source, trust_remote_code: bool) -> None:
-    model_type = source.config.get("model_type")
-    if model_type in CONFIG_MAPPING or ("auto_map" in source.config and trust_remote_code):
+def _require_known_type(folder: Path, fields: dict[str, Any], trust_remote_code: bool) -> None:
+    model_type = fields.get("model_type")
+    if model_type in CONFIG_MAPPING or ("auto_map" in fields and trust_remote_code):
         return
-    if "auto_map" in source.config:
-        raise UnsupportedModelError(
-            f"{source.folder} runs code of its own; read it, then allow it with --trust-remote-code"
-        )
+    if "auto_map" in fields:
+        raise UnsupportedModelError(f"{folder} runs code of its own; read it, then allow it with --trust-remote-code")
     raise UnsupportedModelError(
-        f"{source.folder} is of type '{model_type}', which transformers {__version__} does not know: "
+        f"{folder} is of type '{model_type}', which transformers {__version__} does not know: "
         f"{did_you_mean(str(model_type), CONFIG_MAPPING)}"
     )
 
 
-def _require_causal(source: Source, config: Any, trust_remote_code: bool) -> None:
+def _require_causal(folder: Path, fields: dict[str, Any], config: Any, trust_remote_code: bool) -> None:
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedModelError(f"{source.folder} is a '{config.model_type}' model, not a causal language model")
-    architectures = _architectures(source)
+        raise UnsupportedModelError(f"{folder} is a '{config.model_type}' model, not a causal language model")
+    architectures = _architectures(folder, fields)
     known = _causal_classes(config)
     if architectures and not known & set(architectures):
         raise UnsupportedModelError(
-            f"{source.folder} is a {architectures[0]}, not a causal language model ({', '.join(sorted(known))})"
+            f"{folder} is a {architectures[0]}, not a causal language model ({', '.join(sorted(known))})"
         )
 
 
-def _architectures(source: Source) -> list[str]:
-    named = source.config.get("architectures") or []
+def _architectures(folder: Path, fields: dict[str, Any]) -> list[str]:
+    named = fields.get("architectures") or []
     named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise UnsupportedModelError(f"{source.folder}/config.json is not understood: architectures must be names")
+        raise UnsupportedModelError(f"{folder}/config.json is not understood: architectures must be names")
     return named
 
 

@@ -20,7 +20,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    read_config(source, trust_remote_code)
+    read_config(source.folder, source.config, trust_remote_code)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             source.folder,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.errors import UnsupportedModelError
-from llmprune.model.blocks import find_blocks, find_ends
+from llmprune.model.blocks import find_stages
 from llmprune.model.configuration import is_causal_lm
 from llmprune.model.sites import Site, Stage
 
@@ -26,9 +26,7 @@ class Resident:
             raise UnsupportedModelError(f"{type(model).__name__} is quantized: prune the original checkpoint instead")
         self.model = model
         self.config, self.dtype = model.config, model.dtype
-        self.blocks_name, blocks = find_blocks(model)
-        self.blocks = [Stage(f"{self.blocks_name}.{index}", block) for index, block in enumerate(blocks)]
-        self.embedding, self.head = find_ends(model)
+        self.blocks_name, self.blocks, self.embedding, self.head = find_stages(model)
         self._offloaded = _offloaded_weights(model)
         self.home = self.place = self.device_of(self.embedding)
 

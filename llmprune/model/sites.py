@@ -48,6 +48,13 @@ class Site:
         """One name for all experts that do the same job in a block; the site's own for what is no expert."""
         return re.sub(r"\.experts\.\d+\.", ".experts.*.", self.tensor)
 
+    @property
+    def kind(self) -> str:
+        """What holds the matrix: `Linear`, `Conv1D`, `expert` (one of a stack) or `Embedding`."""
+        if self.expert is not None:
+            return "expert"
+        return "Conv1D" if self.transposed else "Embedding" if isinstance(self.module, nn.Embedding) else "Linear"
+
     def view(self, stored: Tensor) -> Tensor:
         """Return this matrix of the stored parameter, or of a mask of it, as [outputs, inputs] (a view)."""
         if self.expert is not None:

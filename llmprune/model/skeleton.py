@@ -132,6 +132,13 @@ class Loader:
         return len(chunks) < 2 or all(torch.equal(x, y) for x, y in zip(*chunks, strict=True))
 
 
+def merged_on_load(model: PreTrainedModel) -> list[str]:
+    """Return the parameters that are put together from several tensors of a checkpoint, or made from another one."""
+    converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    targets = [pattern for converter in converters for pattern in converter.target_patterns]
+    return [name for name, _ in model.named_parameters() if any(target in name for target in targets)]
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' own bars and notices off the terminal: ours tell how far a run is."""

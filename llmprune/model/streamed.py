@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmprune.checkpoint import Source
 from llmprune.errors import CheckpointError
-from llmprune.model.blocks import find_blocks, find_ends
+from llmprune.model.blocks import find_stages
 from llmprune.model.configuration import read_config, unknown_fields
 from llmprune.model.lanes import Lanes
 from llmprune.model.memory import give_back_freed_memory
@@ -37,13 +37,11 @@ class Streamed:
         trust_remote_code: bool = False,
     ) -> None:
         self.source, self.place = source, device
-        self.config = read_config(source, trust_remote_code)
+        self.config = read_config(source.folder, source.config, trust_remote_code)
         _require_as_many_tensors(source, self.config)
         self.dtype = dtype or stored_dtype(source)
         self.model = empty_model(self.config, self.dtype, trust_remote_code)
-        self.blocks_name, blocks = find_blocks(self.model)
-        self.blocks = [Stage(f"{self.blocks_name}.{index}", block) for index, block in enumerate(blocks)]
-        self.embedding, self.head = find_ends(self.model)
+        self.blocks_name, self.blocks, self.embedding, self.head = find_stages(self.model)
         self._loader = Loader(source, self.model, self.dtype)
         fill_buffers(self.model)  # now that the files have confirmed the shapes that the configuration asks for
         self._names = self._names_by_stage()
@@ -108,7 +106,7 @@ class Streamed:
         unused = [key for key in self.source.entries if key not in self._loader.parameter_of]
         if unused:
             notes.append(f"{len(unused)} stored tensors are no part of the model and were copied, such as {unused[0]}")
-        if ignored := unknown_fields(self.source, self.config):
+        if ignored := unknown_fields(self.source.config, self.config):
             notes.append(f"config.json has fields that transformers does not know and ignores: {', '.join(ignored)}")
         return notes
 

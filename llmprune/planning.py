@@ -1,4 +1,4 @@
-"""What a run will do, decided and checked before any work: which sites, which pattern, which calibration tokens."""
+"""What a run will do, decided and checked before any work: which sites, which pattern; then, which tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DEFAULT_LENGTH = 2048  # the papers'
 
 
 class Host(Protocol):
-    """A model whose stages can be had one at a time: on disk (`Streamed`) or in memory (`Resident`)."""
+    """A model whose stages can be had one at a time: on disk (`Streamed`), in memory (`Resident`), or made up (`Outline`)."""
 
     model: Any
     config: Any
@@ -45,14 +45,8 @@ class Plan:
     sites: dict[str, list[Site]]
     pattern: Unstructured | NM
     left_dense: dict[str, str]
-    tokens: Tokens | None
     parameters: int  # of the whole model
     inner_parameters: int  # beside embeddings and head
-
-    @property
-    def rows(self) -> list[Tensor]:
-        """The calibration sequences, int64 [length] each."""
-        return self.tokens.rows if self.tokens else []
 
     def all_sites(self) -> list[Site]:
         """Return the sites of all stages."""
@@ -67,14 +61,13 @@ class Plan:
         )
 
 
-def make_plan(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Plan:
-    """Choose the sites and draw the calibration tokens; `tokenizer` is called only if there is text to tokenize.
+def make_plan(host: Host, recipe: Recipe) -> Plan:
+    """Choose the sites.
 
     Raises:
         RecipeError: nothing is left to prune, a glob matches nothing, or an embedding is to be pruned by a method
             that needs to see inputs.
         PatternError: the pattern does not fit a site.
-        DataError: the calibration data cannot be read or does not fit the model.
     """
     selection = Selection(recipe.include, recipe.exclude)
     every = {stage.name: sites_of(stage) for stage in [host.embedding, *host.blocks, host.head]}
@@ -97,10 +90,7 @@ def make_plan(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Plan:
     sites = [site for chosen_here in chosen.values() for site in chosen_here]
     _require_sense(host, recipe, chosen, sites)
     stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)
-    tokens = _draw_tokens(host, recipe, tokenizer)
-    return Plan(
-        stages, host.embedding.name, host.head.name, chosen, recipe.target(), left_dense, tokens, *_parameters(host)
-    )
+    return Plan(stages, host.embedding.name, host.head.name, chosen, recipe.target(), left_dense, *_parameters(host))
 
 
 def _parameters(host: Host) -> tuple[int, int]:
@@ -133,7 +123,12 @@ def window_length(asked: int | None, context: int | None) -> int:
     return asked
 
 
-def _draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tokens | None:
+def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tokens | None:
+    """Draw the calibration tokens that the method needs; `tokenizer` is called only if there is text to tokenize.
+
+    Raises:
+        DataError: the calibration data cannot be read or does not fit the model.
+    """
     if recipe.solver().needs is None:
         return None
     context = context_length(host.config)

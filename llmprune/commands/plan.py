@@ -1,0 +1,23 @@
+"""`llmprune plan`."""
+
+from typing import Any
+
+import click
+
+from llmprune.commands.shared import json_option, of_model, recipe_options, show, what, where
+
+
+@click.command()
+@click.argument("model")
+@what
+@where
+@of_model
+@json_option
+def plan(model: str, recipe: str | None, as_json: bool, **options: Any) -> None:
+    """Show what pruning MODEL would do and need: matrices, memory, disk, time.
+
+    No weights are loaded: a config.json is enough.
+    """
+    from llmprune.preview import plan as run
+
+    show(run(model, **recipe_options(recipe, options)), as_json)

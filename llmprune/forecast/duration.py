@@ -1,0 +1,69 @@
+"""How long a run takes on this machine, without reading and writing files."""
+
+from collections.abc import Mapping, Sequence
+
+from llmprune.forecast.parts import Part, Workload
+from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
+from llmprune.model import Outline
+from llmprune.model.collect import Group, StatisticType
+from llmprune.model.probe import Trial
+from llmprune.planning import Plan
+from llmprune.recipe import Recipe
+
+
+def duration(
+    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial]
+) -> list[Part]:
+    """Return the parts of a run's time; see `memory` for the arguments."""
+    method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
+    times = solving_time(method, recipe.target(), host.dtype, host.place)
+    if workload is None or method.needs is None:
+        return [solving_seconds([Group([site]) for site in plan.all_sites()], times)]
+    widest = max(site.shape[1] for site in plan.all_sites())
+    each = statistic_time(method.needs, widest, host.dtype, host.place)
+    return [
+        forward_seconds(stages, workload),
+        statistics_seconds(stages, workload, method.needs, each),
+        solving_seconds([group for trial in stages for group in trial.groups], times),
+    ]
+
+
+def forward_seconds(trials: Sequence[Trial], workload: Workload) -> Part:
+    """Return the time of all forwards: one or more to collect statistics, one with the pruned weights to go on.
+
+    Collecting stops at the last input that is wanted. If it takes several runs, these stop all along the block: half
+    a forward each on average. The last block is not gone on from.
+    """
+    seconds = 0.0
+    for index, trial in enumerate(trials):
+        whole = workload.sequences * trial.forward_flops(workload.length)
+        collecting = whole - workload.tokens * _spared(trial) if trial.runs == 1 else whole * (trial.runs + 1) / 2
+        onward = whole if index + 1 < len(trials) else 0.0
+        seconds += ((collecting if trial.groups else 0.0) + onward) * trial.seconds_per_flop
+    return Part("forward", seconds, "operations counted and timed here on a few tokens of one block of each kind")
+
+
+def _spared(trial: Trial) -> float:
+    """Return the operations per token of what is computed only after the last input has been seen."""
+    if not trial.groups or any(group.calls is None for group in trial.groups):
+        return 0.0
+    return 2.0 * trial.fed[-1] * sum(site.shape[0] * site.shape[1] for site in trial.groups[-1].sites)
+
+
+def statistics_seconds(
+    trials: Sequence[Trial], workload: Workload, needs: StatisticType, seconds_per_operation: float
+) -> Part:
+    """Return the time that summing the statistics takes."""
+    work = sum(
+        fed * statistic_work(needs, group.inputs)
+        for trial in trials
+        for group, fed in zip(trial.groups, trial.fed, strict=True)
+    )
+    seconds = workload.tokens * work * seconds_per_operation
+    return Part("statistics", seconds, "timed here on a sample, scaled by tokens and size")
+
+
+def solving_seconds(groups: Sequence[Group], times: SolvingTime) -> Part:
+    """Return the time that solving all sites takes."""
+    seconds = sum(times.seconds([site.shape for site in group.sites]) for group in groups)
+    return Part("solve", seconds, "four sample matrices timed here, scaled by their sizes")

@@ -1,0 +1,132 @@
+"""How much memory a run needs: what it always holds, and what the most demanding step of the most demanding block adds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from llmprune.forecast.parts import Part, Workload
+from llmprune.forecast.yardstick import copied_bytes, solving_bytes
+from llmprune.model import Outline
+from llmprune.model.memory import give_back_freed_memory
+from llmprune.model.probe import Trial, kind_of, waiting_bytes
+from llmprune.model.sites import Site, Stage
+from llmprune.model.skeleton import merged_on_load
+from llmprune.planning import Plan
+from llmprune.progress import resident_bytes
+from llmprune.recipe import Recipe
+
+
+def memory(
+    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial], mapped: bool
+) -> list[Part]:
+    """Return the parts of a run's peak memory.
+
+    Args:
+        host: the model, without weights.
+        plan: what is to be pruned.
+        recipe: how.
+        workload: of calibration; None for methods that need none.
+        trials: of the stages, by their names, for methods that need calibration.
+        mapped: whether weights are used as they lie in the files, without being cast or moved.
+    """
+    always = [base_memory(), outer_memory(host, workload, mapped)]
+    if workload:
+        always.append(waiting_memory(workload, waiting_bytes(host, workload.batch, workload.length, workload.home)))
+    return always + max(_steps(host, plan, recipe, workload, trials), key=lambda parts: sum(p.amount for p in parts))
+
+
+def _steps(
+    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial]
+) -> Iterator[list[Part]]:
+    """Yield what each step of the run adds on the device: for one block of each kind load, collect and solve."""
+    on = "device" if host.place.type == "cuda" else "host"
+    merged = merged_on_load(host.model)
+    for stage, sites in _different(host, plan):
+        weights, trial = stage_memory(host, stage, on), trials.get(stage.name)
+        yield [weights, loading_memory(stage, merged, on)]
+        if sites:
+            yield [weights, *_statistics(trial, on), solving_memory(host, sites, recipe, on)]
+        if sites and trial and workload:
+            yield [weights, statistics_memory(trial, on), *collecting_memory(host, trial, workload, recipe, on)]
+
+
+def _different(host: Outline, plan: Plan) -> list[tuple[Stage, list[Site]]]:
+    """Return one stage of each kind that a run loads, and its sites."""
+    ends = [stage for stage in (host.embedding, host.head) if stage.name in plan.sites]
+    stages = [(stage, plan.sites.get(stage.name, [])) for stage in [*ends, *host.blocks]]
+    return list({kind_of(stage, sites): (stage, sites) for stage, sites in stages}.values())
+
+
+def _place(workload: Workload | None) -> str:
+    return "device" if workload and workload.home.type == "cuda" else "host"
+
+
+def _statistics(trial: Trial | None, on: str) -> list[Part]:
+    return [statistics_memory(trial, on)] if trial else []
+
+
+def base_memory() -> Part:
+    """Return what this process occupies with its libraries, and the model without weights."""
+    give_back_freed_memory()
+    return Part("this process", resident_bytes(), "measured now, with the libraries loaded")
+
+
+def outer_memory(host: Outline, workload: Workload | None, mapped: bool) -> Part:
+    """Return what stays loaded for the whole run: embedding, final norm, and a head that is one with the embedding.
+
+    A mapped embedding takes memory only for the rows that calibration looks up.
+    """
+    embedding, rest = host.outer_bytes()
+    if mapped:
+        row = embedding // max(host.embedding.module.get_parameter("weight").shape[0], 1)
+        embedding = min(embedding, row * workload.tokens) if workload else 0
+    origin = "parameters outside the blocks" + (", of the embedding the rows looked up" if mapped else "")
+    return Part("outside the blocks", embedding + rest, origin, _place(workload))
+
+
+def waiting_memory(workload: Workload, per_batch: int) -> Part:
+    """Return what the calibration sequences take while they wait between blocks."""
+    origin = f"measured with one batch of {workload.batch} x {workload.length} tokens, {workload.batches} batches"
+    return Part("hidden states", per_batch * workload.batches, origin, _place(workload))
+
+
+def stage_memory(host: Outline, stage: Stage, on: str) -> Part:
+    """Return what a loaded block takes."""
+    return Part("one block", host.bytes_of(stage), f"parameters of {stage.name}", on)
+
+
+def loading_memory(stage: Stage, merged: Sequence[str], on: str) -> Part:
+    """Return what loading or writing a block takes beside it: the pieces from which some parameters are put together."""
+    pieces = sum(p.nbytes for name, p in stage.module.named_parameters(stage.name) if name in merged)
+    return Part("pieces of experts", pieces, "parameters that the checkpoint holds in pieces", on)
+
+
+def statistics_memory(trial: Trial, on: str) -> Part:
+    """Return what the statistics of a block take."""
+    origin = f"one per group, summed in {trial.runs} runs" if trial.runs > 1 else "one per group, all at once"
+    return Part("statistics", trial.statistics_bytes, origin, on)
+
+
+def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: Recipe, on: str) -> list[Part]:
+    """Return what collecting the statistics of a block takes beside them."""
+    scaled = "measured on a few tokens of one block, scaled by tokens"
+    widest = max(group.inputs for group in trial.groups)
+    needs = recipe.solver().needs
+    copies = workload.length * copied_bytes(needs, widest, host.dtype, host.place) if needs else 0
+    return [
+        Part("inputs of one batch", workload.tokens_at_once * trial.input_bytes, scaled, on),
+        Part("one forward", workload.tokens_at_once * trial.forward_bytes, scaled, on),
+        Part("copies for statistics", copies, "measured on a sample, scaled by tokens", on),
+    ]
+
+
+def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, on: str) -> Part:
+    """Return what solving the most demanding of the sites takes beside it and its statistic."""
+    method, pattern = recipe.solver(), recipe.target()
+    shapes = {site.shape for site in sites}
+    needed = {shape: solving_bytes(method, pattern, shape, host.dtype, host.place) for shape in shapes}
+    shape = max(shapes, key=lambda shape: (needed[shape], shape))
+    return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
+
+
+def peak(parts: Sequence[Part]) -> dict[str, int]:
+    """Return the sums of memory parts, on the host and on the GPU."""
+    return {on: sum(int(part.amount) for part in parts if part.on == on) for on in ("host", "device")}

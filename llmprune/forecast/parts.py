@@ -1,0 +1,61 @@
+"""A part of a sum that is foretold, and the work that calibration is."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from llmprune.calibration import DEFAULT_SAMPLES
+from llmprune.model import Outline
+from llmprune.model.memory import batch_size, home_device
+from llmprune.planning import context_length, window_length
+from llmprune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a sum: bytes or seconds, and where the number comes from; `on` is `host` or `device` (a GPU)."""
+
+    name: str
+    amount: float
+    origin: str
+    on: str = "host"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The calibration sequences of a run, how many of them go through a block at once, and where they wait."""
+
+    sequences: int
+    length: int
+    batch: int
+    home: torch.device
+
+    @classmethod
+    def of(cls, recipe: Recipe, host: Outline) -> "Workload":
+        """Return the workload of a recipe, whose calibration data need not be there.
+
+        Raises:
+            DataError: the sequences are to be longer than the model's context.
+        """
+        length = window_length(recipe.length, context_length(host.config))
+        sequences = recipe.samples or DEFAULT_SAMPLES
+        batch = recipe.batch_size or batch_size(length, host.config, host.dtype, host.place)
+        rows = [torch.empty(length, device="meta")] * sequences
+        home = home_device(host.place, rows, host.config, host.dtype)
+        return cls(sequences, length, min(batch, sequences), home)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return self.sequences * self.length
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens that go through a block at once."""
+        return self.batch * self.length
+
+    @property
+    def batches(self) -> int:
+        """Forwards that it takes to lead all sequences through a block."""
+        return math.ceil(self.sequences / self.batch)

@@ -1,0 +1,159 @@
+"""What statistics and solving cost on this machine: sample matrices are timed, and what they took is scaled up.
+
+Sizes: O outputs, I inputs, T tokens.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.methods import Method
+from llmprune.model.collect import StatisticType
+from llmprune.model.live import LiveBytes
+from llmprune.patterns import NM, Unstructured
+from llmprune.solving import ROW_CHUNK, prune_matrix
+from llmprune.statistics import ColumnNorm, Gram
+
+_NARROW, _WIDE = 256, 1024  # inputs and outputs of sample matrices
+_TOKENS = 256
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class SolvingTime:
+    """Seconds for matrices of one input: cube · I³ once, and (column + weight · O + product · O · I) · I for each."""
+
+    cube: float
+    column: float
+    weight: float
+    product: float
+
+    def seconds(self, shapes: list[tuple[int, int]]) -> float:
+        """Return the time that solving matrices [outputs, inputs] which share their input takes."""
+        inputs = shapes[0][1]
+        each = (self.column + self.weight * outputs + self.product * outputs * inputs for outputs, _ in shapes)
+        return self.cube * inputs**3 + inputs * sum(each)
+
+
+def statistic_work(needs: StatisticType, inputs: int) -> int:
+    """Return the operations by which a statistic sums one token: half a matrix for a Gram, a vector for norms."""
+    return inputs * (inputs + 256) if needs is Gram else inputs
+
+
+def statistic_time(needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the seconds per operation that summing a statistic of that many inputs takes."""
+    statistic, x_TI = _fed(needs, min(inputs, _WIDE), dtype, device)
+    seconds = _least(lambda: lambda: statistic.add(x_TI, 1), device)
+    return seconds / (_TOKENS * statistic_work(needs, statistic.inputs))
+
+
+def copied_bytes(needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the bytes of copies that summing a statistic of that many inputs takes per token."""
+    statistic, x_TI = _fed(needs, min(inputs, _WIDE), dtype, device)
+    live = LiveBytes()
+    with live:
+        statistic.add(x_TI, 1)
+    return live.peak / _TOKENS * (inputs / statistic.inputs)
+
+
+def _fed(
+    needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device
+) -> tuple[ColumnNorm | Gram, Tensor]:
+    return needs(inputs, device), torch.randn(_TOKENS, inputs).to(device, dtype)
+
+
+def solving_time(method: Method, pattern: Unstructured | NM, dtype: torch.dtype, device: torch.device) -> SolvingTime:
+    """Time four sample matrices and solve for the coefficients of `SolvingTime`.
+
+    Methods that need no Gram take time in proportion to the weights: their higher powers are zero.
+    """
+    narrow, wide = (_fit(inputs, pattern) for inputs in (_NARROW, _WIDE))
+    times = {
+        (outputs, inputs): _least(_sample(method, pattern, outputs, inputs, dtype, device), device)
+        for outputs in (_NARROW, _WIDE)
+        for inputs in (narrow, wide)
+    }
+    per_row = {
+        inputs: max(0.0, times[_WIDE, inputs] - times[_NARROW, inputs]) / (_WIDE - _NARROW) for inputs in (narrow, wide)
+    }
+    once = {inputs: max(0.0, times[_NARROW, inputs] - _NARROW * per_row[inputs]) for inputs in (narrow, wide)}
+    if method.needs is not Gram:
+        return SolvingTime(0.0, once[wide] / wide, per_row[wide] / wide, 0.0)
+    column, cube = _line((narrow**2, once[narrow] / narrow), (wide**2, once[wide] / wide))
+    weight, product = _line((narrow, per_row[narrow] / narrow), (wide, per_row[wide] / wide))
+    return SolvingTime(cube, column, weight, product)
+
+
+def solving_bytes(
+    method: Method, pattern: Unstructured | NM, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return the memory that solving a matrix takes beside it and its statistic.
+
+    Measured on a matrix of the same proportions with at most a million weights, and scaled by the number of weights;
+    a method that goes through a large matrix in parts takes no more for the whole than for one of them.
+    """
+    outputs, inputs = shape
+    part = min(1.0, ROW_CHUNK / (outputs * inputs))
+    if method.row_wise and pattern.row_wise:
+        sample, scale = (max(1, int(outputs * part)), inputs), 1.0
+    else:
+        side = math.sqrt(part)
+        sample = max(1, int(outputs * side)), _fit(int(inputs * side), pattern)
+        scale = outputs * inputs / (sample[0] * sample[1])
+    solve = _sample(method, pattern, *sample, dtype, device)()
+    live = LiveBytes()
+    with live:
+        solve()
+    return int(live.peak * scale)
+
+
+def _sample(
+    method: Method, pattern: Unstructured | NM, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], Callable[[], Any]]:
+    """Return what sets up a random matrix and statistic, and returns what solves it."""
+    if isinstance(pattern, Unstructured) and pattern.group == "model":
+        pattern = replace(pattern, group="layer")  # a run gives each matrix its share of the budget
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def set_up() -> Callable[[], Any]:
+        weight_OI, statistic = randn(outputs, inputs), None
+        if method.needs is not None:
+            statistic = method.needs(inputs, device)
+            statistic.add(randn(2 * inputs, inputs), 1)
+        return lambda: prune_matrix("a sample", method, weight_OI, statistic, pattern, 0)
+
+    return set_up
+
+
+def _least(set_up: Callable[[], Callable[[], Any]], device: torch.device) -> float:
+    """Return the least time of a few calls, each of what `set_up` has made ready."""
+    times = []
+    for _ in range(_REPEATS):
+        call = set_up()
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _line(low: tuple[float, float], high: tuple[float, float]) -> tuple[float, float]:
+    """Return the offset and the slope, neither of them negative, of the line through two points."""
+    (x, y), (far_x, far_y) = low, high
+    slope = max(0.0, (far_y - y) / (far_x - x))
+    return max(0.0, far_y - slope * far_x), slope
+
+
+def _fit(inputs: int, pattern: Unstructured | NM) -> int:
+    """Return the next width that the pattern fits."""
+    m = pattern.m if isinstance(pattern, NM) else 1
+    return max(1, math.ceil(inputs / m)) * m

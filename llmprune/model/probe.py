@@ -1,0 +1,210 @@
+"""Try out one block of each kind on a few tokens: which sites share an input, what a forward needs and how long it takes.
+
+Blocks are of one kind when they are of one class, with parameters of the same shapes and the same sites. The weights
+may be zeros: what is measured does not depend on them. Where they choose the experts, all tokens choose the same.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from llmprune.model.collect import Collector, Group, StatisticType, first_lane
+from llmprune.model.experts import one_by_one
+from llmprune.model.lanes import Lanes
+from llmprune.model.live import LiveBytes, bytes_of
+from llmprune.model.outline import Outline
+from llmprune.model.sites import Site, Stage
+
+_SHORT = 8  # tokens of the first of two sequences
+_LONG = (16, 64)  # least and most tokens of the second
+_LONG_FLOPS = 1e11  # about what the second may cost
+_REPEATS = 3
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not in torch's own table
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a block of one kind needs.
+
+    Attributes:
+        groups: the sites that share an input, in reading order.
+        fed: the share of the tokens that each group is fed: below 1 for experts.
+        flops: of a forward of one sequence: per token, and per token squared (attention).
+        seconds_per_flop: of a forward.
+        forward_bytes: the most that the activations of a forward take, per token.
+        input_bytes: what the inputs of all groups take, per token.
+        statistics_bytes: the most that the statistics of all groups take at once.
+        runs: in how many runs the statistics are summed.
+    """
+
+    groups: list[Group]
+    fed: list[float]
+    flops: tuple[float, float]
+    seconds_per_flop: float
+    forward_bytes: float
+    input_bytes: float
+    statistics_bytes: int
+    runs: int
+
+    def forward_flops(self, length: int) -> float:
+        """Return the floating point operations of a forward of one sequence."""
+        return self.flops[0] * length + self.flops[1] * length**2
+
+
+Kind = tuple[Any, ...]
+
+
+def kind_of(stage: Stage, sites: Sequence[Site]) -> Kind:
+    """Return what blocks of one kind have in common."""
+    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in stage.module.named_parameters())
+    return type(stage.module), shapes, tuple(site.name.removeprefix(stage.name) for site in sites)
+
+
+def try_blocks(
+    host: Outline,
+    sites: Mapping[str, Sequence[Site]],
+    needs: StatisticType,
+    budget: int,
+    true_sequential: bool,
+    home: torch.device,
+    longest: int,
+) -> dict[str, Trial]:
+    """Return the trial of each block, by its name, on sequences of at most `longest` tokens.
+
+    `sites` are the blocks' sites to prune, by the blocks' names; for the other arguments see `Collector`.
+
+    Raises:
+        UnsupportedModelError: the model's forward cannot be led block by block.
+    """
+    kinds = {block.name: kind_of(block, sites.get(block.name, [])) for block in host.blocks}
+    trials: dict[Kind, Trial] = {}
+    long = min(_long(host), longest)
+    lengths = min(_SHORT, long // 2), long
+    with Lanes(host.model, host.blocks, [_ids(length) for length in lengths], home, host.device_of) as lanes:
+        collector = Collector(lanes, needs, budget, true_sequential)
+        for index, block in enumerate(host.blocks):
+            host.load(block)
+            if kinds[block.name] not in trials:
+                trials[kinds[block.name]] = _try(collector, index, sites.get(block.name, []), lengths)
+            complete = trials.keys() >= set(kinds.values())
+            if not complete:
+                lanes.advance(index)
+            host.free(block)
+            if complete:
+                break
+    return {name: trials[kind] for name, kind in kinds.items()}
+
+
+def try_head(host: Outline, sites: Sequence[Site], needs: StatisticType, like: Trial) -> Trial:
+    """Return what an output head needs that is to be pruned, as its one matrix tells; `like` is a block's trial."""
+    (outputs, inputs), size = sites[0].shape, host.dtype.itemsize
+    groups = [Group(list(sites), calls=1)]
+    flops = 2.0 * outputs * inputs, 0.0
+    statistic = needs.nbytes(inputs)
+    return Trial(groups, [1.0], flops, like.seconds_per_flop, outputs * size, inputs * size, statistic, runs=1)
+
+
+def waiting_bytes(host: Outline, sequences: int, length: int, home: torch.device) -> int:
+    """Return what a batch keeps in memory while it waits at the first block: hidden states, masks, rotary tables."""
+    live = LiveBytes()
+    with live, Lanes(host.model, host.blocks, [_ids(length, sequences)], home, host.device_of):
+        waiting = live.now
+    return waiting + int(_growth(host, home) * sequences * length)
+
+
+def _growth(host: Outline, home: torch.device) -> float:
+    """Return what waiting takes more per token once the first block is behind: many models hold on to its input."""
+    if len(host.blocks) == 1:
+        return 0.0
+    host.load(host.blocks[0])
+    live = LiveBytes()
+    with live, Lanes(host.model, host.blocks, [_ids(2)], home, host.device_of) as lanes:
+        before = live.now
+        lanes.advance(0)
+        growth = (live.now - before) / 2
+    host.free(host.blocks[0])
+    return growth
+
+
+def _long(host: Outline) -> int:
+    largest = max(sum(p.numel() for p in block.module.parameters()) for block in host.blocks)
+    return int(min(max(_LONG[0], _LONG_FLOPS / (2 * largest)), _LONG[1]))
+
+
+def _ids(length: int, sequences: int = 1) -> Tensor:
+    return torch.zeros(sequences, length, dtype=torch.int64)
+
+
+def _try(collector: Collector, index: int, sites: Sequence[Site], lengths: tuple[int, int]) -> Trial:
+    lanes = collector.lanes
+    groups, inputs = first_lane(lanes, index, sites)
+    groups = _as_fellows(groups)
+    fed = [sum(x.numel() for x in inputs.get(group.sites[0], ())) / group.inputs / lengths[0] for group in groups]
+    input_bytes = bytes_of(list(inputs.values())) / lengths[0]
+    inputs.clear()
+    with one_by_one(lanes.stage(index).module):
+        flops = [_flops(lanes, index, lane) for lane in (0, 1)]
+        live = LiveBytes()
+        with live:
+            lanes.run(index, 1)
+        seconds = _seconds(lanes, index, 1)
+    statistics_bytes, runs = collector.demand(groups)
+    return Trial(
+        groups=groups,
+        fed=fed,
+        flops=_parabola(lengths, flops),
+        seconds_per_flop=seconds / max(flops[1], 1),
+        forward_bytes=live.peak / lengths[1],
+        input_bytes=input_bytes,
+        statistics_bytes=statistics_bytes,
+        runs=runs,
+    )
+
+
+def _as_fellows(groups: Sequence[Group]) -> list[Group]:
+    """Let experts that no token reached share inputs as their fellows do that some tokens reached."""
+    shared = {site.family: group.family for group in groups if group.calls is not None for site in group.sites}
+    joined: dict[Any, Group] = {}
+    for group in groups:
+        site = group.sites[0]
+        expert = site.expert if site.expert is not None else site.tensor.rsplit(".", 2)[0]
+        unreached = group.calls is None and group.of_expert
+        key = (expert, shared.get(site.family, site.family)) if unreached else id(group)
+        joined.setdefault(key, Group([], group.calls)).sites.extend(group.sites)
+    return list(joined.values())
+
+
+def _flops(lanes: Lanes, index: int, lane: int) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
+    with counter:
+        lanes.run(index, lane)
+    return int(counter.get_total_flops())
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _parabola(lengths: tuple[int, int], counts: Sequence[float]) -> tuple[float, float]:
+    """Return a and b for which a · length + b · length² gives both counts; b is not negative."""
+    (short, long), (low, high) = lengths, counts
+    square = max(0.0, (high / long - low / short) / (long - short))
+    return high / long - square * long, square
+
+
+def _seconds(lanes: Lanes, index: int, lane: int) -> float:
+    """Return the least time that a forward takes."""
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        lanes.run(index, lane)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)

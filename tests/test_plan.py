@@ -1,0 +1,407 @@
+"""`llmprune.plan`: what it foretells is what a run does, and it reads no weight."""
+
+import functools
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import llmprune
+import tiny
+from llmprune import cli, forecast, hub
+from llmprune.checkpoint import Source
+from llmprune.errors import LlmpruneError
+from llmprune.forecast import Part, Workload
+from llmprune.forecast.disk import disk
+from llmprune.forecast.duration import forward_seconds, solving_seconds, statistics_seconds
+from llmprune.forecast.memory import loading_memory, outer_memory, stage_memory
+from llmprune.forecast.yardstick import SolvingTime, copied_bytes, solving_bytes, solving_time, statistic_work
+from llmprune.methods import get
+from llmprune.model import Lanes, Outline, Streamed
+from llmprune.model.collect import Collector, Group, find_groups
+from llmprune.model.live import LiveBytes, bytes_of
+from llmprune.model.outline import zeros
+from llmprune.model.probe import Trial, try_blocks, waiting_bytes
+from llmprune.model.sites import Site, sites_of
+from llmprune.model.skeleton import merged_on_load
+from llmprune.patterns import NM, Unstructured
+from llmprune.preview import Preview
+from llmprune.statistics import ColumnNorm, Gram
+
+CPU = torch.device("cpu")
+FAMILIES = sorted(tiny.FAMILIES | tiny.EXPERTS)
+OPTIONS: dict[str, Any] = {"method": "wanda", "pattern": "2:4", "length": 24, "samples": 6}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a tiny model of a family."""
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def save(family: str) -> Path:
+        return tiny.save(tiny.model(family), folder / family)
+
+    return save
+
+
+def config_only(model: Path, folder: Path) -> Path:
+    """Return a folder that holds a model's config.json and nothing else."""
+    folder.mkdir()
+    shutil.copy(model / "config.json", folder)
+    return folder
+
+
+def outline(folder: Path) -> Outline:
+    return Outline(folder, json.loads((folder / "config.json").read_text("utf-8")), CPU)
+
+
+def trials_of(folder: Path, needs: Any = Gram, budget: int = 1 << 30) -> tuple[Outline, dict[str, Trial]]:
+    host = outline(folder)
+    host.open(CPU)
+    sites = {block.name: sites_of(block) for block in host.blocks}
+    return host, try_blocks(host, sites, needs, budget, False, CPU, tiny.CONTEXT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_is_what_a_run_then_does(saved: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    plan = llmprune.plan(saved(family), **OPTIONS)
+    report = llmprune.prune(saved(family), tmp_path / "out", calibration=tiny.ids(), **OPTIONS).to_json()
+    found = plan.to_json()
+    assert found["blocks"] == report["parameters"]["blocks"]
+    assert sum(found["sites"].values()) == len(report["sites"])
+    assert found["parameters"]["sites"] == report["parameters"]["sites"]
+    assert found["parameters"]["all"] == report["parameters"]["all"]
+    assert found["coverage"] == pytest.approx(report["coverage"])
+    assert found["left_dense"] == report["left_dense"]
+    assert found["left_dense_counts"] == dict(Counter(report["left_dense"].values()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_are_those_that_the_weights_lead_to(saved: Callable[[str], Path], family: str) -> None:
+    """Zeros choose other experts than the weights do, so of experts the sites count, and not their order."""
+    _, trials = trials_of(saved(family))
+    host = Streamed(Source.open(saved(family)), CPU)
+    host.open(CPU)
+    with Lanes(host.model, host.blocks, [tiny.ids(1, 24)], CPU, host.device_of) as lanes:
+        for index, block in enumerate(host.blocks):
+            host.load(block)
+            found = [len(group.sites) for group in find_groups(lanes, index, sites_of(block))]
+            assert sorted(len(group.sites) for group in trials[block.name].groups) == sorted(found)
+            host.free(block) if index + 1 == len(host.blocks) else lanes.advance(index)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2", "mixtral"])
+def test_a_config_alone_plans_the_same(saved: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    whole = llmprune.plan(saved(family), **OPTIONS).to_json()
+    alone = llmprune.plan(config_only(saved(family), tmp_path / "alone"), **OPTIONS).to_json()
+    for key in ("blocks", "groups", "sites", "parameters", "coverage", "left_dense"):
+        assert alone[key] == whole[key]
+    assert alone["disk"]["bytes"] == pytest.approx(whole["disk"]["bytes"], rel=0.05)
+    assert any("config.json" in note for note in alone["notes"]) and "config.json" in alone["disk"]["origin"]
+
+
+def test_of_a_model_on_the_hub_the_config_is_fetched(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def fetch(model: str, revision: str | None, patterns: list[str]) -> Path:
+        asked.append((model, revision, patterns))
+        return config_only(saved("llama"), tmp_path / "fetched")
+
+    monkeypatch.setattr(hub, "fetch_model", fetch)
+    assert llmprune.plan("org/name", revision="v1", **OPTIONS).blocks == tiny.BLOCKS
+    assert asked == [("org/name", "v1", ["config.json"])]
+
+
+def test_no_weight_is_read(saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight is read")
+
+    monkeypatch.setattr(Source, "slices", refuse)
+    for family in ("llama-tied", "qwen3-moe"):
+        assert llmprune.plan(saved(family), **OPTIONS).blocks == tiny.BLOCKS
+    damaged = tiny.save(tiny.model("llama"), tmp_path / "damaged")
+    tiny_nan = {name: torch.full_like(value, torch.nan) for name, value in tiny.tensors(damaged).items()}
+    assert llmprune.plan(tiny.rewrite(damaged, **tiny_nan), **OPTIONS).blocks == tiny.BLOCKS
+
+
+WRONG: list[dict[str, Any]] = [
+    {"method": "wandaa"},
+    {"pattern": "5:4"},
+    {"pattern": "3:7"},
+    {"exclude": ["*"]},
+    {"include": ["nothing"]},
+    {"include": ["model.embed_tokens.weight"]},
+    {"length": tiny.CONTEXT + 1},
+    {"device": "meta"},
+    {"sampels": 3},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_what_is_wrong_is_said_as_by_a_run(saved: Callable[[str], Path], tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(LlmpruneError) as planned:
+        llmprune.plan(saved("llama"), **(OPTIONS | wrong))
+    with pytest.raises(LlmpruneError) as pruned:
+        llmprune.prune(saved("llama"), tmp_path / "out", calibration=tiny.ids(), **(OPTIONS | wrong))
+    assert (type(planned.value), str(planned.value)) == (type(pruned.value), str(pruned.value))
+    assert "\n" not in str(planned.value)
+
+
+@pytest.mark.parametrize("field", ["model_type", "quantization_config", None])
+def test_a_folder_that_cannot_be_pruned_cannot_be_planned(
+    saved: Callable[[str], Path], tmp_path: Path, field: str | None
+) -> None:
+    folder = Path(shutil.copytree(saved("llama"), tmp_path / "model"))
+    fields = json.loads((folder / "config.json").read_text("utf-8"))
+    changed = (
+        fields | {"model_type": "lama"} if field == "model_type" else fields | {field: {"bits": 4}} if field else {}
+    )
+    (folder / "config.json").write_text(json.dumps(changed), "utf-8")
+    with pytest.raises(LlmpruneError) as planned:
+        llmprune.plan(folder, **OPTIONS)
+    with pytest.raises(LlmpruneError) as pruned:
+        llmprune.prune(folder, tmp_path / "out", **OPTIONS)
+    assert (type(planned.value), str(planned.value)) == (type(pruned.value), str(pruned.value))
+
+
+def test_a_loaded_model_is_not_planned() -> None:
+    with pytest.raises(LlmpruneError, match="not for a loaded model"):
+        llmprune.plan(tiny.model("llama"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_parts_add_up(saved: Callable[[str], Path], method: str) -> None:
+    plan = llmprune.plan(saved("qwen3-moe"), **(OPTIONS | {"method": method}))
+    found = json.loads(json.dumps(plan.to_json(), allow_nan=False))
+    memory, time = found["memory"], found["time"]
+    assert memory["peak_bytes"] == {"host": sum(part["bytes"] for part in memory["parts"]), "device": 0}
+    assert time["seconds"] == pytest.approx(sum(part["seconds"] for part in time["parts"]), abs=0.01)
+    assert all(part["origin"] for part in [*memory["parts"], *time["parts"], found["disk"]])
+    assert (found["groups"] is None) == (method == "magnitude")
+    assert {part["name"] for part in memory["parts"]} >= {"this process", "outside the blocks", "one block"}
+
+
+def test_the_text_is_short_and_says_what_matters(saved: Callable[[str], Path]) -> None:
+    text = str(llmprune.plan(saved("gemma2"), **(OPTIONS | {"exclude": ["*.0.mlp.*"]})))
+    assert len(text.splitlines()) <= 25
+    for word in ("matrices", "3 excluded", "left dense", "memory", "disk", "time", "MiB"):
+        assert word in text
+
+
+def test_more_calibration_takes_more_of_what_grows_with_it(saved: Callable[[str], Path]) -> None:
+    def parts(**options: Any) -> dict[str, float]:
+        plan = llmprune.plan(saved("llama"), **(OPTIONS | options))
+        return {part.name: part.amount for part in plan.memory}
+
+    few, many = parts(samples=4), parts(samples=40)
+    assert many["hidden states"] == pytest.approx(10 * few["hidden states"])
+    assert many["one block"] == few["one block"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_an_outline_costs_what_the_checkpoint_does(saved: Callable[[str], Path], family: str) -> None:
+    host, source = outline(saved(family)), Source.open(saved(family))
+    stored = sum(entry.count * entry.torch_dtype.itemsize for entry in source.entries.values())
+    blocks = sum(stage_memory(host, block, "host").amount for block in host.blocks)
+    head = 0 if host.config.tie_word_embeddings else host.bytes_of(host.head)
+    assert blocks + head + outer_memory(host, None, mapped=False).amount == stored
+    assert disk(host, None).amount == stored <= disk(host, source).amount
+
+
+def test_only_the_rows_of_a_mapped_embedding_that_are_looked_up_take_memory(saved: Callable[[str], Path]) -> None:
+    host = outline(saved("llama"))
+    row, norm = 64 * 4, 64 * 4
+    assert outer_memory(host, Workload(2, 5, 1, CPU), mapped=True).amount == 10 * row + norm
+    assert outer_memory(host, Workload(20, 50, 1, CPU), mapped=True).amount == tiny.VOCABULARY * row + norm
+
+
+def test_experts_stored_one_by_one_are_merged(saved: Callable[[str], Path]) -> None:
+    merging, whole = outline(saved("mixtral")), outline(saved("gpt-oss"))
+    block = merging.blocks[0]
+    experts = sum(p.nbytes for name, p in block.module.named_parameters() if ".experts." in name)
+    assert loading_memory(block, merged_on_load(merging.model), "host").amount == experts > 0
+    assert loading_memory(whole.blocks[0], merged_on_load(whole.model), "host").amount == 0
+
+
+def test_an_outline_keeps_nothing_of_a_block_it_has_left(saved: Callable[[str], Path]) -> None:
+    host, _ = trials_of(saved("llama-tied"))
+    assert all(parameter.is_meta for block in host.blocks for parameter in block.module.parameters())
+    assert not host.embedding.module.get_parameter("weight").is_meta
+
+
+def test_zeros_are_zeros_of_their_shape_and_dtype() -> None:
+    made = zeros((3, 5), torch.bfloat16, CPU)
+    assert torch.equal(made, torch.zeros(3, 5, dtype=torch.bfloat16))
+    assert zeros((0, 5), torch.float16, CPU).shape == (0, 5)
+
+
+def test_operations_of_a_llama_block_are_counted(saved: Callable[[str], Path]) -> None:
+    """Twice the weights for each token; the attention's two products of 4 heads x 16 for each pair of tokens."""
+    host, trials = trials_of(saved("llama"))
+    weights = sum(site.shape[0] * site.shape[1] for site in sites_of(host.blocks[0]))
+    trial = trials[host.blocks[0].name]
+    assert trial.flops[0] == pytest.approx(2 * weights)
+    assert trial.flops[1] == pytest.approx(2 * 2 * 4 * 16)
+    assert trial.forward_flops(100) == pytest.approx(200 * weights + 256 * 100**2)
+
+
+def test_of_experts_only_those_that_are_chosen_work(saved: Callable[[str], Path]) -> None:
+    host, trials = trials_of(saved("mixtral"))
+    trial = trials[host.blocks[0].name]
+    expert = [fed for group, fed in zip(trial.groups, trial.fed, strict=True) if group.sites[0].expert is not None]
+    assert sum(expert) == pytest.approx(2 * 2)  # two chosen experts, two matrices each
+    sites = sites_of(host.blocks[0])
+    chosen = sum(s.shape[0] * s.shape[1] * (0.5 if s.expert is not None else 1) for s in sites)
+    router = 4 * 64
+    assert trial.flops[0] == pytest.approx(2 * (chosen + router))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_what_waits_grows_with_sequences_and_holds_their_hidden_states(
+    saved: Callable[[str], Path], family: str
+) -> None:
+    host, _ = trials_of(saved(family))
+    hidden = 20 * 64 * 4
+    one, three = (waiting_bytes(host, count, 20, CPU) for count in (1, 3))
+    assert hidden <= one < 12 * hidden and 2 * hidden <= three - one <= 3 * one
+
+
+def test_statistics_over_the_budget_are_summed_in_several_runs(saved: Callable[[str], Path]) -> None:
+    _, at_once = trials_of(saved("llama"))
+    _, in_turns = trials_of(saved("llama"), budget=Gram.nbytes(64))
+    (first, *_), (second, *_) = at_once.values(), in_turns.values()
+    assert (first.statistics_bytes, first.runs) == (3 * Gram.nbytes(64) + Gram.nbytes(96), 1)
+    assert (second.statistics_bytes, second.runs) == (Gram.nbytes(96), 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_the_demand_foretold_is_the_collector_s_own(saved: Callable[[str], Path], family: str, share: float) -> None:
+    host = Streamed(Source.open(saved(family)), CPU)
+    host.open(CPU)
+    host.load(host.blocks[0])
+    sites = sites_of(host.blocks[0])
+    budget = int(share * sum(Gram.nbytes(site.shape[1]) for site in sites))
+    with Lanes(host.model, host.blocks, list(tiny.ids(6, 48).split(1)), CPU, host.device_of) as lanes:
+        collector = Collector(lanes, Gram, budget)
+        most, runs = collector.demand(find_groups(lanes, 0, sites))
+        held = max(_held(collector, sites))
+    assert held <= most <= max(budget, Gram.nbytes(96)) + Gram.nbytes(96)
+    assert runs == collector.most_runs or family == "mixtral"  # starved experts are run once more
+
+
+def _held(collector: Collector, sites: list[Site]) -> list[int]:
+    """Return the bytes of the statistic in each group as it is yielded: together they are never more."""
+    held = []
+    for group in collector.groups(0, sites):
+        held.append(Gram.nbytes(group.inputs) if group.statistic else 0)
+        group.statistic = None
+    return held
+
+
+def trial(groups: list[Group], fed: list[float], runs: int = 1) -> Trial:
+    return Trial(groups, fed, (1000.0, 2.0), 0.001, 1.0, 1.0, 1, runs)
+
+
+def site(outputs: int, inputs: int) -> Site:
+    return Site("a.weight", torch.nn.Linear(inputs, outputs), "weight", (outputs, inputs), transposed=False)
+
+
+def test_forwards_take_what_they_compute() -> None:
+    work = Workload(3, 10, 1, CPU)
+    whole = 3 * (1000 * 10 + 2 * 10**2) * 0.001
+    spared = 30 * 2 * 8 * 4 * 0.001
+    stops = trial([Group([site(8, 4)], calls=1)], [1.0])
+    assert forward_seconds([stops], work).amount == pytest.approx(whole - spared)
+    assert forward_seconds([stops, stops], work).amount == pytest.approx(3 * whole - 2 * spared)
+    assert forward_seconds([trial([], []), stops], work).amount == pytest.approx(2 * whole - spared)
+    thrice = trial([Group([site(8, 4)], calls=1)], [1.0], runs=3)
+    assert forward_seconds([thrice], work).amount == pytest.approx(2 * whole)
+
+
+def test_statistics_take_what_their_inputs_are_wide() -> None:
+    work = Workload(3, 10, 1, CPU)
+    experts = trial([Group([site(8, 4)]), Group([site(8, 6)])], [1.0, 0.5])
+    assert statistics_seconds([experts], work, ColumnNorm, 2.0).amount == 30 * (4 + 3) * 2
+    grams = statistic_work(Gram, 4) + statistic_work(Gram, 6) / 2
+    assert statistics_seconds([experts], work, Gram, 2.0).amount == 30 * grams * 2
+
+
+def test_a_factor_is_made_once_for_sites_that_share_it() -> None:
+    times = SolvingTime(cube=1.0, column=10.0, weight=100.0, product=1000.0)
+    assert times.seconds([(2, 3)]) == 27 + 3 * 10 + 6 * 100 + 18 * 1000
+    shared = Group([site(2, 3), site(4, 3)])
+    assert solving_seconds([shared], times).amount == 27 + 2 * 3 * 10 + 18 * 100 + 54 * 1000
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.5, "model"), NM(1, 7)])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_every_method_is_timed(method: str, pattern: Unstructured | NM) -> None:
+    if method != "magnitude" and pattern == Unstructured(0.5, "model"):
+        pytest.skip("only magnitudes are compared over a whole model")
+    solver = get(method)
+    times = solving_time(solver, pattern, torch.float32, CPU)
+    assert min(times.cube, times.column, times.weight, times.product) >= 0
+    assert times.seconds([(512, 512)]) > 0
+    assert (times.cube + times.product > 0) <= (method == "sparsegpt")
+
+
+def test_solving_in_parts_takes_no_more_for_a_larger_matrix() -> None:
+    wanda, rows = get("wanda"), Unstructured(0.5, "row")
+    small, large = (solving_bytes(wanda, rows, (outputs, 512), torch.float32, CPU) for outputs in (2048, 65536))
+    assert large == small >= 2048 * 512 * 4
+    sparsegpt, layer = get("sparsegpt"), Unstructured(0.5, "block")
+    small, large = (solving_bytes(sparsegpt, layer, (side, side), torch.float32, CPU) for side in (512, 4096))
+    assert large > 16 * small / 2
+
+
+def test_copies_for_a_statistic_are_in_proportion_to_its_inputs() -> None:
+    narrow, wide = (copied_bytes(Gram, inputs, torch.bfloat16, CPU) for inputs in (1024, 4096))
+    assert wide == pytest.approx(4 * narrow) and narrow >= 1024 * 8  # two copies in float32
+
+
+def test_live_bytes_follow_tensors_and_not_views() -> None:
+    given = torch.zeros(100)
+    with LiveBytes() as live:
+        assert given.view(10, 10).add_(1).T is not None and live.now == 0
+        made = given + 1
+        part = made[:2]
+        doubled = made * 2
+        assert live.now == live.peak == 800
+        del made, doubled
+        assert live.now == 400 and bytes_of([part, {"again": part}]) == 400
+        del part
+    assert (live.now, live.peak) == (0, 800)
+
+
+def test_memory_of_a_gpu_is_told_apart() -> None:
+    parts = [Part("a", 1, ""), Part("b", 2, "", "device"), Part("c", 4, "")]
+    assert forecast.peak(parts) == {"host": 5, "device": 2}
+
+
+def test_the_command_line_plans_too(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: wanda\npattern: 2:4\nexclude: '*.0.*'\n", "utf-8")
+    arguments = ["plan", str(saved("llama")), "--recipe", str(recipe), "--length", "24", "--samples", "6"]
+    shown = CliRunner().invoke(cli.cli, arguments)
+    assert shown.exit_code == 0 and "14 Linear in 8 groups" in shown.stdout
+    found = json.loads(CliRunner().invoke(cli.cli, [*arguments, "--json"]).stdout)
+    same = json.loads(json.dumps(llmprune.plan(saved("llama"), **(OPTIONS | {"exclude": "*.0.*"})).to_json()))
+    for key in found.keys() - {"memory", "time"}:
+        assert found[key] == same[key]
+
+
+def test_keys_are_those_that_are_documented(saved: Callable[[str], Path]) -> None:
+    documented = set(re.findall(r"^    ([a-z_, ]+):", Preview.__doc__ or "", re.MULTILINE))
+    keys = {key for line in documented for key in line.split(", ")}
+    assert llmprune.plan(saved("llama"), method="magnitude").to_json().keys() == keys
