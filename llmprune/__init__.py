@@ -3,12 +3,16 @@
     report = llmprune.prune("org/model", "out", method="sparsegpt", pattern="2:4")
     result = llmprune.evaluate("out", data="wikitext2")
     solution = llmprune.solve(weight, inputs, method="wanda", pattern="50%")
+    llmprune.sparsify(model)
 
-Importing this package is cheap; torch and transformers are imported when they are first needed.
+Importing this package is cheap; torch and transformers are imported when they are first needed. Once it is imported,
+`from_pretrained` of transformers also loads compressed checkpoints.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from llmprune.sparse.register import register as _register
 
 if TYPE_CHECKING:
     from llmprune import methods as methods
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
     from llmprune.recipe import Recipe as Recipe
     from llmprune.report import Report as Report
     from llmprune.solving import solve as solve
+    from llmprune.sparse.quantizer import SparseConfig as SparseConfig
+    from llmprune.sparse.sparsify import densify as densify
+    from llmprune.sparse.sparsify import sparsify as sparsify
     from llmprune.statistics import ColumnNorm as ColumnNorm
     from llmprune.statistics import Gram as Gram
     from llmprune_eval.perplexity import evaluate as evaluate
@@ -31,11 +38,14 @@ _HOMES = {
     "NM": "llmprune.patterns",
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report",
+    "SparseConfig": "llmprune.sparse.quantizer",
     "Unstructured": "llmprune.patterns",
+    "densify": "llmprune.sparse.sparsify",
     "evaluate": "llmprune_eval.perplexity",
     "inspect": "llmprune.inspection",
     "prune": "llmprune.pruning",
     "solve": "llmprune.solving",
+    "sparsify": "llmprune.sparse.sparsify",
 }
 
 __all__ = [*_HOMES, "methods"]
@@ -52,3 +62,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_register()
