@@ -1,4 +1,4 @@
-"""The command line: `llmprune prune`, `eval`, `inspect`.
+"""The command line: `llmprune prune`, `eval`, `inspect`, and the commands of `llmprune.sparse`.
 
 Every option is a field of `llmprune.Recipe` or a parameter of the Python function of the same name. Errors are one
 line on stderr and exit status 2; with `--json`, stdout holds one JSON object and nothing else.
@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from llmprune.errors import LlmpruneError, RecipeError
+from llmprune.sparse import commands
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -121,6 +122,10 @@ def inspect(model: str, as_json: bool, **options: Any) -> None:
     _show(inspection, as_json)
     if inspection.verified is False:
         sys.exit(1)
+
+
+for command in commands.COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -95,13 +95,17 @@ def _best_seconds(candidates: Sequence[Callable[[int], Tensor]], count: int) -> 
     return best
 
 
-@cache
 def _here() -> str:
-    """Return what the timings depend on beside the weight: processor, torch, kernels."""
-    kernels = hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:8]
-    return f"{_processor()} threads={torch.get_num_threads()} torch={torch.__version__} kernels={kernels}"
+    """Return what the timings depend on beside the weight: processor, threads, torch, kernels."""
+    return f"{_processor()} threads={torch.get_num_threads()} torch={torch.__version__} kernels={_kernels()}"
 
 
+@cache
+def _kernels() -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:8]
+
+
+@cache
 def _processor() -> str:
     described = Path("/proc/cpuinfo")
     lines = described.read_text("utf-8").splitlines() if described.is_file() else []

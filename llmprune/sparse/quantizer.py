@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
@@ -99,7 +99,9 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return the dtype that transformers gives a tensor of the model."""
         plan = model._get_dtype_plan(model.dtype)
         planned = (dtype for glob, dtype in plan.items() if re.search(glob.replace("*", ".*"), name))
-        return next(planned, model.state_dict()[name].dtype)
+        path, _, attribute = name.rpartition(".")
+        held: Tensor = getattr(model.get_submodule(path), attribute)
+        return next(planned, held.dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Let each conversion unpack first, and tensors without a conversion be unpacked."""
