@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from llmprune_kernels.bitmask.layout import Tiles
-from llmprune_kernels.bitmask.ops import bitmask_linear
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,12 +34,14 @@ from llmprune.patterns import parse
 from llmprune.report import hardware, versions
 from llmprune.sparse.bench import measure
 from llmprune.sparse.running import load
+from llmprune_kernels.bitmask.layout import Tiles
+from llmprune_kernels.bitmask.ops import bitmask_linear
 
 SHAPES = ((4096, 4096), (11008, 4096))
 PATTERNS = ("50%", "70%", "2:4")
 TOKENS = (1, 8, 64, 512)
 COPIES_BYTES = 192 << 20
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 14, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 16384, "max_position_embeddings": 1024, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -50,7 +50,8 @@ LLAMA = {
 def pruned(shape: tuple[int, int], pattern: str) -> Tensor:
     """Return a random bfloat16 weight [O, I] that the pattern was applied to by magnitude."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-    return weight.masked_fill_(~parse(pattern).keep(weight.abs()), 0).bfloat16()
+    kept: Tensor = weight.masked_fill_(~parse(pattern).keep(weight.abs()), 0).bfloat16()
+    return kept
 
 
 def product_rows(threads: int, rounds: int) -> Iterator[dict[str, Any]]:
@@ -76,7 +77,8 @@ def candidates(x_TI: Tensor, dense: list[Tensor], packed: list[Tiles]) -> dict[s
 
     def sparse(index: int, expand_from: int) -> Tensor:
         tiles = packed[index]
-        return bitmask_linear(x_TI, tiles.masks, tiles.values, tiles.offsets, tiles.outputs, None, expand_from)
+        y_TO: Tensor = bitmask_linear(x_TI, tiles.masks, tiles.values, tiles.offsets, tiles.outputs, None, expand_from)
+        return y_TO
 
     return {
         "dense": lambda index: functional.linear(x_TI, dense[index]),
@@ -96,7 +98,9 @@ def in_turn(functions: dict[str, Callable[[int], Tensor]], copies: int, rounds: 
     seconds = {name: np.array(values[1:]) for name, values in taken.items()}
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     return {
-        "seconds": {name: [float(value) for value in np.percentile(all_, (50, 20, 80))] for name, all_ in seconds.items()},
+        "seconds": {
+            name: [float(value) for value in np.percentile(all_, (50, 20, 80))] for name, all_ in seconds.items()
+        },
         "fastest": {name: float(all_.min()) for name, all_ in seconds.items()},
         "speedup_median": {name: medians["dense"] / median for name, median in medians.items()},
         "speedup_fastest": {name: float(seconds["dense"].min() / all_.min()) for name, all_ in seconds.items()},
@@ -108,7 +112,8 @@ def random_llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**LLAMA, dtype=torch.bfloat16)).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(LlamaConfig(**LLAMA, dtype=torch.bfloat16))
+    model.to(torch.bfloat16)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
             weight = layer.weight.data
@@ -117,8 +122,8 @@ def random_llama() -> Any:
 
 
 def model_row(model: Any, threads: int, batch: int, rounds: int) -> dict[str, Any]:
-    """Return what `llmprune bench` says of the model."""
-    setting = {"prompt_tokens": 512, "new_tokens": 16, "batch": batch, "rounds": rounds}
+    """Return what `llmprune bench` says of the model, for prompts of 512 tokens in all."""
+    setting = {"prompt_tokens": 512 // batch, "new_tokens": 16, "batch": batch, "rounds": rounds}
     return {"row": "model", "threads": threads, **measure(model, "random Llama 0.7 B, 50 %", setting).to_json()}
 
 

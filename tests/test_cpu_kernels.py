@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from llmprune_kernels import native
 from llmprune_kernels.bitmask import layout, reference
 from llmprune_kernels.bitmask.layout import SLACK, TYPES, Tiles, expand, expand_rows, multiply, multiply_expanded
 from llmprune_kernels.bitmask.ops import bitmask_linear
-from torch import Tensor
 
 LEVELS = range(native.cpu_level() + 1)
 # Products are summed in float32 in another order than the oracle's.
@@ -52,7 +53,7 @@ def threads(request: pytest.FixtureRequest) -> Any:
 @given(
     outputs=st.integers(1, 70),
     inputs=st.integers(1, 1200),
-    tokens=st.sampled_from([1, 2, 3, 4, 5, 7, 47, 48, 49, 52, 101]),
+    tokens=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 95, 96, 97, 100]),
     dtype=st.sampled_from(list(TYPES)),
     zeros=st.sampled_from([0.0, 0.5, 0.7, 0.97, 1.0]),
     level=st.sampled_from(LEVELS),
@@ -151,7 +152,7 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tokens", [1, 2, 4, 50])
 def test_every_output_is_written(tokens: int, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout.torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned)
     weight_OI = sparse_weight(13, 45, torch.bfloat16, 0.9, 4)
     weight_OI[5] = 0
     tiles, x_TI = Tiles.pack(weight_OI), inputs_of(tokens, 45, torch.bfloat16)

@@ -23,6 +23,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.recipe"},
     {"llmprune.plan", "llmprune.solving"},
     {"llmprune.report"},
+    {"llmprune.sparse"},
     {"llmprune.pruning", "llmprune.inspection"},
     {"llmprune_eval"},
     {"llmprune.cli"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.statistics": {"llmprune.errors", "llmprune.patterns"},
     "llmprune.methods": {"llmprune.errors", "llmprune.kernels", "llmprune.patterns", "llmprune.statistics"},
     "llmprune.allocation": {"llmprune.patterns"},
-    "llmprune.checkpoint": {"llmprune.errors", "llmprune.progress"},
+    "llmprune.checkpoint": {"llmprune.errors", "llmprune.progress", "llmprune_kernels"},
     "llmprune.hub": {"llmprune.errors"},
     "llmprune.documents": {"llmprune.errors"},
     "llmprune.datafiles": {"llmprune.errors"},
@@ -49,6 +50,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.locate": {"llmprune.errors", "llmprune.hub", "llmprune.checkpoint"},
     "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.statistics"},
     "llmprune.recipe": {"llmprune.errors", "llmprune.methods", "llmprune.patterns", "llmprune.locate"},
+    "llmprune.sparse": {
+        "llmprune.errors",
+        "llmprune.progress",
+        "llmprune.checkpoint",
+        "llmprune.locate",
+        "llmprune.model",
+        "llmprune.report",
+        "llmprune_kernels",
+    },
 }
 
 
@@ -117,7 +127,8 @@ def test_only_one_module_imports_datasets() -> None:
 
 @pytest.mark.parametrize("library", ["transformers", "accelerate", "greenlet"])
 def test_only_the_model_room_imports_the_libraries_of_models(library: str) -> None:
-    assert {room_of(module) for module in importers_of(library)} == {"llmprune.model"}
+    plugin = {"llmprune.sparse.quantizer", "llmprune.sparse.running"} if library == "transformers" else set()
+    assert {room_of(module) for module in importers_of(library) - plugin} == {"llmprune.model"}
 
 
 def test_only_triton_files_of_the_kernels_import_triton() -> None:

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from llmprune_kernels.bitmask.layout import expand_rows
 from numpy.typing import NDArray
 from torch import Tensor
 
 from llmprune.checkpoint.header import DTYPES
 from llmprune.errors import CheckpointError
+from llmprune_kernels.bitmask.layout import expand_rows
 
 MAGIC = b"llmprun"
 VERSION = 1
@@ -63,7 +63,9 @@ class Layout:
     def prefix(self) -> bytes:
         """Return what comes before the bitmask."""
         numbers = (self.size, len(self.shape), *self.shape)
-        return MAGIC + bytes([VERSION]) + self.dtype.encode().ljust(8, b"\0") + struct.pack(f"<{len(numbers)}Q", *numbers)
+        return (
+            MAGIC + bytes([VERSION]) + self.dtype.encode().ljust(8, b"\0") + struct.pack(f"<{len(numbers)}Q", *numbers)
+        )
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -57,12 +57,16 @@ def generate(model: str, prompt: str, dense: bool, as_json: bool, **options: Any
     def show(text: str) -> None:
         click.echo(text, nl=False)
 
+    if not as_json:
+        show(prompt)
     generated = run(model, prompt, sparse=not dense, on_text=None if as_json else show, **options)
     if as_json:
         click.echo(json.dumps(generated.to_json(), ensure_ascii=False))
         return
     rate = generated.new_tokens / generated.seconds
-    click.echo(f"\n[{generated.new_tokens} tokens, {rate:.1f} a second, {generated.sparse_layers} sparse layers]", err=True)
+    click.echo(
+        f"\n[{generated.new_tokens} tokens, {rate:.1f} a second, {generated.sparse_layers} sparse layers]", err=True
+    )
 
 
 @click.command()

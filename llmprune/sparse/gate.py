@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmprune_kernels.bitmask.layout import Tiles, multiply, multiply_expanded
-from llmprune_kernels.native import cache_folder, sources
 from torch import Tensor
 from torch.nn import functional
+
+from llmprune_kernels.bitmask.layout import Tiles, multiply, multiply_expanded
+from llmprune_kernels.native import cache_folder, sources
 
 TOKENS = (1, 4, 16, 64, 256)
 NEVER = 1 << 40

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from llmprune_kernels.bitmask.layout import TYPES, Tiles, expand
-from llmprune_kernels.bitmask.ops import bitmask_linear
 from torch import Tensor, nn
 
 from llmprune.errors import UnsupportedModelError
+from llmprune_kernels.bitmask.layout import TYPES, Tiles, expand
+from llmprune_kernels.bitmask.ops import bitmask_linear
 
 EXPAND_FROM = 64  # tokens, where nothing was measured
 
@@ -50,7 +49,7 @@ class SparseLinear(nn.Module):
         """Return the dense layer that this one stands for."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self._values.dtype)
         layer.weight = nn.Parameter(self.weight, requires_grad=False)
-        layer.bias = self.bias
+        layer.register_parameter("bias", self.get_parameter("bias") if self.bias is not None else None)
         return layer
 
     def extra_repr(self) -> str:

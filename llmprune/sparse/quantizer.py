@@ -59,8 +59,8 @@ class Unpack(ConversionOps):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Unpack":
         return self  # transformers copies the operations for each tensor
 
-    @torch.no_grad
-    def convert(  # type: ignore[override]
+    @torch.no_grad()
+    def convert(
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],
@@ -85,7 +85,7 @@ class Unpack(ConversionOps):
 EVERY = "^"  # matches the empty beginning of every name, and leaves the name as it is
 
 
-class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
+class SparseQuantizer(HfQuantizer):
     """Loads compressed checkpoints; see `SparseConfig`."""
 
     requires_calibration = False
@@ -93,7 +93,8 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def keep_sparse(self) -> bool:
         """Say whether linear layers stay sparse."""
-        return bool(self.quantization_config.runtime == "sparse")
+        config: Any = self.quantization_config
+        return bool(config.runtime == "sparse")
 
     def dtype_of(self, model: PreTrainedModel, name: str) -> torch.dtype:
         """Return the dtype that transformers gives a tensor of the model."""
@@ -148,4 +149,5 @@ def _without_unpacking(conversion: Any) -> Any:
 
 auto.register_quantization_config(METHOD)(SparseConfig)
 auto.register_quantizer(METHOD)(SparseQuantizer)
-auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SparseConfig)
+# Transformers takes `runtime` from the user's SparseConfig, the rest from the checkpoint's, for the classes listed here.
+setattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, SparseConfig))  # noqa: B010

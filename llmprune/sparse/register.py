@@ -28,9 +28,7 @@ def _tell_transformers() -> None:
 
 
 class _Awaiting(MetaPathFinder):
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != AWAITED:
             return None
         sys.meta_path.remove(self)
@@ -51,6 +49,6 @@ class _Telling(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[assignment]
+            module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _tell_transformers()

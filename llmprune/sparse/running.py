@@ -62,7 +62,7 @@ def generate(
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        streamer=_Streamer(tokenizer, on_text) if on_text else None,
+        streamer=_streamer(tokenizer, on_text) if on_text else None,
     )[0]
     seconds = time.perf_counter() - began
     layers = sum(choice.layers for choice in choices if choice.kernel != "dense")
@@ -94,19 +94,10 @@ def load(source: Source, trust_remote_code: bool = False, dtype: torch.dtype | N
     return model
 
 
-class _Streamer:
-    """What `generate` of transformers hands new tokens to; passes them on as text."""
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    """Return what `generate` of transformers hands new tokens to; it passes them on as text."""
+    from transformers import TextStreamer
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        from transformers import TextStreamer
-
-        self._inner: Any = TextStreamer(tokenizer, skip_special_tokens=True)
-        self._inner.on_finalized_text = lambda text, stream_end=False: on_text(text)
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the next tokens."""
-        self._inner.put(value)
-
-    def end(self) -> None:
-        """Pass on what is left."""
-        self._inner.end()
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
+    return streamer

@@ -4,12 +4,12 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmprune_kernels.bitmask.layout import TYPES, Tiles
-from llmprune_kernels.native import library
 from torch import Tensor, nn
 
 from llmprune.sparse.gate import TOKENS, Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
+from llmprune_kernels.bitmask.layout import TYPES, Tiles
+from llmprune_kernels.native import library
 
 _SAMPLE_BYTES = 256 << 20  # dense weights of one shape that are measured: more than a processor's cache holds
 _WORTH = 0.95  # of the dense bytes: what a layer must shrink to

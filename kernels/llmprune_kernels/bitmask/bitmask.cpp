@@ -19,9 +19,9 @@ namespace {
 
 constexpr int ROWS = 8;       // of a tile
 constexpr int COLUMNS = 32;   // of a tile
-constexpr int PANEL = 16;     // tiles whose weights are expanded before many tokens are multiplied by them
+constexpr int PANEL = 32;     // tiles whose weights are expanded before many tokens are multiplied by them
 constexpr int AT_ONCE = 3;    // tokens that share one pass over the registers
-constexpr int TOKENS = 48;    // tokens whose sums are kept at a time
+constexpr int TOKENS = 96;    // tokens whose sums are kept at a time
 constexpr int LANES = 16;     // floats that a sum is spread over
 constexpr int64_t AHEAD = 1024;  // bytes of values that are asked for before they are needed
 
@@ -198,34 +198,58 @@ AVX512 inline __m512i load_apart(const void* from) {
   return loaded;
 }
 
+AVX512 inline int64_t marked(const uint32_t* masks, int from, int to) {
+  int64_t count = 0;
+  for (int line = from; line < to; line++) count += _mm_popcnt_u32(masks[line]);
+  return count;
+}
+
 AVX512 inline void ask_ahead(const void* values) {
   for (int line = 0; line < 4; line++) _mm_prefetch((const char*)values + AHEAD + 64 * line, _MM_HINT_T0);
 }
 
-// A whole tile row times few tokens, everything in registers.
-template <int TOKENS_NOW>
-AVX512 void few_tokens(const uint32_t* masks, const uint16_t* values, int64_t across, const uint16_t* x, int64_t x_stride,
-                       float* y, int64_t y_stride, int64_t height) {
-  __m512 sums[ROWS][TOKENS_NOW];
-  for (auto& row : sums) for (auto& sum : row) sum = _mm512_setzero_ps();
+// LINES rows of a tile row, from `first` on, times few tokens, everything in registers. Values of other rows are skipped.
+template <int LINES, int TOKENS_NOW>
+AVX512 void few_tokens(const uint32_t* masks, const uint16_t* values, int64_t across, int first, const uint16_t* x,
+                       int64_t x_stride, float* y, int64_t y_stride, int64_t height) {
+  __m512 sums[LINES][TOKENS_NOW];
+  for (auto& line : sums) for (auto& sum : line) sum = _mm512_setzero_ps();
   for (int64_t tile = 0; tile < across; tile++, masks += ROWS) {
     ask_ahead(values);
     if (!(tile & 1)) _mm_prefetch((const char*)masks + 512, _MM_HINT_T0);
-    __m512bh x_now[TOKENS_NOW];
-    for (int token = 0; token < TOKENS_NOW; token++)
-      x_now[token] = (__m512bh)_mm512_loadu_si512(x + token * x_stride + tile * COLUMNS);
+    const uint16_t* x_now = x + tile * COLUMNS;
+    if constexpr (LINES < ROWS) values += marked(masks, 0, first);
 #pragma GCC unroll 8
-    for (int row = 0; row < ROWS; row++) {
-      auto weights = (__m512bh)_mm512_maskz_expand_epi16(masks[row], load_apart(values));
-      values += _mm_popcnt_u32(masks[row]);
-#pragma GCC unroll 3
+    for (int line = 0; line < LINES; line++) {
+      uint32_t mask = masks[first + line];
+      auto weights = (__m512bh)_mm512_maskz_expand_epi16(mask, load_apart(values));
+      values += _mm_popcnt_u32(mask);
+#pragma GCC unroll 6
       for (int token = 0; token < TOKENS_NOW; token++)
-        sums[row][token] = _mm512_dpbf16_ps(sums[row][token], weights, x_now[token]);
+        sums[line][token] =
+            _mm512_dpbf16_ps(sums[line][token], weights, (__m512bh)_mm512_loadu_si512(x_now + token * x_stride));
     }
+    if constexpr (LINES < ROWS) values += marked(masks, first + LINES, ROWS);
   }
-  for (int64_t row = 0; row < height; row++)
-    for (int token = 0; token < TOKENS_NOW; token++) y[token * y_stride + row] = _mm512_reduce_add_ps(sums[row][token]);
+  for (int line = 0; line < LINES && first + line < height; line++)
+    for (int token = 0; token < TOKENS_NOW; token++)
+      y[token * y_stride + first + line] = _mm512_reduce_add_ps(sums[line][token]);
 }
+
+using FewTokens = void (*)(const uint32_t*, const uint16_t*, int64_t, int, const uint16_t*, int64_t, float*, int64_t,
+                           int64_t);
+
+struct Few {
+  int lines;
+  FewTokens multiply;
+};
+
+// For 1, 2, ... FEW tokens: as many rows at a time as leave the sums in registers.
+constexpr int FEW = 6;
+constexpr Few few[FEW] = {
+    {8, few_tokens<8, 1>}, {8, few_tokens<8, 2>}, {8, few_tokens<8, 3>},
+    {4, few_tokens<4, 4>}, {4, few_tokens<4, 5>}, {4, few_tokens<4, 6>},
+};
 
 AVX512 const uint16_t* expand_panel(const uint32_t* masks, const uint16_t* values, int64_t tiles, uint16_t* out) {
   for (int64_t tile = 0; tile < tiles; tile++, masks += ROWS) {
@@ -348,11 +372,12 @@ void linear_bf16_avx512(const Tiles& tiles, const uint16_t* x, int64_t tokens, f
   auto values = static_cast<const uint16_t*>(tiles.values);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < tiles.down(); row++) {
-    auto few = tokens == 1 ? few_tokens<1> : tokens == 2 ? few_tokens<2> : few_tokens<3>;
     float* to = y + row * ROWS;
-    if (tokens <= AT_ONCE) {
-      few(tiles.masks_of(row), values + tiles.offsets[row], tiles.across(), x, x_stride, to, tiles.outputs,
-          tiles.height(row));
+    if (tokens <= FEW) {
+      const Few& kernel = few[tokens - 1];
+      for (int first = 0; first < tiles.height(row); first += kernel.lines)
+        kernel.multiply(tiles.masks_of(row), values + tiles.offsets[row], tiles.across(), first, x, x_stride, to,
+                        tiles.outputs, tiles.height(row));
       continue;
     }
     for (int64_t token = 0; token < tokens; token += TOKENS) {

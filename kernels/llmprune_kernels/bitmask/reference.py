@@ -29,7 +29,7 @@ def tile_view(weight_OI: Tensor) -> Tensor:
     outputs, inputs = weight_OI.shape
     filled = weight_OI.new_zeros(-(-outputs // ROWS) * ROWS, -(-inputs // COLUMNS) * COLUMNS)
     filled[:outputs, :inputs] = weight_OI
-    return filled.unflatten(0, (-1, ROWS)).unflatten(2, (-1, COLUMNS)).transpose(1, 2)
+    return filled.view(len(filled) // ROWS, ROWS, -1, COLUMNS).transpose(1, 2)
 
 
 def pack(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
