@@ -1,5 +1,6 @@
 """The compiled CPU kernels against float64, and against the readable reference, on all levels this CPU offers."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,24 @@ def test_the_operator_is_a_linear_layer(dtype: torch.dtype, expand_from: int, bi
 def test_the_operator_tells_torch_the_truth() -> None:
     tiles = Tiles.pack(sparse_weight(40, 70, torch.float32, 0.5, 9))
     arguments = (torch.randn(2, 3, 70), tiles.masks, tiles.values, tiles.offsets, 40, None, 100)
-    torch.library.opcheck(bitmask_linear, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        bitmask_linear, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_of_input_and_bias_are_those_of_a_linear_layer(biased: bool) -> None:
+    weight_OI = sparse_weight(40, 70, torch.float32, 0.5, 9)
+    tiles, x, bias_O = Tiles.pack(weight_OI), torch.randn(2, 3, 70), torch.randn(40)
+    leaves = [[x.clone().requires_grad_(), bias_O.clone().requires_grad_()] for _ in range(2)]
+    found = bitmask_linear(
+        leaves[0][0], tiles.masks, tiles.values, tiles.offsets, 40, leaves[0][1] if biased else None, 100
+    )
+    expected = torch.nn.functional.linear(leaves[1][0], weight_OI, leaves[1][1] if biased else None)
+    for out in (found, expected):
+        out.square().sum().backward()
+    for ours, theirs in zip(*leaves, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
 
 
 @needs_library
@@ -234,3 +252,18 @@ def test_a_compiler_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch, t
     assert not (tmp_path / "a.so").exists()
     (tmp_path / "a.so").write_text("no library")
     assert native._load(tmp_path / "a.so") is None
+
+
+def test_the_wheel_is_built_of_every_source() -> None:
+    root = Path(__file__).parent.parent
+    listed = (root / "pyproject.toml").read_text("utf-8")
+    assert native.sources()
+    assert all(f'"{source.relative_to(root).as_posix()}"' in listed for source in native.sources())
+
+
+def test_a_library_older_than_its_sources_is_not_used(tmp_path: Path) -> None:
+    made = tmp_path / "_native.so"
+    made.write_text("")
+    assert not native._outdated(made)
+    os.utime(made, (0, 0))
+    assert native._outdated(made)

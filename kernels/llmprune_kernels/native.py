@@ -57,11 +57,17 @@ def sources() -> list[Path]:
 
 def _built() -> Iterator[Path]:
     """Yield the library of the wheel, then the one in the cache, which is compiled when it is asked for."""
-    yield from (path for suffix in EXTENSION_SUFFIXES for path in PACKAGE.glob(f"_native{suffix}"))
+    shipped = (path for suffix in EXTENSION_SUFFIXES for path in PACKAGE.glob(f"_native{suffix}"))
+    yield from (path for path in shipped if not _outdated(path))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources()) + " ".join(FLAGS).encode())
     cached = cache_folder() / f"native-{digest.hexdigest()[:16]}.so"
     if cached.is_file() or _compile(cached):
         yield cached
+
+
+def _outdated(path: Path) -> bool:
+    """Say whether a source was edited since; an installer writes all files of a wheel within a minute."""
+    return max(source.stat().st_mtime for source in sources()) > path.stat().st_mtime + 60
 
 
 def _load(path: Path) -> ctypes.CDLL | None:

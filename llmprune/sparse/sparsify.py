@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmprune.progress import Progress
 from llmprune.sparse.gate import TOKENS, Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
 from llmprune_kernels.bitmask.layout import TYPES, Tiles
@@ -69,10 +70,11 @@ def sparsify(model: nn.Module, *, batch: int = 1) -> Sparsified:
     for name, layer in _linear_layers(model).items():
         weight = layer.weight
         groups[tuple(weight.shape), weight.dtype, _obstacle(layer, weight)][name] = layer
-    choices = [
-        _choose(model, layers, batch) if obstacle is None else _left_dense(layers, obstacle)
-        for (_, _, obstacle), layers in groups.items()
-    ]
+    choices = []
+    with Progress(len(groups), "measuring layers", "shape") as bar:
+        for (_, _, obstacle), layers in groups.items():
+            choices.append(_choose(model, layers, batch) if obstacle is None else _left_dense(layers, obstacle))
+            bar.step()
     fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
     return Sparsified(choices, fused)
 

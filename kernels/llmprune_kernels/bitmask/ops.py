@@ -6,11 +6,12 @@ product to torch: with many tokens the product costs far more than the expansion
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmprune_kernels.bitmask.layout import Tiles, multiply, multiply_expanded
+from llmprune_kernels.bitmask.layout import Tiles, expand, multiply, multiply_expanded
 
 _library = torch.library.Library("llmprune", "DEF")
 _library.define(
@@ -38,7 +39,21 @@ def _shape(
     return x.new_empty(*x.shape[:-1], outputs)
 
 
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, masks, values, offsets, outputs, bias, _ = inputs
+    ctx.tiles = Tiles(masks, values, offsets, outputs, x.shape[-1])
+    ctx.biased = bias is not None
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x and bias: adapters beside sparse layers can be trained, the layers cannot."""
+    of_x = gradient @ expand(ctx.tiles)
+    of_bias = gradient.flatten(0, -2).sum(0) if ctx.biased else None
+    return of_x, None, None, None, None, of_bias, None
+
+
 _library.impl("bitmask_linear", _linear, "CPU")
 torch.library.register_fake("llmprune::bitmask_linear", _shape, lib=_library)
+torch.library.register_autograd("llmprune::bitmask_linear", _gradients, setup_context=_remember, lib=_library)
 
 bitmask_linear = torch.ops.llmprune.bitmask_linear.default
