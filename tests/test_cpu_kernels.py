@@ -237,7 +237,7 @@ def test_without_a_compiler_the_reference_runs(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     missing = native.library.__wrapped__()
     assert missing is None and "install a C++ compiler" in caplog.text
-    monkeypatch.setattr(layout, "library", lambda: None)
+    monkeypatch.setattr(layout, "compiled", lambda: None)
     weight_OI, x_TI = sparse_weight(20, 70, torch.bfloat16, 0.5, 11), inputs_of(3, 70, torch.bfloat16)
     tiles = Tiles.pack(weight_OI)
     assert torch.equal(expand(tiles), weight_OI)

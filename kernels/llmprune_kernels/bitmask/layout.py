@@ -8,6 +8,7 @@ Any pattern fits it; 2:4 is a bitmask with two bits in four.
 """
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,13 @@ from llmprune_kernels.native import cpu_level, library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EXPANDED = 512  # rows that are dense at a time while many tokens are multiplied
+_P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+SIGNATURES = {  # as in bitmask.cpp
+    "bitmask_pack": (_P, _L, _L, _I, _P, _P, _P, _I),
+    "bitmask_expand": (_P, _P, _P, _L, _L, _I, _P, _I, _I),
+    "bitmask_expand_rows": (_P, _P, _L, _L, _I, _P, _I, _I),
+    "bitmask_linear": (_P, _P, _P, _L, _L, _I, _P, _L, _P, _I, _I),
+}
 SLACK = 64  # values after the last: the kernels read whole registers
 
 
@@ -37,7 +45,7 @@ class Tiles:
     def pack(cls, weight_OI: Tensor) -> "Tiles":
         """Return the weight, of a dtype in `TYPES` and on the CPU, in the tile layout."""
         outputs, inputs = weight_OI.shape
-        native = library()
+        native = compiled()
         if native is None:
             masks, values, offsets = reference.pack(weight_OI)
             return cls(masks, functional.pad(values, (0, SLACK)), offsets, outputs, inputs)
@@ -46,8 +54,8 @@ class Tiles:
         masks = torch.empty(len(offsets) - 1, -(-inputs // COLUMNS), ROWS, dtype=torch.int32)
         values = weight_OI.new_zeros(int(offsets[-1]) + SLACK)
         native.bitmask_pack(
-            _pointer(weight_OI), _int64(outputs), _int64(inputs), weight_OI.element_size(),
-            _pointer(masks), _pointer(values), _pointer(offsets), torch.get_num_threads(),
+            weight_OI.data_ptr(), outputs, inputs, weight_OI.element_size(),
+            masks.data_ptr(), values.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return cls(masks.flatten(), values, offsets, outputs, inputs)
 
@@ -65,14 +73,14 @@ class Tiles:
 
 def expand(tiles: Tiles, out: Tensor | None = None) -> Tensor:
     """Return the dense weight [O, I], bit for bit the one that was packed, in `out` if that is given."""
-    native = library()
+    native = compiled()
     dense = torch.empty(tiles.outputs, tiles.inputs, dtype=tiles.values.dtype) if out is None else out
     if native is None:
         values = tiles.values[int(tiles.offsets[0]) :]
         return dense.copy_(reference.expand(tiles.masks, values, tiles.outputs, tiles.inputs))
     native.bitmask_expand(
-        _pointer(tiles.masks), _pointer(tiles.values), _pointer(tiles.offsets), _int64(tiles.outputs),
-        _int64(tiles.inputs), dense.element_size(), _pointer(dense), torch.get_num_threads(), cpu_level(),
+        *_addresses(tiles), tiles.outputs, tiles.inputs, dense.element_size(),
+        dense.data_ptr(), torch.get_num_threads(), cpu_level(),
     )  # fmt: skip
     return dense
 
@@ -82,7 +90,7 @@ def multiply(x_TI: Tensor, tiles: Tiles, level: int | None = None) -> Tensor:
 
     `level` asks for less than the CPU offers; see `llmprune_kernels.native.cpu_level`.
     """
-    native = library()
+    native = compiled()
     if native is None:
         return reference.linear(x_TI, expand(tiles))
     level = cpu_level() if level is None else level
@@ -92,9 +100,8 @@ def multiply(x_TI: Tensor, tiles: Tiles, level: int | None = None) -> Tensor:
     x_TI = functional.pad(x_TI, (0, missing)) if missing else x_TI.contiguous()
     y_TO = torch.empty(len(x_TI), tiles.outputs)
     native.bitmask_linear(
-        _pointer(tiles.masks), _pointer(tiles.values), _pointer(tiles.offsets), _int64(tiles.outputs),
-        _int64(tiles.inputs), TYPES[tiles.values.dtype], _pointer(x_TI), _int64(len(x_TI)), _pointer(y_TO),
-        torch.get_num_threads(), level,
+        *_addresses(tiles), tiles.outputs, tiles.inputs, TYPES[tiles.values.dtype],
+        x_TI.data_ptr(), len(x_TI), y_TO.data_ptr(), torch.get_num_threads(), level,
     )  # fmt: skip
     return y_TO
 
@@ -115,13 +122,13 @@ def expand_rows(masks: Tensor, values: Tensor, columns: int) -> Tensor:
 
     The number of values must be the number of bits; the caller checks it.
     """
-    native = library()
+    native = compiled()
     if native is None:
         return reference.expand_rows(masks, values, columns)
     dense = torch.empty(len(masks), columns, dtype=values.dtype)
     native.bitmask_expand_rows(
-        _pointer(masks), _pointer(values), _int64(len(masks)), _int64(columns), values.element_size(),
-        _pointer(dense), torch.get_num_threads(), cpu_level(),
+        masks.data_ptr(), values.data_ptr(), len(masks), columns, values.element_size(),
+        dense.data_ptr(), torch.get_num_threads(), cpu_level(),
     )  # fmt: skip
     return dense
 
@@ -133,8 +140,15 @@ def _offsets(weight_OI: Tensor) -> Tensor:
     return functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """Return the library with the arguments of this folder's functions declared, None where there is none."""
+    native = library()
+    for name, arguments in SIGNATURES.items() if native is not None else ():
+        function = getattr(native, name)
+        function.argtypes, function.restype = arguments, None
+    return native
 
 
-_int64 = ctypes.c_int64
+def _addresses(tiles: Tiles) -> tuple[int, int, int]:
+    return tiles.masks.data_ptr(), tiles.values.data_ptr(), tiles.offsets.data_ptr()
