@@ -178,7 +178,8 @@ def test_rows_are_a_view() -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_many_tokens_take_the_dense_rows(dtype: torch.dtype) -> None:
+def test_many_tokens_take_the_dense_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "EXPANDED_BYTES", 100_000)  # several parts, the last one ragged
     weight_OI, x_TI = sparse_weight(1100, 70, dtype, 0.5, 7), inputs_of(9, 70, dtype)
     found_TO = multiply_expanded(x_TI, Tiles.pack(weight_OI))
     torch.testing.assert_close(found_TO, torch.nn.functional.linear(x_TI, weight_OI), rtol=0.02, atol=1e-3)

@@ -20,7 +20,7 @@ from llmprune_kernels.bitmask.reference import COLUMNS, ROWS
 from llmprune_kernels.native import cpu_level, library
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-EXPANDED = 512  # rows that are dense at a time while many tokens are multiplied
+EXPANDED_BYTES = 16 << 20  # of the weight that are dense at a time while many tokens are multiplied
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {  # as in bitmask.cpp
     "bitmask_pack": (_P, _L, _L, _I, _P, _P, _P, _I),
@@ -107,12 +107,13 @@ def multiply(x_TI: Tensor, tiles: Tiles, level: int | None = None) -> Tensor:
 
 
 def multiply_expanded(x_TI: Tensor, tiles: Tiles) -> Tensor:
-    """Return what `multiply` does, by torch: some rows of the weight are dense at a time, few enough for the cache."""
+    """Return what `multiply` does, by torch: a part of the weight is dense at a time, small enough for the cache."""
     y_TO = x_TI.new_empty(len(x_TI), tiles.outputs)
-    rows_OI = tiles.values.new_empty(min(EXPANDED, tiles.outputs), tiles.inputs)
-    for first in range(0, tiles.outputs, EXPANDED):
-        last = min(first + EXPANDED, tiles.outputs)
-        dense_OI = expand(tiles.rows(first, last), rows_OI[: last - first])
+    step = max(1, EXPANDED_BYTES // (tiles.inputs * x_TI.element_size() * ROWS)) * ROWS
+    part_OI = tiles.values.new_empty(min(step, tiles.outputs), tiles.inputs)
+    for first in range(0, tiles.outputs, step):
+        last = min(first + step, tiles.outputs)
+        dense_OI = expand(tiles.rows(first, last), part_OI[: last - first])
         torch.mm(x_TI, dense_OI.T, out=y_TO[:, first:last])
     return y_TO
 
