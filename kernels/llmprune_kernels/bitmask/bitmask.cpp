@@ -84,29 +84,35 @@ const void* widen_panel_any(const uint32_t* masks, const void* stream, int64_t t
   return values;
 }
 
-// sums[row][token] += panel[row] . x[token], spread over LANES; the body is compiled once for every level.
-typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+// sums[row][token] += panel[row] . x[token], spread over LANES. The body is compiled for each level, with the vectors
+// and the number of rows at a time that its registers hold.
+#define VECTOR(bytes) float __attribute__((vector_size(bytes), aligned(4), may_alias))
 
-#define MULTIPLY_BODY                                                                              \
-  {                                                                                                \
-    for (int row = 0; row < ROWS; row += 2)                                                        \
-      for (int64_t token = 0; token < tokens; token++) {                                           \
-        float *first_sum = sums + (row * TOKENS + token) * LANES, *second_sum = first_sum + TOKENS * LANES; \
-        const float *first = panel + row * PANEL * COLUMNS, *second = first + PANEL * COLUMNS;     \
-        const float* from = x + token * x_stride;                                                  \
-        Vector a = *(const Vector*)first_sum, b = *(const Vector*)second_sum;                      \
-        for (int64_t column = 0; column < tiles * COLUMNS; column += LANES) {                      \
-          Vector x_vector = *(const Vector*)(from + column);                                       \
-          a += *(const Vector*)(first + column) * x_vector;                                        \
-          b += *(const Vector*)(second + column) * x_vector;                                       \
-        }                                                                                          \
-        *(Vector*)first_sum = a;                                                                   \
-        *(Vector*)second_sum = b;                                                                  \
-      }                                                                                            \
+#define MULTIPLY_BODY(bytes, LINES)                                                                       \
+  {                                                                                                       \
+    typedef VECTOR(bytes) Vector;                                                                         \
+    constexpr int WIDTH = bytes / 4, PARTS = LANES / WIDTH;                                               \
+    for (int row = 0; row < ROWS; row += LINES)                                                           \
+      for (int64_t token = 0; token < tokens; token++) {                                                  \
+        Vector now[LINES][PARTS];                                                                         \
+        for (int line = 0; line < LINES; line++)                                                          \
+          for (int part = 0; part < PARTS; part++)                                                        \
+            now[line][part] = *(const Vector*)(sums + ((row + line) * TOKENS + token) * LANES + part * WIDTH); \
+        for (int64_t column = 0; column < tiles * COLUMNS; column += LANES)                               \
+          _Pragma("GCC unroll 4") for (int part = 0; part < PARTS; part++) {                              \
+            Vector x_now = *(const Vector*)(x + token * x_stride + column + part * WIDTH);                \
+            const float* weights = panel + row * PANEL * COLUMNS + column + part * WIDTH;                 \
+            _Pragma("GCC unroll 8") for (int line = 0; line < LINES; line++)                              \
+              now[line][part] += *(const Vector*)(weights + line * PANEL * COLUMNS) * x_now;              \
+          }                                                                                               \
+        for (int line = 0; line < LINES; line++)                                                          \
+          for (int part = 0; part < PARTS; part++)                                                        \
+            *(Vector*)(sums + ((row + line) * TOKENS + token) * LANES + part * WIDTH) = now[line][part];  \
+      }                                                                                                   \
   }
 
 void multiply_any(const float* panel, int64_t tiles, const float* x, int64_t x_stride, int64_t tokens, float* sums)
-MULTIPLY_BODY
+MULTIPLY_BODY(16, 2)
 
 // ---- x86 -----------------------------------------------------------------------------------------------------------
 
@@ -129,68 +135,6 @@ struct Places {
 };
 const Places places;
 
-AVX2 inline __m256 widen_bf16(__m128i values) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(values), 16));
-}
-
-template <Type type>
-AVX2 const void* widen_panel_avx2(const uint32_t* masks, const void* stream, int64_t tiles, float* out) {
-  auto values = static_cast<const typename Stored<type>::T*>(stream);
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    for (int line = 0; line < 4; line++) _mm_prefetch((const char*)values + AHEAD + 64 * line, _MM_HINT_T0);
-    for (int row = 0; row < ROWS; row++)
-      for (int part = 0; part < 4; part++) {
-        uint32_t mask = masks[tile * ROWS + row] >> (8 * part) & 255;
-        float* to = out + (row * PANEL + tile) * COLUMNS + 8 * part;
-        if constexpr (type == F32) {
-          __m256i lanes = _mm256_load_si256((const __m256i*)places.lanes[mask]);
-          __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
-          _mm256_storeu_ps(to, _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lanes, 31)), moved));
-        } else {
-          __m128i bytes = _mm_load_si128((const __m128i*)places.bytes[mask]);
-          __m128i moved = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), bytes);
-          if constexpr (type == BF16) _mm256_storeu_ps(to, widen_bf16(moved));
-          else _mm256_storeu_ps(to, _mm256_cvtph_ps(moved));
-        }
-        values += _mm_popcnt_u32(mask);
-      }
-  }
-  return values;
-}
-
-AVX2 void multiply_avx2(
-    const float* panel, int64_t tiles, const float* x, int64_t x_stride, int64_t tokens, float* sums)
-MULTIPLY_BODY
-
-template <Type type>
-AVX512 const void* widen_panel_avx512(const uint32_t* masks, const void* stream, int64_t tiles, float* out) {
-  auto values = static_cast<const typename Stored<type>::T*>(stream);
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    for (int line = 0; line < 4 * int(sizeof(*values)) / 2; line++)
-      _mm_prefetch((const char*)values + AHEAD + 64 * line, _MM_HINT_T0);
-    for (int row = 0; row < ROWS; row++) {
-      uint32_t mask = masks[tile * ROWS + row];
-      float* to = out + (row * PANEL + tile) * COLUMNS;
-      if constexpr (type == F32) {
-        _mm512_storeu_ps(to, _mm512_maskz_expand_ps(__mmask16(mask), _mm512_loadu_ps(values)));
-        const float* next = values + _mm_popcnt_u32(mask & 0xffff);
-        _mm512_storeu_ps(to + 16, _mm512_maskz_expand_ps(__mmask16(mask >> 16), _mm512_loadu_ps(next)));
-      } else {
-        __m512i spread = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
-        _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm512_castsi512_si256(spread)));
-        _mm512_storeu_ps(to + 16, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(spread, 1)));
-      }
-      values += _mm_popcnt_u32(mask);
-    }
-  }
-  return values;
-}
-
-AVX512 void multiply_avx512(
-    const float* panel, int64_t tiles, const float* x, int64_t x_stride, int64_t tokens, float* sums)
-MULTIPLY_BODY
-
-// bfloat16 on AVX-512 multiplies pairs without widening them (vdpbf16ps), so it has kernels of its own.
 // The barrier keeps load and expansion two instructions: fused, they decode slowly.
 AVX512 inline __m512i load_apart(const void* from) {
   __m512i loaded = _mm512_loadu_si512(from);
@@ -198,14 +142,122 @@ AVX512 inline __m512i load_apart(const void* from) {
   return loaded;
 }
 
+template <typename T> AVX2 inline void ask_ahead(const T* values) {
+  for (int line = 0; line < 2 * int(sizeof(T)); line++) _mm_prefetch((const char*)values + AHEAD + 64 * line, _MM_HINT_T0);
+}
+
+AVX2 inline __m256 widen_bf16(__m128i values) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(values), 16));
+}
+
+// The next weights of a row of a tile, 8 of them, as `mask` spreads them.
+template <Type type> AVX2 inline __m256 spread_avx2(uint32_t mask, const typename Stored<type>::T* values) {
+  if constexpr (type == F32) {
+    __m256i lanes = _mm256_load_si256((const __m256i*)places.lanes[mask]);
+    __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
+    return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lanes, 31)), moved);
+  } else {
+    __m128i bytes = _mm_load_si128((const __m128i*)places.bytes[mask]);
+    __m128i moved = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), bytes);
+    if constexpr (type == BF16) return widen_bf16(moved);
+    else return _mm256_cvtph_ps(moved);
+  }
+}
+
+template <Type type>
+AVX2 const void* widen_panel_avx2(const uint32_t* masks, const void* stream, int64_t tiles, float* out) {
+  auto values = static_cast<const typename Stored<type>::T*>(stream);
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    ask_ahead(values);
+    for (int row = 0; row < ROWS; row++)
+      for (int part = 0; part < 4; part++) {
+        uint32_t mask = masks[tile * ROWS + row] >> (8 * part) & 255;
+        _mm256_storeu_ps(out + (row * PANEL + tile) * COLUMNS + 8 * part, spread_avx2<type>(mask, values));
+        values += _mm_popcnt_u32(mask);
+      }
+  }
+  return values;
+}
+
+template <Type type>
+AVX2 void one_token_avx2(const uint32_t* masks, const void* stream, int64_t across, const float* x, float* sums) {
+  auto values = static_cast<const typename Stored<type>::T*>(stream);
+  __m256 now[ROWS];
+  for (auto& sum : now) sum = _mm256_setzero_ps();
+  for (int64_t tile = 0; tile < across; tile++, masks += ROWS, x += COLUMNS) {
+    ask_ahead(values);
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 4
+      for (int part = 0; part < 4; part++) {
+        uint32_t mask = masks[row] >> (8 * part) & 255;
+        now[row] = _mm256_fmadd_ps(spread_avx2<type>(mask, values), _mm256_loadu_ps(x + 8 * part), now[row]);
+        values += _mm_popcnt_u32(mask);
+      }
+  }
+  for (int row = 0; row < ROWS; row++) _mm256_storeu_ps(sums + row * LANES, now[row]);
+}
+
+AVX2 void multiply_avx2(
+    const float* panel, int64_t tiles, const float* x, int64_t x_stride, int64_t tokens, float* sums)
+MULTIPLY_BODY(32, 4)
+
+template <Type type>
+AVX512 inline void spread_avx512(uint32_t mask, const typename Stored<type>::T* values, __m512& low, __m512& high) {
+  if constexpr (type == F32) {
+    low = _mm512_maskz_expand_ps(__mmask16(mask), _mm512_loadu_ps(values));
+    high = _mm512_maskz_expand_ps(__mmask16(mask >> 16), _mm512_loadu_ps(values + _mm_popcnt_u32(mask & 0xffff)));
+  } else {
+    __m512i spread = _mm512_maskz_expand_epi16(mask, load_apart(values));
+    low = _mm512_cvtph_ps(_mm512_castsi512_si256(spread));
+    high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(spread, 1));
+  }
+}
+
+template <Type type>
+AVX512 const void* widen_panel_avx512(const uint32_t* masks, const void* stream, int64_t tiles, float* out) {
+  auto values = static_cast<const typename Stored<type>::T*>(stream);
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    ask_ahead(values);
+    for (int row = 0; row < ROWS; row++) {
+      __m512 low, high;
+      spread_avx512<type>(masks[tile * ROWS + row], values, low, high);
+      _mm512_storeu_ps(out + (row * PANEL + tile) * COLUMNS, low);
+      _mm512_storeu_ps(out + (row * PANEL + tile) * COLUMNS + 16, high);
+      values += _mm_popcnt_u32(masks[tile * ROWS + row]);
+    }
+  }
+  return values;
+}
+
+template <Type type>
+AVX512 void one_token_avx512(const uint32_t* masks, const void* stream, int64_t across, const float* x, float* sums) {
+  auto values = static_cast<const typename Stored<type>::T*>(stream);
+  __m512 now[ROWS];
+  for (auto& sum : now) sum = _mm512_setzero_ps();
+  for (int64_t tile = 0; tile < across; tile++, masks += ROWS, x += COLUMNS) {
+    ask_ahead(values);
+    __m512 x_low = _mm512_loadu_ps(x), x_high = _mm512_loadu_ps(x + 16);
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; row++) {
+      __m512 low, high;
+      spread_avx512<type>(masks[row], values, low, high);
+      now[row] = _mm512_fmadd_ps(high, x_high, _mm512_fmadd_ps(low, x_low, now[row]));
+      values += _mm_popcnt_u32(masks[row]);
+    }
+  }
+  for (int row = 0; row < ROWS; row++) _mm512_storeu_ps(sums + row * LANES, now[row]);
+}
+
+AVX512 void multiply_avx512(
+    const float* panel, int64_t tiles, const float* x, int64_t x_stride, int64_t tokens, float* sums)
+MULTIPLY_BODY(64, 8)
+
+// bfloat16 on AVX-512 multiplies pairs without widening them (vdpbf16ps), so it has kernels of its own.
 AVX512 inline int64_t marked(const uint32_t* masks, int from, int to) {
   int64_t count = 0;
   for (int line = from; line < to; line++) count += _mm_popcnt_u32(masks[line]);
   return count;
-}
-
-AVX512 inline void ask_ahead(const void* values) {
-  for (int line = 0; line < 4; line++) _mm_prefetch((const char*)values + AHEAD + 64 * line, _MM_HINT_T0);
 }
 
 // LINES rows of a tile row, from `first` on, times few tokens, everything in registers. Values of other rows are skipped.
@@ -295,43 +347,47 @@ AVX512 void multiply_pairs(const uint16_t* panel, int64_t tiles, const uint16_t*
 
 // ---- one tile row --------------------------------------------------------------------------------------------------
 
-void add_up(const float* sums, int64_t tokens, int64_t height, float* y, int64_t y_stride) {
+// y[token][row] = all lanes of sums[row][token]; the rows of `sums` lie `stride` tokens apart.
+void add_up(const float* sums, int64_t stride, int64_t tokens, int64_t height, float* y, int64_t y_stride) {
   for (int64_t row = 0; row < height; row++)
     for (int64_t token = 0; token < tokens; token++) {
-      const float* lanes = sums + (row * TOKENS + token) * LANES;
+      const float* lanes = sums + (row * stride + token) * LANES;
       float total = 0;
       for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
       y[token * y_stride + row] = total;
     }
 }
 
-using WidenPanel = const void* (*)(const uint32_t*, const void*, int64_t, float*);
-using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*);
-
 struct Widened {  // the kernels that multiply in float32
-  WidenPanel widen_panel;
-  Multiply multiply;
+  const void* (*widen_panel)(const uint32_t*, const void*, int64_t, float*);
+  void (*multiply)(const float*, int64_t, const float*, int64_t, int64_t, float*);
+  void (*one_token)(const uint32_t*, const void*, int64_t, const float*, float*);  // may be missing
 
   void operator()(const Tiles& tiles, int64_t row, const void* stream, const float* x, int64_t x_stride, int64_t tokens,
                   float* y) const {
     float panel[ROWS * PANEL * COLUMNS], sums[ROWS * TOKENS * LANES];
+    if (tokens == 1 && one_token) {
+      std::memset(sums, 0, sizeof(float) * ROWS * LANES);
+      one_token(tiles.masks_of(row), stream, tiles.across(), x, sums);
+      return add_up(sums, 1, 1, tiles.height(row), y, tiles.outputs);
+    }
     std::memset(sums, 0, sizeof sums);
     for (int64_t tile = 0; tile < tiles.across(); tile += PANEL) {
       int64_t now = tiles.across() - tile < PANEL ? tiles.across() - tile : PANEL;
       stream = widen_panel(tiles.masks_of(row) + tile * ROWS, stream, now, panel);
       multiply(panel, now, x + tile * COLUMNS, x_stride, tokens, sums);
     }
-    add_up(sums, tokens, tiles.height(row), y, tiles.outputs);
+    add_up(sums, TOKENS, tokens, tiles.height(row), y, tiles.outputs);
   }
 };
 
 template <Type type> Widened widened(int level) {
 #ifdef LLMPRUNE_X86
   if constexpr (type != BF16)
-    if (level >= 2) return {widen_panel_avx512<type>, multiply_avx512};
-  if (level >= 1) return {widen_panel_avx2<type>, multiply_avx2};
+    if (level >= 2) return {widen_panel_avx512<type>, multiply_avx512, one_token_avx512<type>};
+  if (level >= 1) return {widen_panel_avx2<type>, multiply_avx2, one_token_avx2<type>};
 #endif
-  return {widen_panel_any<type>, multiply_any};
+  return {widen_panel_any<type>, multiply_any, nullptr};
 }
 
 template <Type type>
@@ -364,7 +420,7 @@ void many_tokens(const Tiles& tiles, int64_t row, const uint16_t* x, int64_t x_s
     for (; token < tokens; token++)
       multiply_pairs<1>(panel, now, from + token * x_stride, x_stride, sums + token * LANES);
   }
-  add_up(sums, tokens, tiles.height(row), y, tiles.outputs);
+  add_up(sums, TOKENS, tokens, tiles.height(row), y, tiles.outputs);
 }
 
 void linear_bf16_avx512(const Tiles& tiles, const uint16_t* x, int64_t tokens, float* y, int threads) {
