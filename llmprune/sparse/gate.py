@@ -1,7 +1,8 @@
 """Which implementation is fastest here: each is measured once per machine, the answer kept on disk.
 
 Timings are those of the weights themselves, taken in turn, as a model reads them: what stays in the processor's cache
-from one call to the next would flatter the larger candidate.
+from one call to the next would flatter the larger candidate. Where the machine was busy at the time, delete `gate.json`
+in the cache folder (`$XDG_CACHE_HOME/llmprune`, or `~/.cache/llmprune`) to measure anew.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ from llmprune_kernels.native import cache_folder, sources
 
 TOKENS = (1, 4, 16, 64, 256)
 NEVER = 1 << 40
-_RUNS, _SECONDS = 5, 0.05  # at least so many runs of each candidate, and so long
+_RUNS = 5  # of each candidate with each weight
+_SHORTEST, _LONGEST = 0.15, 1.0  # seconds for one number of tokens
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,21 @@ def _measure(weights: Sequence[Tensor], packed: Sequence[Tiles], tokens: int) ->
 
 
 def _best_seconds(candidates: Sequence[Callable[[int], Tensor]], count: int) -> list[float]:
-    """Return the shortest run of each candidate; they take turns, and so does what they are given."""
+    """Return the shortest run of each candidate; they take turns, and so do the `count` weights they are given."""
     best = [float("inf")] * len(candidates)
     began, runs = time.perf_counter(), 0
-    while runs < _RUNS * count or time.perf_counter() - began < _SECONDS * len(candidates):
+    while not _enough(runs, count, time.perf_counter() - began):
         for number, candidate in enumerate(candidates):
             start = time.perf_counter()
             candidate(runs % count)
             best[number] = min(best[number], time.perf_counter() - start)
         runs += 1
-        if runs >= _RUNS and time.perf_counter() - began > 20 * _SECONDS:
-            break
     return best
+
+
+def _enough(runs: int, count: int, seconds: float) -> bool:
+    """Say whether each weight had its turns, or fewer where one turn takes long."""
+    return runs >= _RUNS and (seconds > _LONGEST or (runs >= _RUNS * count and seconds > _SHORTEST))
 
 
 def _here() -> str:
