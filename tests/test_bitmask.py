@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers.quantizers import auto
 
 import llmprune
 import tiny
 from llmprune.checkpoint import packed
 from llmprune.checkpoint.compressed import DENSE_CONFIG, compress, decompress
 from llmprune.errors import CheckpointError, RecipeError
+from llmprune.sparse import register
 from llmprune.sparse.linear import SparseLinear
 
 DTYPES = {
@@ -83,7 +85,7 @@ def test_half_the_zeros_take_nine_sixteenths() -> None:
     assert len(round_trip(bits, "BF16")[2]) == 32 + 2 * 8 + bits.nbytes * 9 // 16
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "qwen3-moe", "gpt-oss"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3-moe", "gpt-oss"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pruned checkpoint and its compressed twin."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -167,22 +169,28 @@ def test_only_what_shrinks_is_packed(small: Path) -> None:
     }
 
 
-def test_without_llmprune_transformers_does_not_load_nonsense(small: Path) -> None:
-    code = f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(small)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode != 0 and "llmprune" in done.stderr
+def test_without_llmprune_transformers_does_not_load_nonsense(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "llmprune")
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+        tiny.load(small)
 
 
-@pytest.mark.parametrize("first", ["import transformers.modeling_utils", "import sys"])
-def test_importing_llmprune_before_or_after_is_all_it_takes(small: Path, first: str) -> None:
+def test_importing_llmprune_first_is_all_it_takes(small: Path) -> None:
     code = (
-        f"{first}; import llmprune, llmprune.sparse.register as r; r.register(); from transformers import "
-        f"AutoModelForCausalLM as M; m = M.from_pretrained({str(small)!r}); "
-        "print(m.model.layers[0].mlp.up_proj.weight.shape)"
+        "import llmprune; from transformers import AutoModelForCausalLM as M; "
+        f"print(M.from_pretrained({str(small)!r}).model.layers[0].mlp.up_proj.weight.shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([96, 64])" in done.stdout
+
+
+def test_where_transformers_is_there_already_it_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(register, "_tell_transformers", lambda: told.append(True))
+    finders = list(sys.meta_path)
+    register.register()
+    assert told and sys.meta_path == finders
 
 
 def test_importing_llmprune_imports_no_heavy_library() -> None:
