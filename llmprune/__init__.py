@@ -4,12 +4,16 @@
     result = llmprune.evaluate("out", data="wikitext2")
     preview = llmprune.plan("org/model", method="sparsegpt")
     solution = llmprune.solve(weight, inputs, method="wanda", pattern="50%")
+    llmprune.sparsify(model)
 
-Importing this package is cheap; torch and transformers are imported when they are first needed.
+Importing this package is cheap; torch and transformers are imported when they are first needed. Once it is imported,
+`from_pretrained` of transformers also loads compressed checkpoints.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from llmprune.sparse.register import register as _register
 
 if TYPE_CHECKING:
     from llmprune import methods as methods
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from llmprune.recipe import Recipe as Recipe
     from llmprune.report import Report as Report
     from llmprune.solving import solve as solve
+    from llmprune.sparse.quantizer import SparseConfig as SparseConfig
+    from llmprune.sparse.sparsify import densify as densify
+    from llmprune.sparse.sparsify import sparsify as sparsify
     from llmprune.statistics import ColumnNorm as ColumnNorm
     from llmprune.statistics import Gram as Gram
     from llmprune_eval.comparison import compare as compare
@@ -39,8 +46,10 @@ _HOMES = {
     "Preview": "llmprune.preview",
     "Recipe": "llmprune.recipe",
     "Report": "llmprune.report",
+    "SparseConfig": "llmprune.sparse.quantizer",
     "Unstructured": "llmprune.patterns",
     "compare": "llmprune_eval.comparison",
+    "densify": "llmprune.sparse.sparsify",
     "evaluate": "llmprune_eval.perplexity",
     "inspect": "llmprune.inspection",
     "plan": "llmprune.preview",
@@ -49,6 +58,7 @@ _HOMES = {
     "sensitivity": "llmprune_eval.sensitivity",
     "solve": "llmprune.solving",
     "sweep": "llmprune_eval.sweep",
+    "sparsify": "llmprune.sparse.sparsify",
 }
 
 __all__ = [*_HOMES, "methods"]
@@ -65,3 +75,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_register()

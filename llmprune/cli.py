@@ -11,7 +11,10 @@ from typing import NoReturn
 
 import click
 
+from llmprune.commands.bench import bench
+from llmprune.commands.compress import compress, decompress
 from llmprune.commands.evaluate import evaluate
+from llmprune.commands.generate import generate
 from llmprune.commands.inspect import inspect
 from llmprune.commands.plan import plan
 from llmprune.commands.prune import prune
@@ -32,7 +35,21 @@ def cli() -> None:
     """
 
 
-for command in (prune, plan, inspect, evaluate, sensitivity, sweep, report, push):
+_COMMANDS = (
+    prune,
+    plan,
+    inspect,
+    evaluate,
+    sensitivity,
+    sweep,
+    report,
+    push,
+    compress,
+    decompress,
+    generate,
+    bench,
+)
+for command in _COMMANDS:
     cli.add_command(command)
 
 

@@ -132,7 +132,7 @@ def assert_refused(result: Result, out: Path, *parts: str) -> None:
 def help_texts(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "80")
     texts = []
-    for command in ([], ["prune"], ["plan"], ["eval"], ["inspect"]):
+    for command in ([], *([name] for name in cli.cli.commands)):
         result = CliRunner().invoke(cli.cli, [*command, "--help"], prog_name="llmprune")
         texts.append(f"$ {' '.join(['llmprune', *command, '--help'])}\n{result.stdout}")
     return "\n".join(texts)

@@ -27,7 +27,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.publishing"},
     {"llmprune.report"},
     {"llmprune.storing", "llmprune.forecast"},
-    {"llmprune.run"},
+    {"llmprune.run", "llmprune.sparse"},
     {"llmprune.pruning", "llmprune.preview"},
     {"llmprune_eval"},
     {"llmprune.commands"},
@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "llmprune.statistics",
     },
     "llmprune.allocation": {"llmprune.patterns"},
-    "llmprune.checkpoint": {"llmprune.errors", "llmprune.progress"},
+    "llmprune.checkpoint": {"llmprune.errors", "llmprune.progress", "llmprune_kernels"},
     "llmprune.hub": {"llmprune.errors"},
     "llmprune.determinism": {"llmprune.errors"},
     "llmprune.documents": {"llmprune.errors"},
@@ -68,6 +68,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         "llmprune.patterns",
         "llmprune.locate",
         "llmprune.statistics",
+    },
+    "llmprune.sparse": {
+        "llmprune.errors",
+        "llmprune.progress",
+        "llmprune.checkpoint",
+        "llmprune.locate",
+        "llmprune.model",
+        "llmprune.report",
+        "llmprune_kernels",
     },
 }
 
@@ -137,7 +146,8 @@ def test_only_one_module_imports_datasets() -> None:
 
 @pytest.mark.parametrize("library", ["transformers", "accelerate", "greenlet"])
 def test_only_the_model_room_imports_the_libraries_of_models(library: str) -> None:
-    assert {room_of(module) for module in importers_of(library)} == {"llmprune.model"}
+    plugin = {"llmprune.sparse.quantizer", "llmprune.sparse.running"} if library == "transformers" else set()
+    assert {room_of(module) for module in importers_of(library) - plugin} == {"llmprune.model"}
 
 
 def test_only_triton_files_of_the_kernels_import_triton() -> None:

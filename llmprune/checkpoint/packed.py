@@ -1,0 +1,170 @@
+"""One tensor as a bitmask and its values, in one buffer of bytes: what a compressed checkpoint stores under its name.
+
+    8 bytes    magic, with the version of the layout as its last byte
+    8 bytes    name of the dtype in safetensors, such as BF16, filled up with zeros
+    8 bytes    bytes of an element
+    8 bytes    number of dimensions, then 8 bytes for each of them
+    bitmask    of each row (along the last dimension) ceil(columns / 8) bytes, lowest bit first
+    zeros      up to a multiple of 8 bytes
+    values     the elements whose bit is set, in order
+    zeros      up to a multiple of 8 bytes
+
+Numbers are little-endian. An element's bit is clear if all bits of the element are: -0.0 and NaN are values, so every
+tensor of every dtype comes back bit for bit. One buffer, not a tensor for each part, so that loaders which rename or
+merge tensors by their names treat a packed tensor as they would the dense one, and loaders that do not know the format
+stop at its shape.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmprune.checkpoint.header import DTYPES
+from llmprune.errors import CheckpointError
+from llmprune_kernels.bitmask.layout import expand_rows
+
+MAGIC = b"llmprun"
+VERSION = 1
+_INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 22  # elements packed at a time
+_FIXED = 32  # bytes before the dimensions
+_ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The dtype and shape of a packed tensor, and where its parts lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int  # bytes of an element
+    mask_at: int
+    values_at: int
+
+    @classmethod
+    def of(cls, dtype: str, shape: tuple[int, ...], size: int) -> "Layout":
+        """Return the layout for a tensor."""
+        mask_at = _FIXED + 8 * len(shape)
+        rows, columns = rows_and_columns(shape)
+        return cls(dtype, shape, size, mask_at, _whole(mask_at + rows * _bytes(columns)))
+
+    def packed_bytes(self, values: int) -> int:
+        """Return the length of the buffer that holds `values` values."""
+        return _whole(self.values_at + values * self.size)
+
+    def prefix(self) -> bytes:
+        """Return what comes before the bitmask."""
+        numbers = (self.size, len(self.shape), *self.shape)
+        return (
+            MAGIC + bytes([VERSION]) + self.dtype.encode().ljust(8, b"\0") + struct.pack(f"<{len(numbers)}Q", *numbers)
+        )
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape as that of a matrix whose rows run along the last dimension."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def can_pack(shape: tuple[int, ...], count: int, nbytes: int) -> bool:
+    """Say whether a tensor is a matrix, or several, of whole-byte elements."""
+    return len(shape) >= 2 and count > 0 and nbytes % count == 0 and nbytes // count in _INTEGERS
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Say whether a tensor that was read from a file is a packed one."""
+    if tensor.dtype is not torch.uint8 or tensor.ndim != 1 or len(tensor) < _FIXED:
+        return False
+    return bytes(tensor[: len(MAGIC)].tolist()) == MAGIC
+
+
+def pack(dense: Bytes, layout: Layout) -> Bytes:
+    """Return the bytes of a dense tensor, packed."""
+    rows, columns = rows_and_columns(layout.shape)
+    elements = dense.view(_INTEGERS[layout.size]).reshape(rows, columns)
+    step = max(1, _CHUNK // columns)
+    kept = [elements[first : first + step] != 0 for first in range(0, rows, step)]
+    packed = np.zeros(layout.packed_bytes(sum(int(part.sum()) for part in kept)), np.uint8)
+    packed[: layout.mask_at] = np.frombuffer(layout.prefix(), np.uint8)
+    mask_at, values_at = layout.mask_at, layout.values_at
+    for number, part in enumerate(kept):
+        bits = np.packbits(part, axis=1, bitorder="little").reshape(-1)
+        values = elements[number * step : number * step + len(part)][part].view(np.uint8)
+        packed[mask_at : mask_at + len(bits)] = bits
+        packed[values_at : values_at + len(values)] = values
+        mask_at, values_at = mask_at + len(bits), values_at + len(values)
+    return packed
+
+
+def values_of(dense: Bytes, size: int) -> int:
+    """Return how many elements of a dense tensor are not all zero bits."""
+    elements = dense.view(_INTEGERS[size])
+    return sum(int(np.count_nonzero(elements[first : first + _CHUNK])) for first in range(0, len(elements), _CHUNK))
+
+
+def layout_of(packed: Bytes, name: str) -> Layout:
+    """Read the layout of a packed tensor and check that its parts are all there.
+
+    Raises:
+        CheckpointError: naming the tensor, the version is a newer one, or bitmask and values contradict each other.
+    """
+    if packed[7] != VERSION:
+        raise CheckpointError(f"{name} is packed in format {packed[7]}, this llmprune reads {VERSION}: upgrade it")
+    dtype = packed[8:16].tobytes().rstrip(b"\0").decode("ascii", "replace")
+    size, dimensions = struct.unpack("<QQ", packed[16:_FIXED].tobytes())
+    if size not in _INTEGERS or not 2 <= dimensions <= (len(packed) - _FIXED) // 8:
+        raise _damaged(name)
+    shape = struct.unpack(f"<{dimensions}Q", packed[_FIXED : _FIXED + 8 * dimensions].tobytes())
+    layout = Layout.of(dtype, shape, size)
+    if len(packed) < layout.values_at or len(packed) != layout.packed_bytes(int(_ONES[_masks(packed, layout)].sum())):
+        raise _damaged(name)
+    return layout
+
+
+def unpack(packed: Bytes, name: str) -> tuple[Layout, Tensor]:
+    """Return the layout of a packed tensor and its dense elements, as integers of their size [rows, columns].
+
+    Raises:
+        CheckpointError: as `layout_of`.
+    """
+    layout = layout_of(packed, name)
+    rows, columns = rows_and_columns(layout.shape)
+    masks = torch.from_numpy(_masks(packed, layout))
+    values = torch.from_numpy(packed[layout.values_at :]).view(_VIEWS[layout.size])
+    return layout, expand_rows(masks.view(rows, -1), values, columns)
+
+
+def dense_tensor(packed: Tensor, name: str) -> Tensor:
+    """Return the tensor that was packed.
+
+    Raises:
+        CheckpointError: as `layout_of`, or its dtype is none that torch and llmprune share.
+    """
+    layout, elements = unpack(packed.numpy(), name)
+    if layout.dtype not in DTYPES:
+        raise CheckpointError(f"{name} is stored as {layout.dtype}: restore the checkpoint with `llmprune decompress`")
+    return elements.view(DTYPES[layout.dtype]).view(layout.shape)
+
+
+def _masks(packed: Bytes, layout: Layout) -> Bytes:
+    rows, columns = rows_and_columns(layout.shape)
+    return packed[layout.mask_at : layout.mask_at + rows * _bytes(columns)]
+
+
+def _damaged(name: str) -> CheckpointError:
+    return CheckpointError(f"{name}: its bitmask and values contradict each other; download or compress it again")
+
+
+def _bytes(columns: int) -> int:
+    return -(-columns // 8)
+
+
+def _whole(count: int) -> int:
+    return -(-count // 8) * 8

@@ -1,0 +1,104 @@
+"""A checkpoint, dense or compressed, in memory and ready to generate text."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune.checkpoint import Source
+from llmprune.checkpoint.compressed import is_compressed, require_version
+from llmprune.errors import CheckpointError
+from llmprune.locate import locate
+from llmprune.model.configuration import read_config
+from llmprune.model.skeleton import quiet
+from llmprune.model.tokenizer import load_tokenizer
+from llmprune.sparse.sparsify import sparsify
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continued prompt, and how long the new tokens took."""
+
+    text: str
+    new_tokens: int
+    seconds: float
+    sparse_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain values."""
+        return asdict(self)
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    sparse: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generated:
+    """Continue a prompt with a model on the CPU, greedily.
+
+    Args:
+        model: a folder, dense or compressed, a Hub id, or `demo`.
+        sparse: run layers sparse where that is no slower.
+        on_text: is called with each piece of text as it comes.
+
+    Raises:
+        LlmpruneError: the model or its tokenizer cannot be loaded.
+    """
+    source = Source.open(locate(model, revision))
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    loaded = load(source, trust_remote_code)
+    choices = sparsify(loaded).choices if sparse else []
+    inputs = tokenizer(prompt, return_tensors="pt")
+    began = time.perf_counter()
+    ids = loaded.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=_streamer(tokenizer, on_text) if on_text else None,
+    )[0]
+    seconds = time.perf_counter() - began
+    layers = sum(choice.layers for choice in choices if choice.kernel != "dense")
+    new = len(ids) - inputs["input_ids"].shape[1]
+    return Generated(tokenizer.decode(ids, skip_special_tokens=True), new, seconds, layers)
+
+
+def load(source: Source, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:
+    """Return the model of a checkpoint, dense or compressed, with dense layers on the CPU.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if is_compressed(source.config):
+        require_version(source.config["quantization_config"], str(source.folder))
+    else:
+        read_config(source.folder, source.config, trust_remote_code)
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except RuntimeError as error:  # what transformers makes of a tensor that does not fit or cannot be unpacked
+        cause = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source.folder} cannot be loaded ({cause}): download it again") from None
+    model.eval()
+    return model
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    """Return what `generate` of transformers hands new tokens to; it passes them on as text."""
+    from transformers import TextStreamer
+
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
+    return streamer

@@ -1,0 +1,270 @@
+"""The compiled CPU kernels against float64, and against the readable reference, on all levels this CPU offers."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmprune_kernels import native
+from llmprune_kernels.bitmask import layout, reference
+from llmprune_kernels.bitmask.layout import SLACK, TYPES, Tiles, expand, expand_rows, multiply, multiply_expanded
+from llmprune_kernels.bitmask.ops import bitmask_linear
+
+LEVELS = range(native.cpu_level() + 1)
+# Products are summed in float32 in another order than the oracle's.
+RELATIVE = 2e-6
+
+needs_library = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+
+def sparse_weight(outputs: int, inputs: int, dtype: torch.dtype, zeros: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight_OI = torch.randn(outputs, inputs, generator=generator)
+    return weight_OI.masked_fill_(torch.rand(outputs, inputs, generator=generator) < zeros, 0).to(dtype)
+
+
+def inputs_of(tokens: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def assert_near(found_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
+    """Compare with float64, each element on the scale of what was summed."""
+    expected_TO = x_TI.double() @ weight_OI.double().T
+    scale_TO = x_TI.double().abs() @ weight_OI.double().abs().T
+    assert found_TO.shape == expected_TO.shape
+    assert ((found_TO.double() - expected_TO).abs() <= RELATIVE * scale_TO).all()
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@needs_library
+@settings(max_examples=120, deadline=None)
+@given(
+    outputs=st.integers(1, 70),
+    inputs=st.integers(1, 1200),
+    tokens=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 9, 95, 96, 97, 100]),
+    dtype=st.sampled_from(list(TYPES)),
+    zeros=st.sampled_from([0.0, 0.5, 0.7, 0.97, 1.0]),
+    level=st.sampled_from(LEVELS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_are_those_of_the_dense_weight(
+    outputs: int, inputs: int, tokens: int, dtype: torch.dtype, zeros: float, level: int, seed: int
+) -> None:
+    weight_OI = sparse_weight(outputs, inputs, dtype, zeros, seed)
+    x_TI = inputs_of(tokens, inputs, dtype)
+    assert_near(multiply(x_TI, Tiles.pack(weight_OI), level), x_TI, weight_OI)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (8, 32), (9, 33), (13, 1100), (16, 64), (700, 40)])
+def test_tiles_are_those_of_the_reference_and_expand_to_the_weight(
+    outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    weight_OI = sparse_weight(outputs, inputs, dtype, 0.5, 1)
+    tiles = Tiles.pack(weight_OI)
+    masks, values, offsets = reference.pack(weight_OI)
+    assert torch.equal(tiles.masks, masks)
+    assert torch.equal(tiles.values[:-SLACK], values)
+    assert torch.equal(tiles.offsets, offsets)
+    assert torch.equal(expand(tiles), weight_OI)
+    assert torch.equal(reference.expand(masks, values, outputs, inputs), weight_OI)
+
+
+def test_a_tile_by_hand() -> None:
+    weight_OI = torch.zeros(9, 33)
+    weight_OI[0, 1], weight_OI[0, 31], weight_OI[1, 0], weight_OI[0, 32], weight_OI[8, 2] = 1, 2, 3, 4, 5
+    tiles = Tiles.pack(weight_OI)
+    assert tiles.offsets.tolist() == [0, 4, 5]
+    assert tiles.values[:-SLACK].tolist() == [1, 2, 3, 4, 5]
+    assert tiles.masks.view(2, 2, 8)[:, :, :2].tolist() == [[[2 - 2**31, 1], [1, 0]], [[4, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_bit_pattern_survives(dtype: torch.dtype) -> None:
+    """Negative zeros, infinities, NaN payloads and subnormal numbers are values like any other."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    integers = reference.INTEGERS[size]
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(torch.iinfo(integers).min, torch.iinfo(integers).max, (40, 100), generator=generator)
+    bits = bits.to(integers) * (torch.rand(40, 100, generator=generator) < 0.5)
+    bits[0, 0] = torch.iinfo(integers).min  # -0.0
+    found = expand(Tiles.pack(bits.view(dtype)))
+    assert torch.equal(found.view(integers), bits)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_expand_as_in_the_reference(columns: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    kept = torch.rand(13, columns, generator=generator) < 0.5
+    kept[4] = False
+    padded = torch.nn.functional.pad(kept, (0, -columns % 8)).view(13, -1, 8)
+    masks = (padded.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    values = (torch.rand(int(kept.sum()), generator=generator) * 100 + 1).to(dtype)
+    expected = torch.zeros(13, columns, dtype=dtype)
+    expected[kept] = values
+    assert torch.equal(expand_rows(masks, values, columns), expected)
+    assert torch.equal(reference.expand_rows(masks, values, columns), expected)
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [1, 3, 5])
+def test_any_number_of_threads_gives_the_same_bits(tokens: int, threads: int) -> None:
+    weight_OI, x_TI = sparse_weight(100, 300, torch.bfloat16, 0.5, 2), inputs_of(tokens, 300, torch.bfloat16)
+    found_TO = multiply(x_TI, Tiles.pack(weight_OI))
+    torch.set_num_threads(1)
+    assert torch.equal(found_TO, multiply(x_TI, Tiles.pack(weight_OI)))
+    assert_near(found_TO, x_TI, weight_OI)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_tensors_at_odd_addresses_are_read(dtype: torch.dtype, level: int) -> None:
+    weight_OI = sparse_weight(20, 96, dtype, 0.5, 3)
+    tiles, x_TI = Tiles.pack(weight_OI), inputs_of(5, 96, dtype)
+    shifted = [torch.cat([tensor[:1], tensor])[1:] for tensor in (tiles.masks, tiles.values, tiles.offsets)]
+    x_shifted = torch.cat([x_TI.flatten()[:1], x_TI.flatten()])[1:].view(5, 96)
+    assert any(tensor.data_ptr() % 32 for tensor in shifted) and x_shifted.data_ptr() % 32
+    moved = Tiles(shifted[0], shifted[1], shifted[2], 20, 96)
+    assert_near(multiply(x_shifted, moved, level), x_TI, weight_OI)
+    assert torch.equal(expand(moved), weight_OI)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return what `torch.empty` may return: NaN, or the largest number of an integer dtype."""
+    return torch.full(shape, torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max, dtype=dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 50])
+def test_every_output_is_written(tokens: int, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "empty", poisoned)
+    weight_OI = sparse_weight(13, 45, torch.bfloat16, 0.9, 4)
+    weight_OI[5] = 0
+    tiles, x_TI = Tiles.pack(weight_OI), inputs_of(tokens, 45, torch.bfloat16)
+    assert_near(multiply(x_TI, tiles, level), x_TI, weight_OI)
+    assert torch.equal(expand(tiles), weight_OI)
+
+
+@needs_library
+def test_nothing_is_written_beyond_the_output() -> None:
+    weight_OI, x_TI = sparse_weight(13, 45, torch.bfloat16, 0.5, 5), inputs_of(2, 45, torch.bfloat16)
+    tiles = Tiles.pack(weight_OI)
+    room = torch.full((20, 45), 7.0, dtype=torch.bfloat16)
+    assert torch.equal(expand(tiles, room[:13]), weight_OI) and room[13:].eq(7).all()
+    assert_near(multiply(x_TI, tiles), x_TI, weight_OI)
+
+
+def test_rows_are_a_view() -> None:
+    weight_OI = sparse_weight(45, 70, torch.bfloat16, 0.5, 6)
+    tiles = Tiles.pack(weight_OI)
+    for first, last in ((0, 8), (8, 45), (16, 24), (40, 45)):
+        assert torch.equal(expand(tiles.rows(first, last)), weight_OI[first:last])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_many_tokens_take_the_dense_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "EXPANDED_BYTES", 100_000)  # several parts, the last one ragged
+    weight_OI, x_TI = sparse_weight(1100, 70, dtype, 0.5, 7), inputs_of(9, 70, dtype)
+    found_TO = multiply_expanded(x_TI, Tiles.pack(weight_OI))
+    torch.testing.assert_close(found_TO, torch.nn.functional.linear(x_TI, weight_OI), rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("expand_from", [1, 100])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_operator_is_a_linear_layer(dtype: torch.dtype, expand_from: int, biased: bool) -> None:
+    weight_OI, bias_O = sparse_weight(40, 70, dtype, 0.5, 8), torch.randn(40).to(dtype) if biased else None
+    tiles, x = Tiles.pack(weight_OI), inputs_of(6, 70, dtype).view(2, 3, 70)
+    found = bitmask_linear(x, tiles.masks, tiles.values, tiles.offsets, 40, bias_O, expand_from)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight_OI, bias_O), rtol=0.02, atol=1e-2)
+
+
+def test_the_operator_tells_torch_the_truth() -> None:
+    tiles = Tiles.pack(sparse_weight(40, 70, torch.float32, 0.5, 9))
+    arguments = (torch.randn(2, 3, 70), tiles.masks, tiles.values, tiles.offsets, 40, None, 100)
+    torch.library.opcheck(
+        bitmask_linear, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_of_input_and_bias_are_those_of_a_linear_layer(biased: bool) -> None:
+    weight_OI = sparse_weight(40, 70, torch.float32, 0.5, 9)
+    tiles, x, bias_O = Tiles.pack(weight_OI), torch.randn(2, 3, 70), torch.randn(40)
+    leaves = [[x.clone().requires_grad_(), bias_O.clone().requires_grad_()] for _ in range(2)]
+    found = bitmask_linear(
+        leaves[0][0], tiles.masks, tiles.values, tiles.offsets, 40, leaves[0][1] if biased else None, 100
+    )
+    expected = torch.nn.functional.linear(leaves[1][0], weight_OI, leaves[1][1] if biased else None)
+    for out in (found, expected):
+        out.square().sum().backward()
+    for ours, theirs in zip(*leaves, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
+
+
+@needs_library
+def test_a_nan_or_infinity_in_the_input_is_not_hidden() -> None:
+    weight_OI = sparse_weight(16, 64, torch.bfloat16, 0.5, 10)
+    x_TI = inputs_of(2, 64, torch.bfloat16)
+    x_TI[0, 5], x_TI[1, 9] = torch.nan, torch.inf
+    for level in LEVELS:
+        found_TO = multiply(x_TI, Tiles.pack(weight_OI), level)
+        expected_TO = x_TI.float() @ weight_OI.float().T
+        assert torch.equal(found_TO.isfinite(), expected_TO.isfinite())
+
+
+def test_without_a_compiler_the_reference_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [])
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    missing = native.library.__wrapped__()
+    assert missing is None and "install a C++ compiler" in caplog.text
+    monkeypatch.setattr(layout, "compiled", lambda: None)
+    weight_OI, x_TI = sparse_weight(20, 70, torch.bfloat16, 0.5, 11), inputs_of(3, 70, torch.bfloat16)
+    tiles = Tiles.pack(weight_OI)
+    assert torch.equal(expand(tiles), weight_OI)
+    assert torch.equal(expand(tiles.rows(8, 20)), weight_OI[8:])
+    assert_near(multiply(x_TI, tiles), x_TI, weight_OI)
+
+
+@needs_library
+def test_a_compiler_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not native._compile_with(["false"], tmp_path / "a.so")
+    assert not native._compile_with([str(tmp_path / "missing")], tmp_path / "a.so")
+    assert not (tmp_path / "a.so").exists()
+    (tmp_path / "a.so").write_text("no library")
+    assert native._load(tmp_path / "a.so") is None
+
+
+def test_the_wheel_is_built_of_every_source() -> None:
+    root = Path(__file__).parent.parent
+    listed = (root / "pyproject.toml").read_text("utf-8")
+    assert native.sources()
+    assert all(f'"{source.relative_to(root).as_posix()}"' in listed for source in native.sources())
+
+
+def test_a_library_older_than_its_sources_is_not_used(tmp_path: Path) -> None:
+    made = tmp_path / "_native.so"
+    made.write_text("")
+    assert not native._outdated(made)
+    os.utime(made, (0, 0))
+    assert native._outdated(made)

@@ -1,0 +1,320 @@
+"""Sparse layers in models: the swap, the gate that decides it, generation, and the commands around it."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import llmprune
+import tiny
+from llmprune.checkpoint.compressed import compress
+from llmprune.cli import cli
+from llmprune.errors import LlmpruneError, RecipeError, UnsupportedModelError
+from llmprune.sparse import gate, sparsify
+from llmprune.sparse.bench import bench, linear_bytes, twin
+from llmprune.sparse.gate import NEVER, Timing, Verdict, judge
+from llmprune.sparse.linear import SparseLinear
+from llmprune.sparse.running import generate
+from llmprune_kernels import native
+from llmprune_kernels.bitmask.layout import Tiles
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+
+def half_zero(model: Any) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "embed" not in name and "lm_head" not in name:
+                parameter.masked_fill_(parameter.abs() < parameter.abs().float().median(), 0)
+    return model
+
+
+def model(family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> Any:
+    return half_zero(tiny.model(family, dtype))
+
+
+def sparse_layers(made: nn.Module) -> list[str]:
+    return [name for name, layer in made.named_modules() if isinstance(layer, SparseLinear)]
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Keep what is measured in a test out of the user's cache; the library stays loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "llmprune" / "gate.json"
+
+
+def timings(dense: float, bitmask: float, expand: float) -> Any:
+    """Return what stands in for a measurement: the same seconds whatever is asked."""
+
+    def measure(weights: Any, packed: Any, tokens: int) -> Timing:
+        return Timing(tokens, dense, bitmask, expand)
+
+    return measure
+
+
+@pytest.fixture
+def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "_measure", timings(2.0, 1.0, 3.0))
+
+
+@pytest.fixture
+def dense_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "_measure", timings(1.0, 2.0, 3.0))
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    scale = float(expected.float().abs().max())
+    limit = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[expected.dtype]
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=limit * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3-moe"])
+@pytest.mark.usefixtures("sparse_wins")
+def test_a_sparse_model_computes_what_the_dense_one_does(family: str, dtype: torch.dtype) -> None:
+    dense = model(family, dtype)
+    made = twin(dense)
+    result = llmprune.sparsify(made)
+    assert sparse_layers(made) and not sparse_layers(dense)
+    near(tiny.logits(made, tiny.ids(2)), tiny.logits(dense, tiny.ids(2)))
+    assert sum(choice.layers for choice in result.choices if choice.kernel == "bitmask") == len(sparse_layers(made))
+    assert bool(result.fused) == (family == "qwen3-moe")
+    assert ("fused expert" in str(result)) == (family == "qwen3-moe")
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_what_has_too_few_zeros_or_is_tied_stays_dense() -> None:
+    made = model()
+    result = llmprune.sparsify(made)
+    assert type(made.lm_head) is nn.Linear
+    assert [choice.reason for choice in result.choices if choice.kernel == "dense"] == ["too few zeros"]
+    tied = model("llama-tied")
+    tied.get_input_embeddings().weight.data.masked_fill_(torch.rand(160, 64) < 0.6, 0)
+    llmprune.sparsify(tied)
+    assert type(tied.lm_head) is nn.Linear
+
+
+@pytest.mark.usefixtures("dense_wins")
+def test_where_dense_is_faster_the_model_stays_dense() -> None:
+    made = model()
+    result = llmprune.sparsify(made)
+    assert not sparse_layers(made)
+    assert {choice.kernel for choice in result.choices} == {"dense"}
+
+
+def test_a_layer_that_loses_becomes_dense_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = model()
+    made = twin(dense)
+    monkeypatch.setattr(gate, "_measure", timings(2.0, 1.0, 3.0))
+    llmprune.sparsify(made)
+    monkeypatch.setattr(gate, "_measure", timings(1.0, 2.0, 3.0))
+    llmprune.sparsify(made, batch=5)  # not measured yet
+    assert not sparse_layers(made)
+    assert torch.equal(tiny.logits(made, tiny.ids(2)), tiny.logits(dense, tiny.ids(2)))
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_densify_restores_every_bit() -> None:
+    dense = model("opt")
+    made = twin(dense)
+    llmprune.sparsify(made)
+    llmprune.densify(made)
+    assert not sparse_layers(made)
+    assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in dense.state_dict().items())
+    assert list(made.state_dict()) == list(dense.state_dict())
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_the_state_dict_is_the_dense_one_both_ways() -> None:
+    dense, other = model(), half_zero(tiny.model("llama", torch.bfloat16, seed=1))
+    made = twin(dense)
+    llmprune.sparsify(made)
+    assert sorted(made.state_dict()) == sorted(dense.state_dict())
+    assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in dense.state_dict().items())
+    made.load_state_dict(other.state_dict())
+    near(tiny.logits(made, tiny.ids(2)), tiny.logits(other, tiny.ids(2)))
+    dense.load_state_dict(made.state_dict())
+    assert torch.equal(tiny.logits(dense, tiny.ids(2)), tiny.logits(other, tiny.ids(2)))
+
+
+def test_a_state_dict_of_another_shape_is_refused() -> None:
+    layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
+    made = SparseLinear(tiles_of(layer.weight), None)
+    with pytest.raises(RuntimeError, match="weight"):
+        made.load_state_dict({"weight": torch.zeros(32, 63)})
+
+
+def tiles_of(weight: Tensor) -> Tiles:
+    return Tiles.pack(weight.detach())
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_saving_a_sparse_model_saves_the_dense_one(tmp_path: Path) -> None:
+    dense = model()
+    made = twin(dense)
+    llmprune.sparsify(made)
+    made.save_pretrained(tmp_path / "out")
+    found = tiny.load(tmp_path / "out")
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in dense.state_dict().items())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.usefixtures("sparse_wins")
+def test_generation_is_that_of_the_dense_model(batch: int) -> None:
+    dense = model(dtype=torch.float32)
+    made = twin(dense)
+    llmprune.sparsify(made)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    found, expected = (each.generate(tiny.ids(batch, 6), **options) for each in (made, dense))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_compile_sees_one_whole_graph() -> None:
+    made = model(dtype=torch.float32)
+    llmprune.sparsify(made)
+    compiled = torch.compile(made, backend="eager", fullgraph=True)
+    assert torch.equal(tiny.logits(compiled, tiny.ids(2)), tiny.logits(made, tiny.ids(2)))
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_a_sparse_model_is_copied_cast_and_refuses_what_no_kernel_serves() -> None:
+    made = model()
+    llmprune.sparsify(made)
+    assert torch.equal(tiny.logits(copy.deepcopy(made), tiny.ids(1)), tiny.logits(made, tiny.ids(1)))
+    made.to(torch.float32)
+    assert tiny.logits(made, tiny.ids(1)).dtype is torch.float32
+    with pytest.raises(UnsupportedModelError, match=r"call llmprune\.densify\(model\) first"):
+        made.to(torch.float64)
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_a_sparse_layer_looks_like_a_linear_one() -> None:
+    made = model("opt")
+    weight = made.model.decoder.layers[0].fc1.weight.detach().clone()
+    llmprune.sparsify(made)
+    layer = made.model.decoder.layers[0].fc1
+    assert torch.equal(layer.weight, weight) and layer.bias is not None
+    assert (layer.in_features, layer.out_features) == (64, 96)
+    assert "in_features=64, out_features=96, sparsity=0.4" in repr(layer)
+
+
+def test_the_gate_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, empty_cache: Path) -> None:
+    weight = model().model.layers[0].mlp.up_proj.weight.detach()
+    monkeypatch.setattr(gate, "_measure", timings(2.0, 1.0, 3.0))
+    first = judge([weight], [tiles_of(weight)])
+    monkeypatch.setattr(gate, "_measure", None)
+    assert judge([weight], [tiles_of(weight)]) == first
+    empty_cache.write_text("cut sho")
+    with pytest.raises(TypeError):  # a damaged cache is no cache: it measures again
+        judge([weight], [tiles_of(weight)])
+
+
+def test_the_gate_really_measures(empty_cache: Path) -> None:
+    weight = model().model.layers[0].mlp.up_proj.weight.detach()
+    verdict = judge([weight] * 2, [tiles_of(weight)] * 2, (1, 4))
+    assert [timing.tokens for timing in verdict.timings] == [1, 4]
+    assert all(0 < value < 1 for timing in verdict.timings for value in (timing.dense, timing.bitmask, timing.expand))
+    assert len(json.loads(empty_cache.read_text())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    weight = torch.eye(32)
+    assert judge([weight], [tiles_of(weight)], (1,)).timings
+
+
+def test_the_verdict_follows_from_the_timings() -> None:
+    verdict = Verdict((Timing(1, 2, 1, 9), Timing(16, 2, 3, 9), Timing(64, 9, 8, 7), Timing(256, 9, 9, 9)))
+    assert verdict.expand_from() == 64
+    assert [verdict.slower_than_dense(tokens) for tokens in (1, 2, 14, 60, 1000)] == [False, False, True, False, False]
+    assert Verdict((Timing(1, 2, 1, 9),)).expand_from() == NEVER
+
+
+def test_runtime_sparse_keeps_the_layers_sparse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gate, "_measure", timings(2.0, 1.0, 3.0))
+    dense = tiny.load(tiny.save(model(), tmp_path / "dense"))
+    compress(tmp_path / "dense", tmp_path / "small")
+    with pytest.warns(UserWarning, match="runtime"):
+        made = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "small", dtype="auto", quantization_config=llmprune.SparseConfig("sparse")
+        )
+    expected = twin(dense)
+    llmprune.sparsify(expected)
+    assert sparse_layers(made) == sparse_layers(expected)
+    assert torch.equal(tiny.logits(made, tiny.ids(2)), tiny.logits(expected, tiny.ids(2)))
+    assert linear_bytes(made) < 0.75 * linear_bytes(dense)  # the head is dense
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(cli, [str(each) for each in arguments], catch_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    llmprune.prune("demo", out, method="magnitude", pattern="2:4")
+    return out
+
+
+def test_the_commands_in_a_row(pruned: Path, tmp_path: Path) -> None:
+    small, back = tmp_path / "small", tmp_path / "back"
+    done = run("compress", pruned, small, "--json")
+    assert done.exit_code == 0, done.output
+    sizes = json.loads(done.stdout)
+    assert sizes["packed_bytes"] < 0.58 * sizes["dense_bytes"]
+    assert sizes["compressed_file_bytes"] == sum(path.stat().st_size for path in small.glob("*.safetensors"))
+    assert run("decompress", small, back).exit_code == 0
+    assert {path.name: path.read_bytes() for path in back.iterdir()} == {
+        path.name: path.read_bytes() for path in pruned.iterdir()
+    }
+    texts = [json.loads(run("generate", each, "The river", "--max-new-tokens", 5, "--json", "--dense").stdout)["text"]
+             for each in (pruned, small)]  # fmt: skip
+    assert texts[0] == texts[1] and texts[0].startswith("The river")
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_generate_says_what_it_did(pruned: Path) -> None:
+    pieces: list[str] = []
+    generated = generate(pruned, "The river", max_new_tokens=4, on_text=pieces.append)
+    assert generated.sparse_layers == 42 and generated.new_tokens == 4
+    assert "".join(pieces).strip() and generated.text.endswith("".join(pieces).rstrip().split(" ")[-1])
+    done = run("generate", pruned, "The river", "--max-new-tokens", 4)
+    assert "4 tokens" in done.stderr and "42 sparse layers" in done.stderr
+
+
+def test_bench_reports_both_sides(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.sparse.bench._STREAMED_BYTES", 1 << 20)
+    done = run("bench", pruned, "--prompt-tokens", 8, "--new-tokens", 2, "--rounds", 2, "--batch", 2, "--json")
+    assert done.exit_code == 0, done.output
+    row = json.loads(done.stdout)
+    assert row["batch"] == 2 and row["decode_speedup"] > 0
+    assert {choice["kernel"] for choice in row["choices"]} <= {"bitmask", "dense"}
+    for side in (row["dense"], row["sparse"]):
+        assert side["decode"]["p20"] <= side["decode"]["median"] <= side["decode"]["p80"]
+        assert side["roofline"] == pytest.approx(2 * row["bandwidth_bytes_per_s"] / side["linear_bytes"])
+    text = run("bench", pruned, "--prompt-tokens", 4, "--new-tokens", 1, "--rounds", 1).stdout
+    assert "decode tokens/s" in text and "linear layers" in text
+
+
+def test_one_line_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="new_tokens is 0: it must be at least 1"):
+        bench("demo", new_tokens=0)
+    for arguments in (("compress", tmp_path / "no", tmp_path / "out"), ("generate", tmp_path / "no", "x")):
+        error = run(*arguments).exception
+        assert isinstance(error, LlmpruneError) and "no such folder" in str(error)
+
+
+def test_without_kernels_nothing_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsify, "library", lambda: None)
+    made = model()
+    result = llmprune.sparsify(made)
+    assert not sparse_layers(made) and {choice.reason for choice in result.choices} == {"no compiled kernels"}
