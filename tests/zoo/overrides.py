@@ -73,7 +73,7 @@ OVERRIDES: dict[str, Fields] = {
     "gemma4_unified_text": _GEMMA4_UNIFIED,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 16},
-    "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "laguna": {"num_attention_heads_per_layer": [4] * 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4": {"text_config": _LLAMA4},
