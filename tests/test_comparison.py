@@ -104,6 +104,8 @@ def test_a_model_larger_than_the_free_memory_is_streamed(
     assert llmprune.evaluate(folders["llama"], tiny.ids()).streamed
     assert not llmprune.evaluate(folders["llama"], tiny.ids(), streamed=False).streamed
     assert not llmprune.evaluate(tiny.load(folders["llama"]), tiny.ids()).streamed
+    with pytest.raises(RecipeError, match="a loaded model is in memory already"):
+        llmprune.evaluate(tiny.load(folders["llama"]), tiny.ids(), streamed=True)
 
 
 def test_the_modes_of_torch_are_given_back(folders: dict[str, Path], pruned: Path) -> None:
