@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmprune import cli
 from llmprune.errors import DataError, RecipeError
 from llmprune_eval.zeroshot import evaluate_tasks
 
@@ -93,3 +94,8 @@ def test_without_the_harness_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'llmprune\[lm-eval\]'"):
         evaluate_tasks(["demo"], ["arc_easy"])
+
+
+def test_an_option_that_means_nothing_for_tasks_is_one_line() -> None:
+    with pytest.raises(RecipeError, match="--save means nothing for --tasks: give --data too"):
+        cli.cli.main(["eval", "demo", "--tasks", "arc_easy", "--save"], standalone_mode=False)

@@ -52,15 +52,25 @@ class Subject:
     Args:
         model: a folder, a Hub id, `demo`, or a loaded `PreTrainedModel` (then `place` does not matter).
         tokenizer: for a loaded model.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        RecipeError: a loaded model is to be streamed.
     """
 
     def __init__(self, model: Any, place: Place, tokenizer: Any = None, revision: str | None = None) -> None:
         self.model, self._place, self._tokenizer = model, place, tokenizer
         self.source = Source.open(locate(model, revision)) if isinstance(model, str | Path) else None
+<<<<<<< HEAD
         if self.source:
             self.config = read_config(self.source.folder, self.source.config, place.trust_remote_code)
         else:
             self.config = model.config
+=======
+        if self.source is None and place.streamed:
+            raise RecipeError("a loaded model is in memory already: give its folder to stream it")
+        self.config = read_config(self.source, place.trust_remote_code) if self.source else model.config
+>>>>>>> publish
 
     @property
     def name(self) -> str:
@@ -151,9 +161,11 @@ def _streamed(host: Streamed, batches_BL: Sequence[Tensor]) -> Iterator[Tensor]:
                 host.free(stage)
                 bar.step()
         host.load(host.head)
-        for output in lanes.finish(len(host.blocks)):
-            yield output.logits
-        host.free(host.head)
+        try:
+            for output in lanes.finish(len(host.blocks)):
+                yield output.logits
+        finally:  # also where the caller stops before the end
+            host.free(host.head)
 
 
 class _OneByOne(Lanes):

@@ -9,6 +9,7 @@ from llmprune.commands.shared import given, json_option, of_model, print_json, s
 from llmprune.errors import RecipeError
 
 _NOBODY = "none"
+_OF_TEXT = ("dense", "length", "windows", "streamed", "save", "revision")
 
 
 @click.command(name="eval")
@@ -33,10 +34,13 @@ def evaluate(models: tuple[str, ...], data: str | None, tasks: str | None, as_js
     """Measure the perplexity of MODELs by the papers' convention, and their distance to the dense one."""
     task_options = {name: options.pop(name) for name in ("include_path", "limit")}
     results = []
+    if tasks is not None and data is None:
+        _require_text(options)
     if tasks is None or data is not None:
         results.append(_perplexities(models, specs(data), given(options)))
     if tasks is not None:
-        results.append(_task_scores(models, tasks, given(options | task_options)))
+        for_tasks = {name: value for name, value in options.items() if name not in _OF_TEXT}
+        results.append(_task_scores(models, tasks, given(for_tasks | task_options)))
     if as_json:
         print_json({name: value for result in results for name, value in result.to_json().items()})
     else:
@@ -66,6 +70,11 @@ def _perplexities(models: tuple[str, ...], data: list[str | None], options: dict
 def _task_scores(models: tuple[str, ...], tasks: str, options: dict[str, Any]) -> Any:
     from llmprune_eval.zeroshot import evaluate_tasks
 
-    allowed = ("include_path", "limit", "device", "dtype", "batch_size", "trust_remote_code")
-    chosen = {name: value for name, value in options.items() if name in allowed}
-    return evaluate_tasks(models, [task.strip() for task in tasks.split(",")], **chosen)
+    return evaluate_tasks(models, [task.strip() for task in tasks.split(",")], **options)
+
+
+def _require_text(options: dict[str, Any]) -> None:
+    """Refuse options that mean nothing for tasks, where there is no text to measure perplexity on."""
+    for name in _OF_TEXT:
+        if options.get(name):
+            raise RecipeError(f"--{name} means nothing for --tasks: give --data too, or leave it out")
