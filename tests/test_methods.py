@@ -232,8 +232,8 @@ def test_fast_arithmetic_is_the_papers_algorithm(inputs: int, pattern: Pattern) 
 def test_admm_is_near_the_best_of_all_refitted_subsets(seed: int, remove: int) -> None:
     weight_OI, x_TI = weights(outputs=16, inputs=8, seed=seed), correlated(64, 8, seed)
     statistic, pattern = gram_of(x_TI), Unstructured(remove / 8, "row")
-    found = errors_of(methods.get("admm", {"damp": 1e-6}), weight_OI, gram_of(x_TI), x_TI, pattern).sum()
-    greedy = errors_of(SparseGPT(damp=1e-6), weight_OI, statistic, x_TI, pattern).sum()
+    found = float(errors_of(methods.get("admm", {"damp": 1e-6}), weight_OI, gram_of(x_TI), x_TI, pattern).sum())
+    greedy = float(errors_of(SparseGPT(damp=1e-6), weight_OI, statistic, x_TI, pattern).sum())
     best = sum(oracle.best_removal(row.double(), statistic.hessian_II.double(), remove) for row in weight_OI)
     assert best * 0.999 <= found <= min(best * 1.25, greedy * 1.001)
 

@@ -79,7 +79,7 @@ class ADMM:
         return sparse_OI, keep_OI
 
     def _rho(self, stage: int) -> float:
-        return self.first_rho * (self.last_rho / self.first_rho) ** (stage / max(self.stages - 1, 1))
+        return self.first_rho * math.pow(self.last_rho / self.first_rho, stage / max(self.stages - 1, 1))
 
     def _share(self, stage: int) -> int:
         """Split the iterations over the stages, all of them used."""
