@@ -61,16 +61,12 @@ class Subject:
     def __init__(self, model: Any, place: Place, tokenizer: Any = None, revision: str | None = None) -> None:
         self.model, self._place, self._tokenizer = model, place, tokenizer
         self.source = Source.open(locate(model, revision)) if isinstance(model, str | Path) else None
-<<<<<<< HEAD
+        if self.source is None and place.streamed:
+            raise RecipeError("a loaded model is in memory already: give its folder to stream it")
         if self.source:
             self.config = read_config(self.source.folder, self.source.config, place.trust_remote_code)
         else:
             self.config = model.config
-=======
-        if self.source is None and place.streamed:
-            raise RecipeError("a loaded model is in memory already: give its folder to stream it")
-        self.config = read_config(self.source, place.trust_remote_code) if self.source else model.config
->>>>>>> publish
 
     @property
     def name(self) -> str:
