@@ -13,7 +13,6 @@ from llmprune.forecast import Part, Workload
 from llmprune.locate import locate
 from llmprune.model import Outline
 from llmprune.model.memory import statistics_budget
-from llmprune.model.outline import configured_dtype
 from llmprune.model.probe import Trial, try_blocks, try_head
 from llmprune.model.streamed import stored_dtype
 from llmprune.planning import Plan, make_plan
@@ -128,8 +127,6 @@ def plan(model: str | Path, **options: Any) -> Preview:
 def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recipe: Recipe) -> Preview:
     workload = Workload.of(recipe, host) if recipe.solver().needs else None
     trials = _trials(host, plan, recipe, workload) if workload else {}
-    stored = stored_dtype(source) if source else configured_dtype(host.config)
-    mapped = stored == host.dtype and (workload is None or workload.home.type == "cpu")
     pruned = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
     return Preview(
         model=model,
@@ -140,7 +137,7 @@ def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recip
         parameters={"sites": pruned, "all": plan.parameters},
         coverage={"all_parameters": pruned / plan.parameters, "inner_parameters": plan.coverage},
         left_dense=plan.left_dense,
-        memory=forecast.memory(host, plan, recipe, workload, trials, mapped),
+        memory=forecast.memory(host, plan, recipe, workload, trials),
         disk=forecast.disk(host, source),
         time=forecast.duration(host, plan, recipe, workload, trials),
         notes=_notes(source, workload),

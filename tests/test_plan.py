@@ -214,15 +214,8 @@ def test_an_outline_costs_what_the_checkpoint_does(saved: Callable[[str], Path],
     stored = sum(entry.count * entry.torch_dtype.itemsize for entry in source.entries.values())
     blocks = sum(stage_memory(host, block, "host").amount for block in host.blocks)
     head = 0 if host.config.tie_word_embeddings else host.bytes_of(host.head)
-    assert blocks + head + outer_memory(host, None, mapped=False).amount == stored
+    assert blocks + head + outer_memory(host).amount == stored
     assert disk(host, None).amount == stored <= disk(host, source).amount
-
-
-def test_only_the_rows_of_a_mapped_embedding_that_are_looked_up_take_memory(saved: Callable[[str], Path]) -> None:
-    host = outline(saved("llama"))
-    row, norm = 64 * 4, 64 * 4
-    assert outer_memory(host, Workload(2, 5, 1, CPU), mapped=True).amount == 10 * row + norm
-    assert outer_memory(host, Workload(20, 50, 1, CPU), mapped=True).amount == tiny.VOCABULARY * row + norm
 
 
 def test_experts_stored_one_by_one_are_merged(saved: Callable[[str], Path]) -> None:

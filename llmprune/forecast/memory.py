@@ -15,7 +15,7 @@ from llmprune.recipe import Recipe
 
 
 def memory(
-    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial], mapped: bool
+    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial]
 ) -> list[Part]:
     """Return the parts of a run's peak memory.
 
@@ -25,9 +25,8 @@ def memory(
         recipe: how.
         workload: of calibration; None for methods that need none.
         trials: of the stages, by their names, for methods that need calibration.
-        mapped: whether weights are used as they lie in the files, without being cast or moved.
     """
-    always = [base_memory(), outer_memory(host, workload, mapped)]
+    always = [base_memory(), outer_memory(host, _place(workload))]
     if workload:
         always.append(waiting_memory(workload, waiting_bytes(host, workload.batch, workload.length, workload.home)))
     return always + max(_steps(host, plan, recipe, workload, trials), key=lambda parts: sum(p.amount for p in parts))
@@ -69,17 +68,13 @@ def base_memory() -> Part:
     return Part("this process", resident_bytes(), "measured now, with the libraries loaded")
 
 
-def outer_memory(host: Outline, workload: Workload | None, mapped: bool) -> Part:
+def outer_memory(host: Outline, on: str = "host") -> Part:
     """Return what stays loaded for the whole run: embedding, final norm, and a head that is one with the embedding.
 
-    A mapped embedding takes memory only for the rows that calibration looks up.
+    The embedding counts as a whole: it lies in its mapped file, but the system maps far more around each row that is
+    looked up, all of it after a few hundred rows.
     """
-    embedding, rest = host.outer_bytes()
-    if mapped:
-        row = embedding // max(host.embedding.module.get_parameter("weight").shape[0], 1)
-        embedding = min(embedding, row * workload.tokens) if workload else 0
-    origin = "parameters outside the blocks" + (", of the embedding the rows looked up" if mapped else "")
-    return Part("outside the blocks", embedding + rest, origin, _place(workload))
+    return Part("outside the blocks", host.outer_bytes(), "parameters that belong to no block", on)
 
 
 def waiting_memory(workload: Workload, per_batch: int) -> Part:

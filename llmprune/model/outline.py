@@ -78,12 +78,9 @@ class Outline:
         outer = set(self._outer_names())
         return sum(p.nbytes for name, p in stage.module.named_parameters(stage.name) if name not in outer)
 
-    def outer_bytes(self) -> tuple[int, int]:
-        """Return the bytes of what stays in memory: of the embedding, which is read row by row, and of all else."""
-        embedding = {name for name, _ in self.embedding.module.named_parameters(self.embedding.name)}
-        sizes = {name: self.model.get_parameter(name).nbytes for name in self._outer_names()}
-        rows = sum(size for name, size in sizes.items() if name in embedding)
-        return rows, sum(sizes.values()) - rows
+    def outer_bytes(self) -> int:
+        """Return the bytes of what stays in memory while blocks come and go."""
+        return sum(self.model.get_parameter(name).nbytes for name in self._outer_names())
 
     def _outer_names(self) -> list[str]:
         """Return the parameters that belong to no stage, and those that a stage shares with another part."""
