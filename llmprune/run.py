@@ -95,9 +95,9 @@ class Run:
                         self._recall(stage, index, collector)
                     else:
                         self._prune_stage(stage, index, collector, patterns)
-                    if lanes and index + 1 < len(stages):
-                        with clock.phase("forward"):
-                            lanes.advance(index)
+                    if lanes and stage is not self.host.head:
+                        with clock.phase("forward"):  # after the last block one lane shows that the model ends there
+                            lanes.advance(index, at_most=None if index + 1 < len(stages) else 1)
                 bar.step()
 
     def _prune_stage(self, stage: Stage, index: int, collector: Collector | None, patterns: dict[str, Pattern]) -> None:
@@ -165,7 +165,8 @@ class Run:
             return nullcontext()
         rows = batches(self.tokens, self.store.batch_size)
         rows = [*rows, *rows] if self.recipe.dense_target else rows
-        return Lanes(self.host.model, self.plan.stages, rows, self.home, self.host.device_of)
+        stops = [*self.host.blocks, self.host.head]
+        return Lanes(self.host.model, stops, rows, self.home, self.host.device_of)
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
         needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)

@@ -1,5 +1,6 @@
 """What a run left in its output folder: `llmprune.json`, read back and added to."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -9,8 +10,10 @@ from typing import Any
 
 from llmprune.checkpoint.sink import REPORT
 from llmprune.errors import CheckpointError
+from llmprune.recipe import Recipe
 
-_DEFAULTS: dict[str, Any] = {"method": "", "pattern": "", "seed": 0, "device": "auto", "dtype": "auto"}
+_TOLD = {"method": None, "pattern": None}  # these are told even where they are the defaults
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe)} | _TOLD
 _SAME_EVALUATION = ("data", "length", "windows", "convention", "dtype")
 
 
@@ -66,7 +69,7 @@ def command_of(run: dict[str, Any], model: str | None = None, out: str = "OUT") 
 
 def _words(name: str, value: Any) -> list[str]:
     option = f"--{name.replace('_', '-')}"
-    if value is None or value == _DEFAULTS.get(name, ()):
+    if value is None or value == _DEFAULTS.get(name) or value in ((), []):
         return []
     if isinstance(value, bool):
         return [option] if value else []

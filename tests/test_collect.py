@@ -17,6 +17,11 @@ from llmprune.statistics import ColumnNorm, CrossGram, Gram
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def lanes_of(host: Resident, batches: Sequence[Tensor]) -> Lanes:
     return Lanes(host.model, host.blocks, batches, CPU, host.device_of)
 
@@ -207,21 +212,21 @@ def test_the_dense_models_lanes_stay_those_of_the_dense_model(family: str) -> No
 
 def test_the_dense_models_inputs_are_related_to_the_pruned_ones() -> None:
     """For a block of two matrices, the second is fed by the first, which is pruned."""
-    first_weight, x = torch.randn(4, 4), torch.randn(2, 5, 4)
+    first_weight, x = torch.randn(4, 4), torch.randn(2, 50, 4)
     block: Any = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))
     block[0].weight.data.copy_(first_weight)
     model: Any = nn.Module()
     model.block = block
     model.forward = lambda input_ids, use_cache: block(x)
     stage = Stage("block", block)
-    with Lanes(model, [stage], [tiny.ids(2, 5)] * 2, CPU, lambda stage: CPU) as lanes:
+    with Lanes(model, [stage], [tiny.ids(2, 50)] * 2, CPU, lambda stage: CPU) as lanes:
         collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, twins=True)
         groups = collector.groups(0, sites_of(stage))
         next(groups).sites[0].module.get_parameter("weight").data.mul_(0.5)
         second: Any = next(groups).statistic
     dense, weight = (x @ first_weight.T).reshape(-1, 4), torch.randn(3, 4)
     found = second.target(weight, 1.0, 0.0)
-    assert torch.allclose(found, 2 * weight, atol=1e-4), "half the inputs need twice the weights"
+    assert torch.allclose(found, 2 * weight, rtol=1e-3, atol=1e-3), "half the inputs need twice the weights"
     assert torch.allclose(second.hessian_II, 2 / 2 * (dense.T @ dense) / 4, rtol=1e-4)
 
 

@@ -495,6 +495,20 @@ def test_tensors_without_the_base_models_prefix_are_pruned(family: str, tmp_path
     assert llmprune.inspect(tmp_path / "out").verified
 
 
+class Twice(nn.ModuleList):
+    """Blocks that a model runs one after another, and then all over again."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return [*self, *self] if isinstance(place, slice) else super().__getitem__(place)
+
+
+def test_a_model_that_runs_its_blocks_again_is_refused() -> None:
+    model: Any = tiny.model("llama")
+    model.model.layers = Twice(list(model.model.layers))
+    with pytest.raises(UnsupportedModelError, match="from model.layers.2 back to model.layers.0"):
+        llmprune.prune(model, method="wanda", calibration=IDS)
+
+
 def fail(*args: Any, **kwargs: Any) -> NoReturn:
     raise ZeroDivisionError("a bug")
 

@@ -202,6 +202,7 @@ def test_a_gram_is_factored_once_for_the_sites_that_share_it() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_target_solves_the_ridge_problem_towards_both_models(share: float) -> None:
     """min |G Wᵀ - P W*ᵀ|² + λ |W* - W|² with the mixed goal G Wᵀ, solved by stacking the ridge under the inputs."""
+    torch.manual_seed(0)
     pruned, dense, weight_OI = torch.randn(3, 7, 5), torch.randn(3, 7, 5), torch.randn(4, 5)
     statistic = CrossGram(5, CPU)
     for x, d in zip(pruned, dense, strict=True):

@@ -50,14 +50,14 @@ def _require_not_quantized(folder: Path, fields: dict[str, Any]) -> None:
 
 
 def _require_known_type(folder: Path, fields: dict[str, Any], trust_remote_code: bool) -> None:
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if model_type in CONFIG_MAPPING or ("auto_map" in fields and trust_remote_code):
         return
     if "auto_map" in fields:
         raise UnsupportedModelError(f"{folder} runs code of its own; read it, then allow it with --trust-remote-code")
     raise UnsupportedModelError(
         f"{folder} is of type '{model_type}', which transformers {__version__} does not know: "
-        f"{did_you_mean(str(model_type), CONFIG_MAPPING)}"
+        f"{did_you_mean(model_type, CONFIG_MAPPING)}"
     )
 
 

@@ -124,13 +124,17 @@ class Lanes:
         finally:
             self._passing.discard(getcurrent())
 
-    def advance(self, index: int) -> None:
+    def advance(self, index: int, at_most: int | None = None) -> None:
         """Run stage `index` for every lane that waits there, and let it go on to a later one or to its end.
+
+        Args:
+            index: of the stage.
+            at_most: how many lanes, if not all.
 
         Raises:
             UnsupportedModelError: a lane goes back.
         """
-        for lane in self.waiting_at(index):
+        for lane in self.waiting_at(index)[:at_most]:
             output = self._provided.pop(lane) if lane in self._provided else self.run(index, lane)
             self._arrivals[lane] = None
             self._arrivals[lane] = self._onward(self._resume(lane, self._send_home(output)), index)

@@ -15,7 +15,7 @@ _CHECKED_AT_ONCE = 1 << 20  # elements whose finiteness is checked at once: the 
 
 # Routers choose experts; pruning one saves nothing and derails the model. Transformers 5 keeps most of them in plain
 # parameters, which are no sites anyway; these globs catch those that are Linear modules.
-ROUTERS = ("*router*", "*.gate.weight", "*_gate.weight")
+ROUTERS = ("*router*", "*.gate.weight", "*.shared_expert_gate.weight")
 
 
 @dataclass(frozen=True)
