@@ -19,6 +19,7 @@ from llmprune.commands.inspect import inspect
 from llmprune.commands.plan import plan
 from llmprune.commands.prune import prune
 from llmprune.commands.push import push
+from llmprune.commands.recipes import recipes
 from llmprune.commands.report import report
 from llmprune.commands.sensitivity import sensitivity
 from llmprune.commands.sweep import sweep
@@ -38,6 +39,7 @@ def cli() -> None:
 _COMMANDS = (
     prune,
     plan,
+    recipes,
     inspect,
     evaluate,
     sensitivity,

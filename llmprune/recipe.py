@@ -13,6 +13,7 @@ from llmprune.errors import RecipeError, did_you_mean
 from llmprune.locate import DEMO
 from llmprune.methods import Method
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
+from llmprune.presets import expanded
 from llmprune.statistics import Gram
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -64,14 +65,14 @@ class Recipe:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Recipe":
-        """Return the recipe with these options set.
+        """Return the recipe with these options set, on top of the preset called `preset` if that is among them.
 
         Raises:
             RecipeError: an option is unknown or out of range, or two contradict each other.
             PatternError: the pattern cannot be read.
         """
         require_known(options)
-        values = dict(options)
+        values = expanded(options)
         for name in ("include", "exclude"):
             if name in values:
                 values[name] = _globs(name, values[name])
@@ -183,7 +184,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 def require_known(options: Mapping[str, Any]) -> None:
     """Raise RecipeError, with the nearest known name, for an option that a recipe does not have."""
-    known = [item.name for item in dataclasses.fields(Recipe)]
+    known = ["preset", *(item.name for item in dataclasses.fields(Recipe))]
     for name in options:
         if name not in known:
             raise RecipeError(f"unknown option '{name}': {did_you_mean(name, known)}")

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from llmprune import cli, pruning
+from llmprune import cli, methods, pruning
+from llmprune.commands.shared import METHODS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "help.txt"
@@ -500,3 +501,7 @@ def test_importing_llmprune_is_cheap(statement: str) -> None:
     code = f"{statement}; import sys; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_the_help_names_every_method() -> None:
+    assert METHODS.split(", ") == methods.names()

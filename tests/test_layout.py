@@ -20,6 +20,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.methods"},
     {"llmprune.checkpoint", "llmprune.hub", "llmprune.documents", "llmprune.datafiles", "llmprune.determinism"},
     {"llmprune.model", "llmprune.data", "llmprune.calibration", "llmprune.locate"},
+    {"llmprune.presets"},
     {"llmprune.recipe"},
     {"llmprune.planning", "llmprune.solving"},
     {"llmprune.inspection", "llmprune.runs", "llmprune.uploading"},
@@ -62,7 +63,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.calibration": {"llmprune.errors", "llmprune.documents", "llmprune.progress"},
     "llmprune.locate": {"llmprune.errors", "llmprune.hub", "llmprune.checkpoint"},
     "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.statistics"},
+    "llmprune.presets": {"llmprune.errors"},
     "llmprune.recipe": {
+        "llmprune.presets",
         "llmprune.errors",
         "llmprune.methods",
         "llmprune.patterns",

@@ -505,7 +505,7 @@ class Twice(nn.ModuleList):
 def test_a_model_that_runs_its_blocks_again_is_refused() -> None:
     model: Any = tiny.model("llama")
     model.model.layers = Twice(list(model.model.layers))
-    with pytest.raises(UnsupportedModelError, match="from model.layers.2 back to model.layers.0"):
+    with pytest.raises(UnsupportedModelError, match=r"from model\.layers\.2 back to model\.layers\.0"):
         llmprune.prune(model, method="wanda", calibration=IDS)
 
 

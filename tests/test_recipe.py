@@ -14,6 +14,7 @@ from llmprune.methods.magnitude import Magnitude
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.methods.wanda import Wanda
 from llmprune.patterns import NM, Unstructured
+from llmprune.presets import PRESETS, as_yaml
 from llmprune.recipe import Recipe, read_recipe, resolve_device
 
 GOOD: dict[str, Any] = {
@@ -231,3 +232,30 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 )
 def test_a_dense_target_that_cannot_be_met_is_refused(options: dict[str, Any], says: str) -> None:
     assert says in message(options)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_valid_recipe_and_what_is_given_beside_it_wins(name: str) -> None:
+    recipe = Recipe.of({"preset": name})
+    assert recipe.method == PRESETS[name]["method"]
+    assert recipe.dense_target == 0.5
+    assert Recipe.of({"preset": name, "dense_target": 0.25}).dense_target == 0.25
+    assert Recipe.of({"preset": name, "method_options": {"damp": 0.5}}).method_options["damp"] == 0.5
+
+
+def test_another_method_than_the_presets_keeps_its_own_hyper_parameters() -> None:
+    assert Recipe.of({"preset": "balanced", "method": "sparsegpt"}).solver() == SparseGPT()
+
+
+def test_an_unknown_preset_is_named_with_the_nearest() -> None:
+    assert "unknown preset 'balance': did you mean 'balanced'" in message({"preset": "balance"})
+
+
+def test_a_preset_may_stand_in_a_recipe_file(tmp_path: Path) -> None:
+    assert Recipe.of(read_recipe(recipe_file(tmp_path, "preset: fast\nseed: 3"))).seed == 3
+
+
+def test_printed_presets_are_recipe_files(tmp_path: Path) -> None:
+    for text in as_yaml().split("# ")[1:]:
+        name, body = text.split("\n", 1)
+        assert Recipe.of(read_recipe(recipe_file(tmp_path, body))) == Recipe.of({"preset": name})

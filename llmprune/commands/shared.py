@@ -8,6 +8,8 @@ import click
 
 from llmprune.errors import RecipeError
 
+METHODS = "admm, magnitude, magnitude_l2, obd, random, ria, sparsegpt, sparseswaps, wanda"  # a test compares the files
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -32,7 +34,8 @@ of_model = options(
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
 )
 what = options(
-    click.option("--method", help="magnitude, random, sparsegpt, wanda  [default: sparsegpt]"),
+    click.option("--preset", help="fast, balanced or best: see `llmprune recipes`; other options win over it."),
+    click.option("--method", help=f"{METHODS}  [default: sparsegpt]"),
     click.option("--pattern", help="50% or 0.5 (unstructured), or N:M: N KEPT of every M  [default: 50%]"),
     click.option(
         "--comparison-group", help="Compare per row, layer, block (128 columns) or model  [default: the paper's]"

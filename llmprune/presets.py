@@ -1,0 +1,44 @@
+"""Named recipes: what to ask for when quality for the time spent is all that matters.
+
+Measured on trained models in `eval/results/LOG.md`. Each later one costs more time and loses less.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmprune.errors import RecipeError, did_you_mean
+
+_TOWARDS_DENSE = {"true_sequential": True, "dense_target": 0.5}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"method": "sparsegpt", "method_options": {"arithmetic": "fast"}, **_TOWARDS_DENSE},
+    "balanced": {"method": "admm", "method_options": {"iterations": 20, "stages": 5}, **_TOWARDS_DENSE},
+    "best": {"method": "admm", **_TOWARDS_DENSE},
+}
+
+
+def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in which `preset` is replaced by what it stands for; what is given beside it wins.
+
+    Raises:
+        RecipeError: there is no such preset.
+    """
+    given = dict(options)
+    name = given.pop("preset", None)
+    if name is None:
+        return given
+    if name not in PRESETS:
+        raise RecipeError(f"unknown preset '{name}': {did_you_mean(str(name), PRESETS)}")
+    preset = dict(PRESETS[name])
+    if given.get("method", preset["method"]) != preset["method"]:
+        preset.pop("method_options", None)  # those of another method
+    elif isinstance(given.get("method_options"), Mapping):
+        given["method_options"] = preset.get("method_options", {}) | dict(given["method_options"])
+    return preset | given
+
+
+def as_yaml() -> str:
+    """Return all presets as recipe files, one after another."""
+    import yaml
+
+    return "\n".join(f"# {name}\n{yaml.safe_dump(preset, sort_keys=False)}" for name, preset in PRESETS.items())
