@@ -13,6 +13,7 @@ from llmprune.documents import Documents
 from llmprune.errors import DataError
 from llmprune.progress import Progress
 
+_MOST_TOKENS = 1 << 28  # a thousand times the papers' 128 x 2048; two gigabytes of token ids
 DEFAULT_SAMPLES = 128
 _ATTEMPTS_PER_SAMPLE = 1000
 
@@ -66,6 +67,10 @@ def sample(documents: Documents, tokenizer: Tokenizer | None, *, samples: int | 
         raise DataError(f"cannot draw {count} windows of {length} tokens; both must be at least 1")
     if documents.kind == "input_ids":
         return _as_given(documents, samples)
+    if count * length > _MOST_TOKENS:
+        raise DataError(
+            f"{count} windows of {length} tokens are more than {_MOST_TOKENS} tokens: ask for fewer samples"
+        )
     if documents.joined:
         return _from_text(documents, text_tokens(documents, tokenizer), count, length, random.Random(seed))
     encode = _encoder(documents, _present(documents, tokenizer))

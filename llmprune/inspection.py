@@ -128,7 +128,7 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
 
 def _left_dense(folder: Path, host: Streamed) -> dict[str, str]:
     """Return what a run left dense as its report says, or what a run with default options would leave dense."""
-    if told := _report(folder).get("left_dense"):
+    if (told := _report(folder).get("left_dense")) is not None:
         return dict(told)
     ends = {site.tensor: "embedding" for site in sites_of(host.embedding)}
     ends |= {site.tensor: "output head" for site in sites_of(host.head)}
@@ -167,7 +167,7 @@ def _report(folder: Path) -> dict[str, Any]:
         return {}
     try:
         report: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return {"sites": report["sites"], "left_dense": report.get("left_dense", {})}
+        return {"sites": report["sites"], "left_dense": report.get("left_dense")}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} is damaged: delete it to inspect the weights alone") from None
 

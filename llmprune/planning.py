@@ -74,16 +74,17 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     selection.require_matches([site.tensor for sites in every.values() for site in sites])
     ends = {host.embedding.name: "embedding", host.head.name: "output head"}
     left_dense = {name: what for stage in host.blocks for name, what in dense_parameters(stage)}
+    twins = _twins(host.model.all_tied_weights_keys)
     chosen: dict[str, list[Site]] = {}
     taken = set[str]()
     for stage, sites in every.items():
         for site in sites:
             reason = ends.get(stage) or ("router" if is_router(site.tensor) else None)
-            twin = host.model.all_tied_weights_keys.get(site.tensor)
-            if twin in taken:
+            if twin := next((twin for twin in twins.get(site.tensor, ()) if twin in taken), None):
                 left_dense[site.tensor] = f"one with {twin}"
             elif selection.takes(site.tensor, by_default=reason is None):
                 taken.add(site.tensor)
+                left_dense |= {twin: f"one with {site.tensor}" for twin in twins.get(site.tensor, ())}
                 chosen.setdefault(stage, []).append(site)
             else:
                 left_dense[site.tensor] = reason or "excluded"
@@ -91,6 +92,14 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     _require_sense(host, recipe, chosen, sites)
     stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)
     return Plan(stages, host.embedding.name, host.head.name, chosen, recipe.target(), left_dense, *_parameters(host))
+
+
+def _twins(tied: dict[str, str]) -> dict[str, set[str]]:
+    """Return, for each tied parameter, the other names of the same weights."""
+    groups: dict[str, set[str]] = {}
+    for target, source in tied.items():
+        groups.setdefault(source, {source}).add(target)
+    return {name: group - {name} for group in groups.values() for name in group}
 
 
 def _parameters(host: Host) -> tuple[int, int]:

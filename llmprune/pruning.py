@@ -10,7 +10,8 @@ from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.model import Resident, Streamed, load_tokenizer
-from llmprune.model.memory import home_device
+from llmprune.model.memory import home_device, out_of_memory_in
+from llmprune.model.originals import require_in_memory
 from llmprune.model.sites import require_finite
 from llmprune.planning import Plan, draw_tokens, make_plan
 from llmprune.recipe import Recipe
@@ -70,12 +71,13 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe)
     tokens = draw_tokens(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
-    _warn_of_small_share(plan)
+    _warn_of_small_share(plan, recipe)
     report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
-    home = home_device(recipe.place(), tokens.rows if tokens else [], host.config, host.dtype)
+    rows = tokens.rows * (2 if recipe.dense_target else 1) if tokens else []
+    home = home_device(recipe.place(), rows, host.config, host.dtype)
     with Sink(source, out, _fingerprint(source, report), resume) as sink:
-        with report.clock.phase("load"):
+        with report.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
         with report.clock.phase("copy"):
             sink.copy_source()
@@ -102,7 +104,9 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     host = Resident(model)
     plan = make_plan(host, recipe)
     tokens = draw_tokens(host, recipe, lambda: tokenizer)
-    _warn_of_small_share(plan)
+    _warn_of_small_share(plan, recipe)
+    if recipe.dense_target:
+        require_in_memory(plan.all_sites())
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
@@ -110,9 +114,9 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     return report
 
 
-def _warn_of_small_share(plan: Plan) -> None:
-    """A model of which most stays dense should not be called pruned without a word."""
-    if plan.coverage < _SMALL_SHARE:
+def _warn_of_small_share(plan: Plan, recipe: Recipe) -> None:
+    """A model of which most stays dense should not be called pruned without a word, unless that was asked for."""
+    if plan.coverage < _SMALL_SHARE and not recipe.exclude:
         _log.warning(
             "only %.1f%% of the parameters beside embeddings are in matrices to prune: `left_dense` of the report "
             "tells what stays dense and why",

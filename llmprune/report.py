@@ -25,6 +25,7 @@ from llmprune.statistics import ColumnNorm, CrossGram, Gram
 if TYPE_CHECKING:
     from llmprune.uploading import Published
 
+_SHOWN_NOTES = 8  # a mixture may have one for each of a thousand experts
 _PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
 
 
@@ -187,7 +188,11 @@ class Report:
             "  time          " + ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items()),
             f"  peak memory   {self.peak['host'] / 2**30:.2f} GiB",
         ]
-        return "\n".join(lines + [f"  note          {note}" for note in self.all_notes()])
+        notes = self.all_notes()
+        lines += [f"  note          {note}" for note in notes[:_SHOWN_NOTES]]
+        if len(notes) > _SHOWN_NOTES:
+            lines.append(f"  note          and {len(notes) - _SHOWN_NOTES} more in llmprune.json")
+        return "\n".join(lines)
 
     def _left_dense(self) -> str:
         reasons = Counter(self.left_dense.values())

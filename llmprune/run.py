@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,13 @@ class Run:
             NumericalError: an activation, a weight or a solution is not finite.
             CheckpointError: a stage cannot be read or stored.
         """
-        patterns, store = self._patterns(), self.store
+        with out_of_memory_in("the model's weights"):
+            patterns = self._patterns()
+        store = self.store
+        if self.recipe.dense_target and any(site.expert is not None for site in self.plan.all_sites()):
+            self.report.notes.append(
+                "blocks with experts are fitted to their own outputs: no dense target follows tokens"
+            )
         embedding = self.plan.sites.get(self.host.embedding.name)
         if embedding and not store.has(self.host.embedding):
             self._solve(_unfed(embedding), patterns)
@@ -107,7 +113,8 @@ class Run:
         if collector is None:
             self._solve(_unfed(sites), patterns)
         else:
-            self._solve(self._timed(collector.groups(index, sites)), patterns)
+            with closing(collector.groups(index, sites)) as groups:
+                self._solve(self._timed(groups), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
         with clock.phase("write"):
             self.store.keep(stage, sites)

@@ -189,7 +189,8 @@ class Gram:
             NumericalError: the Hessian is not positive definite at any step of the damping ladder.
         """
         if (damp, kind) not in self._factors:
-            self._factors = {(damp, kind): factorize(self.hessian_II, damp, kind)}
+            others = {key: factor for key, factor in self._factors.items() if key[0] == damp}
+            self._factors = others | {(damp, kind): factorize(self.hessian_II, damp, kind)}
         return self._factors[damp, kind]
 
     def forget_factors(self) -> None:

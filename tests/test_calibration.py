@@ -287,3 +287,9 @@ def test_documents_that_lie_on_disk() -> None:
     rows = [letters(40, number) for number in range(10)]
     documents = data.read(datasets.Dataset.from_dict({"text": rows}), "calibration")
     assert lists(draw(documents, 5, 32)) == lists(draw(texts(*rows), 5, 32))
+
+
+def test_more_tokens_than_memory_holds_are_refused_before_any_is_drawn() -> None:
+    documents = Documents("a text", "text", ["words"], True, "")
+    with pytest.raises(DataError, match="ask for fewer samples"):
+        calibration.sample(documents, None, samples=1_000_000_000, length=2048, seed=0)

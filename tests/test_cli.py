@@ -191,6 +191,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["runs code of its own", "--trust-remote-code"],
     ),
     "unknown kind": (make_it(model_type="strange"), ["of type 'strange'", "does not know"]),
+    "compressed": (make_it(quantization_config={"quant_method": "llmprune"}), ["compressed by llmprune", "decompress"]),
     "quantized": (make_it(quantization_config={"quant_method": "gptq"}), ["is already quantized"]),
     "pickled": (make_bin_only, ["has only pickled weights (pytorch_model.bin)", "save_pretrained"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),

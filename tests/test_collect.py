@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from llmprune.errors import UnsupportedModelError
 from llmprune.model import Lanes, Resident
 from llmprune.model.collect import Collector, Group, StatisticType, find_groups
 from llmprune.model.sites import Site, Stage, sites_of
@@ -228,6 +229,54 @@ def test_the_dense_models_inputs_are_related_to_the_pruned_ones() -> None:
     found = second.target(weight, 1.0, 0.0)
     assert torch.allclose(found, 2 * weight, rtol=1e-3, atol=1e-3), "half the inputs need twice the weights"
     assert torch.allclose(second.hessian_II, 2 / 2 * (dense.T @ dense) / 4, rtol=1e-4)
+
+
+def test_an_input_that_is_changed_in_place_is_told_from_what_it_was() -> None:
+    """Each site is measured on what it was given, though both were given one tensor."""
+    block: Any = nn.Module()
+    block.one, block.two, x = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), torch.randn(1, 9, 4)
+    scale = torch.linspace(0, 3, 4)
+
+    def forward() -> Any:
+        shared = x.clone()
+        return block.one(shared) + block.two(shared.mul_(scale))
+
+    block.forward = forward
+    model: Any = nn.Module()
+    model.block, model.forward = block, lambda input_ids, use_cache: block()
+    stage = Stage("block", block)
+    expected = [x[0].T @ x[0], (x[0] * scale).T @ (x[0] * scale)]
+    for options in ({}, {"true_sequential": True}, {"true_sequential": True, "side_by_side": True}):
+        with Lanes(model, [stage, Stage("end", nn.Identity())], [tiny.ids(1, 9)], CPU, lambda stage: CPU) as lanes:
+            grams = [
+                matrix(g.statistic).clone()
+                for g in Collector(lanes, Gram, 1 << 20, **options).groups(0, sites_of(stage))
+            ]
+        assert all(proportional(gram, other) for gram, other in zip(grams, expected, strict=True))
+
+
+def test_experts_with_two_input_matrices_keep_their_order_where_some_are_starved() -> None:
+    """Gate and up of every expert come before down, also for experts that the first batch does not reach."""
+    host = Resident(tiny.model("dbrx"))
+    with lanes_of(host, [tiny.ids(1, 3), tiny.ids(2, 20)]) as lanes:
+        groups = list(Collector(lanes, Gram, 1 << 30).groups(0, sites_of(host.blocks[0])))
+    kinds = [group.sites[0].tensor[-2:] for group in groups if group.sites[0].expert is not None]
+    assert kinds == sorted(kinds, key=["w1", "v1", "w2"].index) or kinds.index("w2") > max(
+        place for place, kind in enumerate(kinds) if kind in ("w1", "v1")
+    )
+
+
+def test_a_site_that_is_used_twice_cannot_be_held_side_by_side() -> None:
+    block: Any = nn.Module()
+    block.one, x = nn.Linear(4, 4), torch.randn(1, 9, 4)
+    block.forward = lambda: block.one(block.one(x))
+    model: Any = nn.Module()
+    model.block, model.forward = block, lambda input_ids, use_cache: block()
+    stage = Stage("block", block)
+    with Lanes(model, [stage, Stage("end", nn.Identity())], [tiny.ids(1, 9)], CPU, lambda stage: CPU) as lanes:
+        collector = Collector(lanes, Gram, 1 << 20, true_sequential=True, side_by_side=True)
+        with pytest.raises(UnsupportedModelError, match="used twice"):
+            list(collector.groups(0, sites_of(stage)))
 
 
 def first(output: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 
 import llmprune
@@ -134,9 +135,11 @@ def test_experts_can_be_excluded_by_the_name_of_their_tensor(saved: Saved, tmp_p
 
 
 def test_a_run_that_leaves_most_of_the_model_dense_says_so(
-    saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prune(saved("mixtral"), tmp_path / "out", method="magnitude", exclude="*experts*")
+    monkeypatch.setattr("llmprune.pruning._SMALL_SHARE", 1.1)
+    prune(saved("mixtral"), tmp_path / "asked-for", method="magnitude", exclude="*experts*")
+    prune(saved("mixtral"), tmp_path / "out", method="magnitude")
     (line,) = [record.getMessage() for record in caplog.records]
     assert "of the parameters beside embeddings" in line
 
@@ -161,3 +164,26 @@ def test_a_loaded_mixture_is_pruned_in_place_as_its_checkpoint_is(
     assert model.config._experts_implementation == implementation
     prune(saved(family), tmp_path / "out", **options)
     assert torch.equal(tiny.logits(model, IDS), tiny.logits(tiny.load(tmp_path / "out"), IDS))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_experts_that_accelerate_offloads_are_pruned_from_their_tokens(
+    family: str, saved: Saved, calibration: Path
+) -> None:
+    """Their weights are in memory only while their module runs."""
+    options: dict[str, Any] = {"method": "wanda", "pattern": "2:4", "calibration": str(calibration), "samples": 8}
+    plain, offloaded = tiny.load(saved(family)), tiny.load(saved(family))
+    expected = prune(plain, **options)
+    cpu_offload(offloaded, execution_device=CPU)
+    report = prune(offloaded, **options)
+    assert [(site.name, site.tokens, site.error) for site in report.sites] == [
+        (site.name, site.tokens, site.error) for site in expected.sites
+    ]
+    assert torch.equal(tiny.logits(offloaded, IDS), tiny.logits(plain, IDS))
+
+
+def test_a_dense_target_tells_that_it_stops_at_experts(saved: Saved, calibration: Path) -> None:
+    report = prune(
+        tiny.load(saved("mixtral")), calibration=str(calibration), samples=8, true_sequential=True, dense_target=0.5
+    )
+    assert any("no dense target" in note for note in report.notes)

@@ -495,6 +495,12 @@ def test_tensors_without_the_base_models_prefix_are_pruned(family: str, tmp_path
     assert llmprune.inspect(tmp_path / "out").verified
 
 
+def test_a_tied_embedding_that_is_pruned_as_the_head_is_not_called_dense(saved: Saved, tmp_path: Path) -> None:
+    report = prune(saved("llama-tied"), tmp_path / "out", method="magnitude", include="lm_head.weight")
+    assert report.left_dense["model.embed_tokens.weight"] == "one with lm_head.weight"
+    assert llmprune.inspect(tmp_path / "out").left_dense == report.left_dense
+
+
 class Twice(nn.ModuleList):
     """Blocks that a model runs one after another, and then all over again."""
 

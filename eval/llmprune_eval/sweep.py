@@ -115,7 +115,7 @@ def sweep(
 def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any]) -> None:
     """Prune into `folder`, unless a run with this recipe has finished there."""
     if not folder.exists():
-        prune(model, folder, **recipe)
+        prune(model, folder, resume=True, **recipe)
         return
     done = read_run(folder)
     wanted = Recipe.of(recipe).for_model(model).to_json()

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmprune.errors import UnsupportedModelError
 from llmprune.model.lanes import Lanes
 from llmprune.model.observe import observing
 from llmprune.model.originals import Originals
@@ -88,6 +89,9 @@ class Collector:
         Raises:
             NumericalError: an input holds NaN or infinity.
         """
+        if any(site.module is self.lanes.stage(index).module for site in sites):
+            yield from self._by_runs(index, sites)  # the head: nobody needs the logits that it would put out
+            return
         experts = any(Group([site]).of_expert for site in sites)  # lanes do not come to all of them
         if sites and self.true_sequential and self.side_by_side and not experts:
             sites = yield from self._side_by_side(index, sites)
@@ -114,9 +118,10 @@ class Collector:
 
     def _side_by_side(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, list[Site]]:
         """Yield each site as the lanes come to it; return those that no module's call led to."""
-        statistic, last = None, list[Tensor]()
+        statistic, last = None, list[Any]()
         done = set[Site]()
         dense = Originals(sites) if self.twins else None
+        held: list[Tensor] = []  # alive, so that no other input can take their addresses
 
         def weights_of(lane: int) -> AbstractContextManager[None]:
             return dense.in_place() if dense and self._is_twin(lane) else nullcontext()
@@ -124,11 +129,13 @@ class Collector:
         with Walks(self.lanes, index, sites, weights_of) as walks:
             for site, inputs in walks.stops():
                 if site in done:
-                    continue  # called again: it runs as it was pruned
-                if statistic is None or [_identity(x) for x in inputs] != [_identity(x) for x in last]:
-                    statistic, last = self._statistic(index, site, inputs), inputs
+                    raise UnsupportedModelError(f"{site.name} is used twice in its block: leave out --true-sequential")
+                identities = [_identity(x) for x in inputs]
+                if statistic is None or identities != last:
+                    statistic, last, held = self._statistic(index, site, inputs), identities, inputs
                 done.add(site)
                 yield Group([site], statistic=statistic)
+        held.clear()
         self.most_runs = max(self.most_runs, 1)
         return [site for site in sites if site not in done]
 
@@ -146,12 +153,13 @@ class Collector:
         units = _units(groups)
         if not self.true_sequential and self._bytes(groups) <= self.budget:
             self._sum(index, groups, seen)
-            seen.clear()
+            if seen:
+                seen.clear()
             for unit in units:
                 yield from _with_statistic(unit)
             self.most_runs = max(self.most_runs, 1)
             return
-        seen.clear()
+        seen = None
         runs = 0
         for unit in units if self.true_sequential else reversed(units):
             parts = list(self._parts(unit))
@@ -264,25 +272,38 @@ def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
     return first_lane(lanes, index, sites)[0]
 
 
-def first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]]]:
-    """Run one lane, holding on to every input so that no two of them can share an address, and compare addresses."""
+def first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
+    """Run one lane, holding on to every input so that no two of them can share an address, and compare addresses.
+
+    Returns:
+        the groups, and each site's inputs; None for those if the model has changed one since the site has read it.
+    """
     inputs: dict[Site, list[Tensor]] = defaultdict(list)
-    with observing(lanes.stage(index), sites, lambda site, x: inputs[site].append(x)):
+    identities: dict[Site, list[Any]] = defaultdict(list)
+
+    def see(site: Site, x: Tensor) -> None:
+        inputs[site].append(x)
+        identities[site].append(_identity(x))
+
+    with observing(lanes.stage(index), sites, see):
         lanes.run(index, 0)
+    changed = any([_identity(x) for x in seen] != identities[site] for site, seen in inputs.items())
     groups: dict[tuple[Any, ...], Group] = {}
     for site, seen in inputs.items():
-        groups.setdefault(tuple(_identity(x) for x in seen), Group([], len(seen))).sites.append(site)
+        groups.setdefault(tuple(identities[site]), Group([], len(seen))).sites.append(site)
     unreached = [Group([site]) for site in sites if site not in inputs]
-    return [*groups.values(), *unreached], inputs
+    return [*groups.values(), *unreached], None if changed else inputs
 
 
 def _units(groups: Sequence[Group]) -> list[list[Group]]:
     """Put experts that do the same job together, at the place of their first: none of them reads another's output."""
     place: dict[str, int] = {}
-    for group in groups:
-        place.setdefault(group.family, len(place))
+    for group in groups:  # families that share an input anywhere, as an expert's gate and up do, share a place
+        families = {site.family for site in group.sites}
+        found = min((place[family] for family in families if family in place), default=len(place))
+        place |= {family: place.get(family, found) for family in families}
     ordered = sorted(groups, key=lambda group: place[group.family])
-    return [list(unit) for _, unit in groupby(ordered, key=lambda group: group.family)]
+    return [list(unit) for _, unit in groupby(ordered, key=lambda group: place[group.family])]
 
 
 def _with_statistic(unit: Sequence[Group]) -> Iterator[Group]:

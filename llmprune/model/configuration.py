@@ -44,6 +44,9 @@ def unknown_fields(fields: dict[str, Any], config: Any) -> list[str]:
 
 
 def _require_not_quantized(folder: Path, fields: dict[str, Any]) -> None:
+    quantization = fields.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "llmprune":
+        raise CheckpointError(f"{folder} was compressed by llmprune: restore it with llmprune decompress {folder} OUT")
     parts = [fields, *(part for part in fields.values() if isinstance(part, dict))]
     if any(part.get("quantization_config") or part.get("compression_config") for part in parts):
         raise CheckpointError(f"{folder} is already quantized: prune the original checkpoint, then quantize")

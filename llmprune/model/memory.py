@@ -16,6 +16,7 @@ _DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
 _STATISTICS_SHARE = 0.4  # of a GPU's free memory
 _HOST_STATISTICS_SHARE = 1 / 32  # of the host's available memory: others live there too
 _SIDE_BY_SIDE_SHARE = 0.25  # of the free memory of the device, for one block's activations of all lanes
+_EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU's, a GPU's, and its libraries' words
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
 
 
@@ -77,7 +78,7 @@ def token_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _EXHAUSTED)
 
 
 def give_back_freed_memory() -> None:

@@ -54,8 +54,10 @@ class _WeightsInUse(TorchFunctionMode):
 
     def __init__(self, sites: Sequence[Site], see: See) -> None:
         super().__init__()
-        self._sites, self._see = sites, see
-        self._at = _addresses(sites)
+        self._see = see
+        weights = {site: site.module.get_parameter(site.parameter) for site in sites}
+        self._at = {site.view(weight.data).data_ptr(): site for site, weight in weights.items() if not weight.is_meta}
+        self._away = [site for site, weight in weights.items() if weight.is_meta]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,11 +84,13 @@ class _WeightsInUse(TorchFunctionMode):
             self._see(site, x)
 
     def _site(self, weight: Tensor) -> Site | None:
-        site = self._at.get(weight.data_ptr())
+        site = self._at.get(weight.data_ptr()) or self._fetched(weight)
         return site if site and weight.numel() == site.shape[0] * site.shape[1] else None
 
-
-def _addresses(sites: Sequence[Site]) -> dict[int, Site]:
-    """Return the sites by the address of their first weight; weights that are not in memory have none."""
-    weights = {site: site.module.get_parameter(site.parameter) for site in sites}
-    return {site.view(weight.data).data_ptr(): site for site, weight in weights.items() if not weight.is_meta}
+    def _fetched(self, weight: Tensor) -> Site | None:
+        """Return the site whose weight this is, among those that accelerate fetches only for their module's forward."""
+        for site in self._away:
+            parameter = site.module.get_parameter(site.parameter)
+            if not parameter.is_meta and site.view(parameter.data).data_ptr() == weight.data_ptr():
+                return site
+        return None

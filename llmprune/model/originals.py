@@ -7,18 +7,18 @@ from llmprune.errors import UnsupportedModelError
 from llmprune.model.sites import Site
 
 
-class Originals:
-    """Copies of the parameters that hold some sites, made before these are pruned.
+def require_in_memory(sites: Sequence[Site]) -> None:
+    """Raise UnsupportedModelError for a parameter that accelerate offloads: it cannot be exchanged for a copy."""
+    for site in sites:
+        if site.module.get_parameter(site.parameter).is_meta:
+            raise UnsupportedModelError(f"{site.tensor} is offloaded: a dense target needs the model in memory")
 
-    Raises:
-        UnsupportedModelError: a parameter is not in memory, as accelerate offloads it.
-    """
+
+class Originals:
+    """Copies of the parameters that hold some sites, made before these are pruned."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         parameters = {site.tensor: site.module.get_parameter(site.parameter) for site in sites}
-        for name, parameter in parameters.items():
-            if parameter.is_meta:
-                raise UnsupportedModelError(f"{name} is offloaded: a dense target needs the whole block in memory")
         self._kept = [(parameter, parameter.data.clone()) for parameter in parameters.values()]
 
     @contextmanager

@@ -143,8 +143,8 @@ def _ids(length: int, sequences: int = 1) -> Tensor:
 
 def _try(collector: Collector, index: int, sites: Sequence[Site], lengths: tuple[int, int]) -> Trial:
     lanes = collector.lanes
-    groups, inputs = first_lane(lanes, index, sites)
-    groups = _as_fellows(groups)
+    groups, seen = first_lane(lanes, index, sites)
+    groups, inputs = _as_fellows(groups), seen or {}
     fed = [sum(x.numel() for x in inputs.get(group.sites[0], ())) / group.inputs / lengths[0] for group in groups]
     input_bytes = bytes_of(list(inputs.values())) / lengths[0]
     inputs.clear()

@@ -33,8 +33,10 @@ class Resident:
     def device_of(self, stage: Stage) -> torch.device:
         """Return where a stage's arguments are expected; accelerate's hooks move them on from there."""
         hook = getattr(stage.module, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None) or next(stage.module.parameters()).device
-        return torch.device(device) if torch.device(device).type != "meta" else torch.device("cpu")
+        devices = (getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook]))
+        told = next((device for device in devices if device is not None), None)  # the first GPU is told as a plain 0
+        device = torch.device(told) if told is not None else next(stage.module.parameters()).device
+        return device if device.type != "meta" else torch.device("cpu")
 
     def load(self, stage: Stage) -> None:
         """Nothing to do: the block is there."""
