@@ -12,7 +12,8 @@ from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError, ResourceError
 from llmprune.methods.magnitude import Magnitude
 from llmprune.model import Lanes
-from llmprune.model.collect import Collector, Group
+from llmprune.model.collect import Collector
+from llmprune.model.groups import Group
 from llmprune.model.memory import (
     batch_size,
     fits_side_by_side,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import tiny
 from llmprune.errors import UnsupportedModelError
 from llmprune.model import Lanes, Resident
-from llmprune.model.collect import Collector, Group, StatisticType, find_groups
+from llmprune.model.collect import Collector
+from llmprune.model.groups import Group, StatisticType, find_groups
 from llmprune.model.sites import Site, Stage, sites_of
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
 

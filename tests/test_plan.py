@@ -25,7 +25,8 @@ from llmprune.forecast.memory import loading_memory, outer_memory, stage_memory
 from llmprune.forecast.yardstick import SolvingTime, copied_bytes, solving_bytes, solving_time, statistic_work
 from llmprune.methods import get
 from llmprune.model import Lanes, Outline, Streamed
-from llmprune.model.collect import Collector, Group, find_groups
+from llmprune.model.collect import Collector
+from llmprune.model.groups import Group, find_groups
 from llmprune.model.live import LiveBytes, bytes_of
 from llmprune.model.outline import zeros
 from llmprune.model.probe import Trial, try_blocks, waiting_bytes

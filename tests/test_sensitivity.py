@@ -11,6 +11,7 @@ import torch
 import llmprune
 import tiny
 from llmprune.errors import DataError, PatternError, RecipeError
+from llmprune.storing import OnDisk
 from llmprune_eval import sensitivity as room
 
 DATA = [row.tolist() for row in tiny.ids(5, 20)]
@@ -147,12 +148,32 @@ def test_a_sweep_goes_on_where_it_was(
         llmprune.sweep(folder, out, **SWEEP | {"seed": 7})
 
 
+def test_a_sweep_that_was_stopped_within_a_run_goes_on_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = SWEEP | {"methods": ["wanda"], "patterns": ["2:4"]}
+    keep, stages = OnDisk.keep, list[str]()
+
+    def stop(store: OnDisk, stage: Any, sites: Any) -> None:
+        keep(store, stage, sites)
+        stages.append(stage.name)
+        if len(stages) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OnDisk, "keep", stop)
+        llmprune.sweep(folder, tmp_path / "out", **one)
+    assert (tmp_path / "out" / "wanda-2of4.partial").exists()
+    assert len(llmprune.sweep(folder, tmp_path / "out", **one).rows) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
         ({"methods": []}, RecipeError, "at least one method and one pattern"),
         ({"methods": ["wand"]}, RecipeError, "unknown method 'wand'"),
         ({"patterns": ["50%", "4:2"]}, PatternError, "keeps N of every M"),
+        ({"patterns": ["50%", "1:7"]}, PatternError, "not divisible by 7"),
         ({"data": "./none.txt"}, DataError, "none.txt"),
         ({"metod": "wanda"}, RecipeError, "unknown option 'metod'"),
     ],

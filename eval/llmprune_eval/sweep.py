@@ -6,7 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llmprune.checkpoint import Source
 from llmprune.errors import RecipeError
+from llmprune.locate import locate
+from llmprune.model import Outline
+from llmprune.model.streamed import stored_dtype
+from llmprune.planning import make_plan
 from llmprune.pruning import prune
 from llmprune.recipe import Recipe
 from llmprune.runs import add_evaluations, read_run
@@ -93,8 +100,7 @@ def sweep(
         raise RecipeError("a sweep needs at least one method and one pattern")
     amount = Amount(length, windows, options.get("batch_size"))
     recipes = [options | {"method": method, "pattern": pattern} for method in methods for pattern in patterns]
-    for recipe in recipes:
-        Recipe.of(recipe)
+    _require_feasible(model, recipes)
     trusted = bool(options.get("trust_remote_code", False))
     place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
     text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
@@ -110,6 +116,15 @@ def sweep(
     (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
     (Path(out) / PAGE).write_text(sweep_page(result), "utf-8")
     return result
+
+
+def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]]) -> None:
+    """Raise, before any work, what would stop one of the runs: a wrong option, a pattern that does not fit."""
+    first = Recipe.of(recipes[0])
+    source = Source.open(locate(model, first.revision))
+    host = Outline(source.folder, source.config, torch.device("cpu"), stored_dtype(source), first.trust_remote_code)
+    for recipe in recipes:
+        make_plan(host, Recipe.of(recipe))
 
 
 def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any]) -> None:

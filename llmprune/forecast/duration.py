@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
-from llmprune.model.collect import Group, StatisticType
+from llmprune.model.groups import Group, StatisticType
 from llmprune.model.probe import Trial
 from llmprune.planning import Plan
 from llmprune.recipe import Recipe

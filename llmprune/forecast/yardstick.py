@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmprune.methods import Method
-from llmprune.model.collect import StatisticType
+from llmprune.model.groups import StatisticType
 from llmprune.model.live import LiveBytes
 from llmprune.patterns import NM, Unstructured
 from llmprune.solving import ROW_CHUNK, prune_matrix

@@ -1,55 +1,30 @@
 """Run a stage on the calibration batches and sum up what its sites are fed: one statistic per shared input."""
 
-import logging
-from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 from torch import Tensor
 
 from llmprune.errors import UnsupportedModelError
+from llmprune.model.groups import (
+    Group,
+    StatisticType,
+    feed,
+    first_lane,
+    identity,
+    is_starved,
+    pool,
+    units_of,
+    with_statistic,
+)
 from llmprune.model.lanes import Lanes
 from llmprune.model.observe import observing
 from llmprune.model.originals import Originals
 from llmprune.model.sites import Site
 from llmprune.model.walks import Walks
 from llmprune.statistics import ColumnNorm, Gram
-
-StatisticType = type[ColumnNorm] | type[Gram]
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass
-class Group:
-    """Sites that read the same input, and the one statistic of that input."""
-
-    sites: list[Site]
-    calls: int | None = None  # how often the input is read in one forward, where the first lane told
-    statistic: ColumnNorm | Gram | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def family(self) -> str:
-        """The name that experts which do the same job share; unique for all others."""
-        return self.sites[0].family
-
-    @property
-    def of_expert(self) -> bool:
-        return self.family != self.sites[0].name
-
-    @property
-    def inputs(self) -> int:
-        """Width of the input."""
-        return self.sites[0].shape[1]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the statistic has seen."""
-        return self.statistic.tokens if self.statistic else 0
 
 
 class _Enough(Exception):
@@ -130,7 +105,7 @@ class Collector:
             for site, inputs in walks.stops():
                 if site in done:
                     raise UnsupportedModelError(f"{site.name} is used twice in its block: leave out --true-sequential")
-                identities = [_identity(x) for x in inputs]
+                identities = [identity(x) for x in inputs]
                 if statistic is None or identities != last:
                     statistic, last, held = self._statistic(index, site, inputs), identities, inputs
                 done.add(site)
@@ -150,13 +125,13 @@ class Collector:
 
     def _by_runs(self, index: int, sites: Sequence[Site]) -> Iterator[Group]:
         groups, seen = first_lane(self.lanes, index, sites)
-        units = _units(groups)
+        units = units_of(groups)
         if not self.true_sequential and self._bytes(groups) <= self.budget:
             self._sum(index, groups, seen)
             if seen:
                 seen.clear()
             for unit in units:
-                yield from _with_statistic(unit)
+                yield from with_statistic(unit)
             self.most_runs = max(self.most_runs, 1)
             return
         seen = None
@@ -171,30 +146,30 @@ class Collector:
         """Return the most bytes that the statistics of a stage's groups take, and in how many runs they are summed."""
         if not self.true_sequential and self._bytes(groups) <= self.budget:
             return self._bytes(groups), 1
-        units = [list(self._parts(unit)) for unit in _units(groups)]
+        units = [list(self._parts(unit)) for unit in units_of(groups)]
         pooled = [self._bytes(parts[0][:1]) if len(parts) > 1 else 0 for parts in units]
         most = [max(map(self._bytes, parts)) for parts in units]
         return max(map(sum, zip(most, pooled, strict=True)), default=0), sum(map(len, units))
 
     def _at_once(self, index: int, unit: list[Group]) -> Iterator[Group]:
         self._sum(index, unit)
-        yield from _with_statistic(unit)
+        yield from with_statistic(unit)
 
     def _in_parts(self, index: int, parts: list[list[Group]]) -> Iterator[Group]:
         """Yield the experts of a family part by part; starved ones wait until all are pooled, then run once more."""
         pooled, starved = None, list[Group]()
         for part in parts:
             self._sum(index, part)
-            pooled = _pool(part, pooled)
+            pooled = pool(part, pooled)
             for group in part:
-                if _is_starved(group):
+                if is_starved(group):
                     group.statistic = None
                     starved.append(group)
                 else:
                     yield group
         for part in self._parts(starved):
             self._sum(index, part)
-            _feed(part, pooled)
+            feed(part, pooled)
             yield from part
 
     def _parts(self, unit: Sequence[Group]) -> Iterator[list[Group]]:
@@ -257,90 +232,3 @@ def _require_finite(groups: Sequence[Group]) -> None:
     for group in groups:
         if group.statistic is not None:
             group.statistic.require_finite(group.sites[0].name)
-
-
-def _identity(x: Tensor) -> tuple[Any, ...]:
-    """Tell tensors apart that are alive at the same time; an empty one has no address."""
-    return x.data_ptr() or id(x), x.shape, x.stride(), x._version
-
-
-def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
-    """Group the sites of stage `index` by the tensors they read, in reading order, as the first lane tells.
-
-    Sites that it does not reach, such as experts that it did not choose, come last, each in a group of its own.
-    """
-    return first_lane(lanes, index, sites)[0]
-
-
-def first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
-    """Run one lane, holding on to every input so that no two of them can share an address, and compare addresses.
-
-    Returns:
-        the groups, and each site's inputs; None for those if the model has changed one since the site has read it.
-    """
-    inputs: dict[Site, list[Tensor]] = defaultdict(list)
-    identities: dict[Site, list[Any]] = defaultdict(list)
-
-    def see(site: Site, x: Tensor) -> None:
-        inputs[site].append(x)
-        identities[site].append(_identity(x))
-
-    with observing(lanes.stage(index), sites, see):
-        lanes.run(index, 0)
-    changed = any([_identity(x) for x in seen] != identities[site] for site, seen in inputs.items())
-    groups: dict[tuple[Any, ...], Group] = {}
-    for site, seen in inputs.items():
-        groups.setdefault(tuple(identities[site]), Group([], len(seen))).sites.append(site)
-    unreached = [Group([site]) for site in sites if site not in inputs]
-    return [*groups.values(), *unreached], None if changed else inputs
-
-
-def _units(groups: Sequence[Group]) -> list[list[Group]]:
-    """Put experts that do the same job together, at the place of their first: none of them reads another's output."""
-    place: dict[str, int] = {}
-    for group in groups:  # families that share an input anywhere, as an expert's gate and up do, share a place
-        families = {site.family for site in group.sites}
-        found = min((place[family] for family in families if family in place), default=len(place))
-        place |= {family: place.get(family, found) for family in families}
-    ordered = sorted(groups, key=lambda group: place[group.family])
-    return [list(unit) for _, unit in groupby(ordered, key=lambda group: place[group.family])]
-
-
-def _with_statistic(unit: Sequence[Group]) -> Iterator[Group]:
-    """Yield the groups of a family that can be solved, starved experts fed from the others."""
-    if starved := [group for group in unit if _is_starved(group)]:
-        _feed(starved, _pool(unit))
-    yield from (group for group in unit if group.statistic is not None or group.of_expert)
-
-
-def _is_starved(group: Group) -> bool:
-    """Say whether an expert saw fewer tokens than it has inputs, so that some directions were never measured."""
-    return group.of_expert and group.tokens < group.inputs
-
-
-def _pool(groups: Sequence[Group], pooled: ColumnNorm | Gram | None = None) -> ColumnNorm | Gram | None:
-    """Add up the statistics of groups, always in their order, so that the sum does not depend on the budget."""
-    for group in groups:
-        if group.statistic is not None:
-            pooled = pooled or type(group.statistic)(group.inputs, group.statistic.device)
-            pooled.merge(group.statistic)  # type: ignore[arg-type]  # of one type, as all of a collector's
-    return pooled if pooled is not None and pooled.tokens else None
-
-
-def _feed(starved: Sequence[Group], pooled: ColumnNorm | Gram | None) -> None:
-    """Shrink the statistics of starved experts towards the pooled one: by all that they lack in tokens."""
-    family = starved[0].family
-    if pooled is None:
-        _log.warning("%s: no token reached any expert; all are solved by magnitude", family)
-    else:
-        _log.info("%s: %d experts saw too few tokens, and share the pooled statistic", family, len(starved))
-    for group in starved:
-        count = f"{group.tokens} routed tokens for {group.inputs} inputs"
-        if pooled is None:
-            group.statistic = None
-            group.notes = (f"{count}, none for its fellow experts: solved by magnitude",)
-            continue
-        share = 1 - group.tokens / group.inputs
-        group.statistic = group.statistic or type(pooled)(group.inputs, pooled.device)
-        group.statistic.shrink(pooled, share)  # type: ignore[arg-type]
-        group.notes = (f"{count}: statistic shrunk by {share:.1%} towards that of all experts",)

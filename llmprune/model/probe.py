@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from llmprune.model.collect import Collector, Group, StatisticType, first_lane
+from llmprune.model.collect import Collector
 from llmprune.model.experts import one_by_one
+from llmprune.model.groups import Group, StatisticType, first_lane
 from llmprune.model.lanes import Lanes
 from llmprune.model.live import LiveBytes, bytes_of
 from llmprune.model.outline import Outline
