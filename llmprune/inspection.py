@@ -16,7 +16,7 @@ from llmprune.checkpoint.sink import REPORT
 from llmprune.errors import CheckpointError, PatternError
 from llmprune.locate import locate
 from llmprune.model import Streamed
-from llmprune.model.sites import Site, dense_parameters, is_router, sites_of
+from llmprune.model.sites import Site, dense_parameters, is_router, outer_parameters, sites_of
 from llmprune.patterns import NM, Unstructured, parse
 
 GROUP_SIZES = (4, 8, 16, 32, 64, 128)
@@ -134,7 +134,8 @@ def _left_dense(folder: Path, host: Streamed) -> dict[str, str]:
     ends |= {site.tensor: "output head" for site in sites_of(host.head)}
     inner = dict(pair for stage in host.blocks for pair in dense_parameters(stage))
     routers = (site.tensor for stage in host.blocks for site in sites_of(stage) if is_router(site.tensor))
-    return ends | inner | dict.fromkeys(routers, "router")
+    outer = outer_parameters(host.model, [host.embedding, *host.blocks, host.head])
+    return ends | inner | outer | dict.fromkeys(routers, "router")
 
 
 def _tensor_report(source: Source, key: str, site: Site | None, sizes: list[int]) -> TensorReport:

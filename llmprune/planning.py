@@ -10,7 +10,7 @@ from torch import Tensor
 from llmprune import calibration, data, methods
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
-from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, sites_of
+from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
 from llmprune.patterns import NM, Unstructured
 from llmprune.recipe import Recipe
 
@@ -74,6 +74,7 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     selection.require_matches([site.tensor for sites in every.values() for site in sites])
     ends = {host.embedding.name: "embedding", host.head.name: "output head"}
     left_dense = {name: what for stage in host.blocks for name, what in dense_parameters(stage)}
+    left_dense |= outer_parameters(host.model, [host.embedding, *host.blocks, host.head])
     twins = _twins(host.model.all_tied_weights_keys)
     chosen: dict[str, list[Site]] = {}
     taken = set[str]()

@@ -501,6 +501,11 @@ def test_a_tied_embedding_that_is_pruned_as_the_head_is_not_called_dense(saved: 
     assert llmprune.inspect(tmp_path / "out").left_dense == report.left_dense
 
 
+def test_what_lies_outside_the_blocks_is_listed_as_dense(saved: Saved, tmp_path: Path) -> None:
+    report = prune(saved("gpt2"), tmp_path / "out", method="magnitude")
+    assert report.left_dense["transformer.wpe.weight"] == "outside the decoder blocks"
+
+
 class Twice(nn.ModuleList):
     """Blocks that a model runs one after another, and then all over again."""
 

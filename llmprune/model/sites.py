@@ -101,6 +101,13 @@ def dense_parameters(stage: Stage) -> Iterator[tuple[str, str]]:
                 yield name, _what(name, module)
 
 
+def outer_parameters(model: nn.Module, stages: Iterable[Stage]) -> dict[str, str]:
+    """Return the parameters of two dimensions or more that are in none of the stages, and what they are."""
+    inner = {id(parameter) for stage in stages for parameter in stage.module.parameters()}
+    outer = (name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in inner)
+    return dict.fromkeys(outer, "outside the decoder blocks")
+
+
 def _what(name: str, module: nn.Module) -> str:
     if is_router(name):
         return "router"
