@@ -1,6 +1,7 @@
 """One matrix: solve it, check what came out, measure what it costs."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from llmprune.errors import PatternError, RecipeError
 from llmprune.methods import Method, Solution
 from llmprune.model.sites import out_of_range, require_finite
-from llmprune.patterns import Pattern
+from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
+_SAMPLED_ROWS = 512  # of a matrix, from which the error of magnitude is taken
 _TARGET_DAMP = 0.01  # SparseGPT's own: its factor then serves both
 
 
@@ -24,7 +26,7 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, *
 
     Args:
         weight: [outputs, inputs], any floating dtype; not modified.
-        statistic: what the method needs of the inputs: a `ColumnNorm` or `Gram`; or a tensor: the inputs themselves
+        statistic: what the method needs of the inputs: a `ColumnNorm` or a `Gram`, which serves for both; or a tensor: the inputs themselves
             [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods that need no more,
             their norms [inputs]. None for methods that need nothing.
         options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`.
@@ -51,11 +53,15 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, *
 
 @dataclass(frozen=True)
 class Outcome:
-    """What pruning a matrix came to: its zeros, and its relative output error as far as the statistic can tell."""
+    """What pruning a matrix came to: its zeros, and its relative output error as far as the statistic can tell.
+
+    `magnitude_error` is that of magnitude pruning, for comparison.
+    """
 
     zeros: int
     error: float
     notes: tuple[str, ...]
+    magnitude_error: float
 
 
 def prune_matrix(
@@ -69,17 +75,37 @@ def prune_matrix(
 ) -> Outcome:
     """Overwrite a matrix with its solution, a few rows at a time where rows are independent."""
     generator = _generator(seed, name)
+    yardstick = magnitude_error(weight_OI, statistic, pattern, dense_target)
     zeros, error, scale, notes = 0, 0.0, 0.0, dict[str, None]()
     for rows in _chunks(weight_OI) if method.row_wise and pattern.row_wise else (weight_OI,):
         here = rows.to(statistic.device) if statistic else rows  # accelerate may keep weights off the GPU
-        goal = statistic.target(here, dense_target, _TARGET_DAMP) if isinstance(statistic, CrossGram) else here
+        goal = _goal(here, statistic, dense_target)
         solution = checked_solution(name, method, goal, statistic, pattern, generator, rows.dtype)
         change, whole = energies(goal, solution.weight_OI, statistic)
         error, scale = error + change, scale + whole
         zeros += here.numel() - int(solution.weight_OI.count_nonzero())
         notes |= dict.fromkeys(solution.notes)
         rows.copy_(solution.weight_OI)
-    return Outcome(zeros, error / scale if scale else 0.0, tuple(notes))
+    return Outcome(zeros, error / scale if scale else 0.0, tuple(notes), yardstick)
+
+
+def _goal(weight_OI: Tensor, statistic: Any, dense_target: float) -> Tensor:
+    """Return the weights without a pattern that the pruned ones are to come close to."""
+    return statistic.target(weight_OI, dense_target, _TARGET_DAMP) if isinstance(statistic, CrossGram) else weight_OI
+
+
+def magnitude_error(weight_OI: Tensor, statistic: Any, pattern: Pattern, dense_target: float = 0.0) -> float:
+    """Return the relative output error that magnitude pruning to the same sparsity would have.
+
+    Measured as a method's own error is, but on 512 rows at most, evenly spaced: it is no more than a yardstick. Of a
+    pattern that is not N:M the sampled rows are pruned to the sparsity as one matrix.
+    """
+    rows_OI = weight_OI[:: math.ceil(len(weight_OI) / _SAMPLED_ROWS)]
+    rows_OI = rows_OI.to(statistic.device) if statistic else rows_OI
+    choice = pattern if isinstance(pattern, NM) else Unstructured(pattern.sparsity)
+    kept_OI = rows_OI * choice.keep(rows_OI.abs().float())
+    change, whole = energies(_goal(rows_OI, statistic, dense_target), kept_OI, statistic)
+    return change / whole if whole else 0.0
 
 
 def checked_solution(
@@ -126,7 +152,7 @@ def _fed(method: Method, statistic: Tensor | ColumnNorm | Gram | None, weight: T
         return None
     if isinstance(statistic, Tensor):
         statistic = _from_tensor(needs, statistic.to(weight.device), weight.shape[1])
-    if not isinstance(statistic, needs):
+    if not isinstance(statistic, needs | Gram):  # a Gram also knows the column norms
         raise RecipeError(f"{type(method).__name__} needs calibration inputs or a {needs.__name__} as its statistic")
     if statistic.inputs != weight.shape[1]:
         raise RecipeError(f"the statistic is of {statistic.inputs} inputs, the matrix has {weight.shape[1]}")

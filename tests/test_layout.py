@@ -29,6 +29,8 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.report"},
     {"llmprune.storing", "llmprune.forecast"},
     {"llmprune.run", "llmprune.sparse"},
+    {"llmprune.branches"},
+    {"llmprune.several"},
     {"llmprune.pruning", "llmprune.preview"},
     {"llmprune_eval"},
     {"llmprune.commands"},
