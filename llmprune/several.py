@@ -78,7 +78,7 @@ def prune_together(
     done = {out: _finished(out, model, recipe) for out, recipe in recipes.items() if resume and _is_complete(out)}
     missing = {out: recipe for out, recipe in recipes.items() if out not in done}
     if missing:
-        widest = max(missing.values(), key=lambda recipe: _NEEDS.index(recipe.solver().needs))
+        widest = max(recipes.values(), key=lambda recipe: _NEEDS.index(recipe.solver().needs))
         with repeatable(widest.deterministic):
             done |= _prune(model, missing, widest, overwrite, resume)
     return [done[out] for out in recipes]
@@ -105,7 +105,7 @@ def _require_shared_inputs(recipe: Recipe) -> None:
         if getattr(recipe, name):
             raise RecipeError(
                 f"{name} has each result see what its own pruned matrices put out, and several results share one pass "
-                "through the dense model: give one pattern at a time, or leave it out (presets set it)"
+                "through the dense model: give one pattern at a time (a sweep: --separate), or leave it out (presets set it)"
             )
 
 

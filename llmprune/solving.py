@@ -26,9 +26,9 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, *
 
     Args:
         weight: [outputs, inputs], any floating dtype; not modified.
-        statistic: what the method needs of the inputs: a `ColumnNorm` or a `Gram`, which serves for both; or a tensor: the inputs themselves
-            [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods that need no more,
-            their norms [inputs]. None for methods that need nothing.
+        statistic: what the method needs of the inputs: a `ColumnNorm`, or a `Gram`, which serves for both; or a tensor:
+            the inputs themselves [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods
+            that need no more, their norms [inputs]. None for methods that need nothing.
         options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`.
 
     Raises:

@@ -40,7 +40,7 @@ def several(model: str, out: Path, overwrite: bool, resume: bool, as_json: bool,
     from llmprune.several import summary
 
     pattern = options.pop("pattern")
-    patterns = pattern if isinstance(pattern, list) else [part.strip() for part in pattern.split(",")]
+    patterns = pattern if isinstance(pattern, list) else [part.strip() for part in pattern.split(",") if part.strip()]
     reports = run(model, out, overwrite=overwrite, resume=resume, pattern=patterns, **options)
     if as_json:
         print_json({"results": [{"out": str(report.out), **report.to_json()} for report in reports]})
