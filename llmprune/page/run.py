@@ -35,7 +35,7 @@ def run_page(run: dict[str, Any], weights: list[Histogram]) -> str:
             _head(run),
             _tiles(run),
             evaluations(run),
-            html.figures("By depth", [_errors(sites), _against_magnitude(sites), _sparsities(sites), _experts(sites)]),
+            html.figures("By depth", [_errors(run), _against_magnitude(sites), _sparsities(sites), _experts(sites)]),
             html.figures("Weights", [_weights(entry) for entry in weights]),
             html.figures("Cost of the run", [_timings(run), _memory(run)]),
             html.bullets("Notes", _notes(run)),
@@ -106,7 +106,8 @@ def _per_kind(sites: list[facts.Site], key: str, format: svg.Format) -> list[Ser
     return found
 
 
-def _errors(sites: list[facts.Site]) -> str:
+def _errors(run: dict[str, Any]) -> str:
+    sites, blocks = run["sites"], "dense" if run.get("one_pass") else "pruned"
     series = _per_kind(sites, "error", lambda value: f"{value:.4g}")
     if not series:
         return ""
@@ -116,8 +117,8 @@ def _errors(sites: list[facts.Site]) -> str:
     return html.figure(
         title,
         svg.chart(title, _depth(sites), y, series),
-        "Squared change of the outputs over the squared outputs on the calibration tokens, inputs from the pruned "
-        f"blocks before; measured with {', '.join(sorted(norms)).replace('_', ' ')}.",
+        "Squared change of the outputs over the squared outputs on the calibration tokens, inputs from the "
+        f"{blocks} blocks before; measured with {', '.join(sorted(norms)).replace('_', ' ')}.",
         svg.legend(series),
     )
 
@@ -129,7 +130,7 @@ def _against_magnitude(sites: list[facts.Site]) -> str:
         return ""
     title = "Output error, against that of magnitude pruning"
     ends = [float(block) for block in facts.by_block(shares)]
-    level = Series("magnitude", [(min(ends), 1.0), (max(ends), 1.0)], marks=False, colour=6)
+    level = Series("magnitude", [(min(ends), 1.0), (max(ends), 1.0)], marks=False, colour=7)
     y = Axis.around("share of its error", [1.0, *(b for entry in series for _, b in entry.points)], plain, zero=True)
     return html.figure(
         title,
