@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import NumericalError
 from llmprune.patterns import column_blocks
 
@@ -121,7 +122,8 @@ class ColumnNorm:
 class Gram:
     """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
 
-    The operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit.
+    In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
+    of bfloat16 are exact in fp32 and are summed in whatever order is fastest.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -148,13 +150,19 @@ class Gram:
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
         total = self.sequences + sequences
-        x_IT = x_TI.float().T * math.sqrt(2 / total)
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
-            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
-            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
+        if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
+            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
+        else:
+            self._add_as_the_paper(x_TI.float(), total)
         self._changed()
         self.sequences = total
         self.tokens += x_TI.shape[0]
+
+    def _add_as_the_paper(self, x_TI: Tensor, total: int) -> None:
+        x_IT = x_TI.T * math.sqrt(2 / total)
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
+            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
+            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
 
     def merge(self, other: "Gram") -> None:
         total = max(self.sequences + other.sequences, 1)
@@ -234,8 +242,11 @@ class CrossGram(Gram):
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
             total = self.sequences + sequences
-            self._cross_II.mul_(self.sequences / total)
-            self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), alpha=2 / total)
+            scale, before = 2 / total, self.sequences / total
+            if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
+                kernels.add_product(self._cross_II, dense_TI, x_TI, scale, before)
+            else:
+                self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), beta=before, alpha=scale)
         super().add(x_TI, sequences)
 
     @staticmethod
