@@ -8,6 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+_MANY = 1 << 15  # numbers, from which on counting them beats a partition
+
+from llmprune_kernels.select import native as select_native
+
 from llmprune_kernels.gram import native as gram_native
 from llmprune_kernels.obs import native as obs_native
 from llmprune_kernels.obs import recursive, reference
@@ -34,6 +38,17 @@ def prune_nm(block_BO: Tensor, upper_BB: Tensor, n: int, m: int) -> Tensor:
     """See `llmprune_kernels.obs.recursive.prune_nm`."""
     mask: Tensor = _obs(block_BO, recursive).prune_nm(block_BO, upper_BB, n, m)
     return mask
+
+
+def selects(score_C: Tensor) -> bool:
+    """Say whether `kth_smallest` is there for these numbers, and faster than a partition."""
+    many = score_C.numel() >= _MANY and score_C.is_contiguous()
+    return many and score_C.device.type == "cpu" and score_C.dtype == torch.float32 and select_native.available()
+
+
+def kth_smallest(score_C: Tensor, k: int) -> float:
+    """See `llmprune_kernels.select.native.kth_smallest`."""
+    return select_native.kth_smallest(score_C, k)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

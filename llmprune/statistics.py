@@ -235,12 +235,14 @@ class CrossGram(Gram):
     def __init__(self, inputs: int, device: torch.device) -> None:
         super().__init__(inputs, device)
         self._cross_II: Tensor | None = None
+        self._mixture: tuple[float, Tensor] | None = None
 
     def add(self, x_TI: Tensor, sequences: int, dense_TI: Tensor | None = None) -> None:
         """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
+            self._mixture = None
             total = self.sequences + sequences
             scale, before = 2 / total, self.sequences / total
             if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
@@ -264,10 +266,17 @@ class CrossGram(Gram):
         weight_OI = weight_OI.float()
         if self._cross_II is None or not share:
             return weight_OI
-        factor = self.factor(damp)
+        factor = self.factor(damp, "root")
         ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = share * (weight_OI @ self._cross_II) + (1 - share) * (weight_OI @ self.hessian_II) + ridge * weight_OI
-        return (goal_OI @ factor.upper_II.T) @ factor.upper_II
+        goal_OI = torch.addmm(weight_OI, weight_OI, self._mixed(share), beta=ridge)
+        half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
+        return torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
+
+    def _mixed(self, share: float) -> Tensor:
+        """Return C = `share`·DᵀP + (1-share)·PᵀP, once for all sites that read these inputs."""
+        if self._mixture is None or self._mixture[0] != share:
+            self._mixture = share, torch.lerp(self.hessian_II, self._cross_II, share)
+        return self._mixture[1]
 
 
 @dataclass(frozen=True)
