@@ -6,11 +6,12 @@
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
 from llmprune_kernels.gram import native as gram_native
 from llmprune_kernels.obs import native as obs_native
 from llmprune_kernels.obs import recursive, reference
 from llmprune_kernels.select import native as select_native
-from torch import Tensor
 
 _MANY = 1 << 15  # numbers, from which on counting them beats a partition
 
