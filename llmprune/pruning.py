@@ -7,7 +7,7 @@ from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.place import require_place
 from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError
-from llmprune.locate import locate
+from llmprune.locate import locate, require_own_name
 from llmprune.model import Resident, Streamed, load_tokenizer
 from llmprune.model.memory import home_device, out_of_memory_in
 from llmprune.model.originals import require_in_memory
@@ -103,6 +103,7 @@ def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, o
 
 
 def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: bool, resume: bool) -> Report:
+    require_own_name(out)
     source = Source.open(locate(model, recipe.revision))
     require_place(source, out, overwrite, resume)
     recipe = recipe.for_model(model)

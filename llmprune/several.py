@@ -30,6 +30,7 @@ from llmprune.runs import read_run
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storing import fingerprint
 
+_OF_ONE_RESULT = {"true_sequential": False, "dense_target": 0.0}  # what needs a pass for each, and its default
 _NEEDS: list[Any] = [None, ColumnNorm, Gram]  # a later one serves methods that need an earlier one
 
 
@@ -74,7 +75,7 @@ def prune_together(
     """
     recipes = {out: Recipe.of(options | result).for_model(model) for out, result in results.items()}
     for recipe in recipes.values():
-        _require_shared_inputs(recipe)
+        require_shared_inputs(recipe)
     done = {out: _finished(out, model, recipe) for out, recipe in recipes.items() if resume and _is_complete(out)}
     missing = {out: recipe for out, recipe in recipes.items() if out not in done}
     if missing:
@@ -99,14 +100,20 @@ def summary(reports: Sequence[Report]) -> str:
     return "\n".join([*lines, f"  shared time   {', '.join(shared)}", f"  peak memory   {peak / 2**30:.2f} GiB"])
 
 
-def _require_shared_inputs(recipe: Recipe) -> None:
-    """Refuse what has each result see inputs of its own."""
-    for name in ("true_sequential", "dense_target"):
-        if getattr(recipe, name):
+def require_shared_inputs(recipe: Recipe) -> None:
+    """Raise RecipeError for what has each result see inputs of its own."""
+    for name, default in _OF_ONE_RESULT.items():
+        if getattr(recipe, name) != default:
             raise RecipeError(
                 f"{name} has each result see what its own pruned matrices put out, and several results share one pass "
-                "through the dense model: give one pattern at a time (a sweep: --separate), or leave it out (presets set it)"
+                "through the dense model: give one pattern at a time (a sweep: --separate), or leave it out (presets "
+                "set it)"
             )
+    if recipe.solver().needs not in _NEEDS:
+        raise RecipeError(
+            f"{methods.name_of(recipe.solver())} does not learn from inputs alone, and several results share what is "
+            "known of these: give one pattern at a time (a sweep: --separate)"
+        )
 
 
 def _is_complete(out: Path) -> bool:

@@ -21,7 +21,7 @@ from llmprune.planning import make_plan
 from llmprune.pruning import prune
 from llmprune.recipe import Recipe
 from llmprune.runs import add_evaluations, add_speed, read_run, update_run
-from llmprune.several import prune_together
+from llmprune.several import prune_together, require_shared_inputs
 from llmprune.sparse.bench import Benchmark, bench
 from llmprune_eval.pages import DECODING, sweep_page
 from llmprune_eval.perplexity import Evaluation, measure, read_text
@@ -153,7 +153,9 @@ def sweep(
         Path(out) / f"{method}-{folder_name(parse(pattern))}": {"method": method, "pattern": pattern}
         for method in methods for pattern in patterns
     }  # fmt: skip
-    _require_feasible(model, [options | recipe for recipe in recipes.values()])
+    if len(recipes) < len(methods) * len(patterns):
+        raise RecipeError(f"a method or a pattern is there more than once: {', '.join([*methods, *patterns])}")
+    _require_feasible(model, [options | recipe for recipe in recipes.values()], separate)
     trusted = bool(options.get("trust_remote_code", False))
     place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
     text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
@@ -181,13 +183,15 @@ def sweep(
     return result
 
 
-def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]]) -> None:
+def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]], separate: bool) -> None:
     """Raise, before any work, what would stop one of the runs: a wrong option, a pattern that does not fit."""
     first = Recipe.of(recipes[0])
     source = Source.open(locate(model, first.revision))
     host = Outline(source.folder, source.config, torch.device("cpu"), stored_dtype(source), first.trust_remote_code)
-    for recipe in recipes:
-        make_plan(host, Recipe.of(recipe))
+    for recipe in map(Recipe.of, recipes):
+        make_plan(host, recipe)
+        if not separate:
+            require_shared_inputs(recipe)
 
 
 def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any]) -> None:
