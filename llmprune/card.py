@@ -4,7 +4,6 @@ The base model's own card, which a run copies along, is kept as BASE_README.md: 
 licence asks to pass on.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,8 @@ def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, in
         f"# {name}\n\n{_summary(run, base)}",
         f"## How it was made\n\n{_making(run, repo, base)}",
         f"## What it cost\n\n{_cost(run)}",
-        f"## Size and speed\n\n{_size_and_speed(folder, run)}",
-        f"## How to load it\n\n{_loading(repo, is_compressed(folder))}",
+        *([f"## Size and speed\n\n{measured}"] if (measured := _size_and_speed(run)) else []),
+        f"## How to load it\n\n{_loading(repo)}",
         f"## Limits\n\n{_limits(folder, run, inherited)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -176,57 +175,38 @@ def _cells(evaluation: dict[str, Any]) -> list[str]:
     return [_data_name(evaluation), str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
 
 
-def is_compressed(folder: Path) -> bool:
-    """Say whether an output folder is the compressed form that `llmprune compress` writes."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return bool((config.get("quantization_config") or {}).get("quant_method") == "llmprune")
-
-
-def _size_and_speed(folder: Path, run: dict[str, Any]) -> str:
-    """Return what the files take, and what was measured, with the machine that it was measured on."""
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    form = "without their zeros" if is_compressed(folder) else "zeros stored as ordinary weights"
-    lines = [f"- The files of the weights take {stored / 1e6:,.1f} MB ({form})."]
+def _size_and_speed(run: dict[str, Any]) -> str:
+    """Return what was measured of either, with the machine that it was measured on."""
+    lines = []
     if size := run.get("size"):
         both = f"{size['compressed_bytes'] / 1e6:,.1f} MB instead of {size['dense_bytes'] / 1e6:,.1f} MB"
         lines.append(f"- `llmprune compress` stores the weights in {both}.")
     if speed := run.get("speed"):
         dense, sparse = speed["dense"]["decode"]["median"], speed["sparse"]["decode"]["median"]
+        machine = f"{speed['hardware']['machine']}, {speed['hardware']['threads']} threads"
         lines.append(
-            f"- Decoding {speed['batch']} sequence(s): {sparse:.1f} tokens/s with sparse layers where these are faster, "
-            f"{dense:.1f} with dense ones, measured side by side on {_machine(speed['hardware'])} "
-            "(`llmprune bench`, median)."
+            f"- Decoding with {speed['batch']} at a time: {sparse:.1f} tokens/s with sparse layers where these are "
+            f"faster, {dense:.1f} with dense ones, measured side by side on {machine} by `llmprune bench`."
         )
-    else:
-        lines.append("- Its speed was not measured. A dense file of a sparse model is no faster by itself.")
     return "\n".join(lines)
 
 
-def _machine(hardware: dict[str, Any]) -> str:
-    return f"{hardware.get('machine', 'an unknown machine')}, {hardware.get('threads', '?')} threads"
-
-
-def _loading(repo: str, compressed: bool) -> str:
-    first = "import llmprune  # teaches transformers the compressed format\n" if compressed else ""
-    form = (
-        "Its weights are compressed: with `llmprune` installed and imported, plain transformers loads them bit for bit."
-        if compressed
-        else "It loads as any model of its architecture; the zeros are stored as ordinary weights."
-    )
+def _loading(repo: str) -> str:
     return (
-        f"{form}\n\n```python\n{first}"
+        "It loads as any model of its architecture; the zeros are stored as ordinary weights.\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
-        "Sparse, on the CPU: linear layers that are faster without their zeros are kept so.\n\n"
-        "```python\nimport llmprune\n\nprint(llmprune.sparsify(model))\n```\n\n"
+        "`llmprune.sparsify(model)` then runs the layers sparse that are faster without their zeros, on the CPU.\n\n"
         f"`llmprune inspect {repo}` counts the zeros of every tensor and checks them against `llmprune.json`."
     )
 
 
 def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str:
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     lines = [
+        f"- The files of the weights take {size / 1e6:,.1f} MB. Stored as ordinary weights, zeros make a model neither "
+        "smaller nor faster: that needs software that makes use of them.",
         "- Perplexity says little about a particular task: measure yours before you rely on this model.",
         "- It has the biases and the limits of its base model, and pruning can make them worse.",
     ]
