@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import faults
 import llmprune
 import tiny
+from llmprune.checkpoint import Source
 from llmprune.errors import ResourceError
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.model import Lanes
@@ -239,6 +240,25 @@ def test_a_source_that_changes_is_one_line_and_the_run_goes_on_when_it_is_restor
     assert re.search(rf"{shard.name} was changed|cannot (read|copy) \S*{shard.name}", line), line
     require_whole_or_none(out, run.whole)
     shutil.copy2(kept, shard)
+    require_continued(source, out, run.whole, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("moment", "tensor"),
+    [("after copyfile", "model.embed_tokens.weight"), ("before pwrite", "model.layers.2.mlp.down_proj.weight")],
+)
+def test_a_source_that_changes_and_keeps_its_size_and_time_is_one_line(
+    moment: str, tensor: str, run: Undisturbed, tmp_path: Path
+) -> None:
+    """The embedding is read before all is copied, the last block afterwards."""
+    source, out, kept = Path(shutil.copytree(run.source, tmp_path / "source")), tmp_path / "out", tmp_path / "kept"
+    changed = Source.open(source).entries[tensor].file
+    shutil.copy2(changed, kept)
+    point = run.events.index(moment, run.start if moment == "before pwrite" else 0)
+    line = struck(source, out, point, partial(faults.change, changed, "edited"))
+    assert re.search(rf"{changed.name} was changed while it was in use: restore it", line), line
+    require_whole_or_none(out, run.whole)
+    shutil.copy2(kept, changed)
     require_continued(source, out, run.whole, **QUICK)
 
 
