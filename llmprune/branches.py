@@ -38,7 +38,8 @@ class OnBranch(OnDisk):
         self._shared = shared
         shared.clock.seconds |= {name: took for name, took in report.clock.seconds.items() if name != SOLVE}
         shared.memory |= report.memory
-        report.memory = shared.memory
+        shared.retries.extend(retry for retry in report.retries if retry not in shared.retries)
+        report.memory, report.retries = shared.memory, shared.retries
 
     def lacks(self, site: Site) -> bool:
         """Say whether the stage of a site is still to be pruned."""
@@ -117,6 +118,9 @@ class Branches:
     def recall(self, stage: Stage) -> None:
         self._host.load(stage)
 
+    def begin(self, sites: list[Site]) -> None:
+        """Nothing to take note of: the model stays as it is."""
+
     def keep(self, stage: Stage, sites: list[Site]) -> None:
         for store in self._stores:
             if not store.has(stage):
@@ -135,8 +139,10 @@ class Pass(Run):
     def prune(self) -> None:
         super().prune()
         for branch in self.branches:
-            branch.run.report.clock.seconds |= self.report.clock.seconds
-            branch.run.report.close(branch.run.plan)
+            report = branch.run.report
+            report.clock.seconds |= self.report.clock.seconds
+            report.close(branch.run.plan)
+            report.notes.extend(note for note in self.report.notes if note not in report.notes)
 
     def patterns(self) -> dict[str, Pattern]:
         for branch in self.branches:

@@ -107,6 +107,7 @@ class Report:
     sites: list[SiteReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    retries: list[str] = field(default_factory=list)  # what was given up where memory ran out
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
     memory: dict[str, dict[str, int]] = field(default_factory=dict)  # the most of either while a stage was pruned
@@ -190,7 +191,7 @@ class Report:
             "coverage": {"all_parameters": self.site_parameters / self.parameters, "inner_parameters": self.coverage},
             "sites": [asdict(site) for site in self.sites],
             "left_dense": self.left_dense,
-            "notes": self.notes,
+            "notes": self.notes + self.retries,
             "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},
             "peak_memory_bytes": self.peak,
             "memory_bytes": self.memory,
@@ -244,7 +245,7 @@ class Report:
 
     def all_notes(self) -> list[str]:
         """Return the run's notes, then the sites'."""
-        return self.notes + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
+        return self.notes + self.retries + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
 
 
 def peak_memory() -> dict[str, int]:

@@ -29,6 +29,7 @@ from llmprune.run import Run
 from llmprune.runs import read_run
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storing import fingerprint
+from llmprune.thrift import Thrift
 
 _OF_ONE_RESULT = {"true_sequential": False, "dense_target": 0.0}  # what needs a pass for each, and its default
 _NEEDS: list[Any] = [None, ColumnNorm, Gram]  # a later one serves methods that need an earlier one
@@ -148,17 +149,17 @@ def _prune(
     reports = _begun(str(model), recipes, host, plans, tokens)
     sinks = {out: Sink(source, out, _decisive(source, reports[out], widest), resume) for out in recipes}
     with _opened(list(sinks.values())):
-        branches = []
+        branches, thrift = [], Thrift()
         for out, recipe in recipes.items():
             store = OnBranch(host, plans[out], sinks[out], reports[out], shared)
-            branches.append(Branch(Run(host, plans[out], tokens, recipe, home, reports[out], store), store))
+            branches.append(Branch(Run(host, plans[out], tokens, recipe, home, reports[out], store, thrift), store))
         with shared.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
         with shared.clock.phase("copy"):
             for sink in sinks.values():
                 sink.copy_source()
         stores = Branches(host, [branch.store for branch in branches])
-        Pass(host, plan, tokens, widest, home, shared, stores, tuple(branches)).prune()
+        Pass(host, plan, tokens, widest, home, shared, stores, thrift, tuple(branches)).prune()
         for out, sink in sinks.items():
             sink.commit(reports[out].to_json())
             reports[out].out = out
@@ -172,8 +173,9 @@ def _begun(
     reports = {}
     for out, recipe in recipes.items():
         report = Report.begin(model, recipe.to_json(), host, plans[out], tokens)
-        report.one_pass = [r["pattern"] for r in (o.to_json() for o in recipes.values())
-                           if r["method"] == report.recipe["method"]]
+        report.one_pass = [
+            r["pattern"] for r in (o.to_json() for o in recipes.values()) if r["method"] == report.recipe["method"]
+        ]
         report.notes.extend(host.notes())
         if tokens:
             report.notes.append("one of several results of a calibration pass through the dense model")

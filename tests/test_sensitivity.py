@@ -125,7 +125,9 @@ def test_a_sweep_has_a_row_for_each_method_and_pattern(swept: tuple[Any, Path], 
         assert row.left == pytest.approx(1 - llmprune.inspect(row.out).sparsity(sites_only=False), abs=1e-4)
         assert row.size < found.dense_size and row.decode is None
         assert runs.read_run(row.out)["one_pass"] == SWEEP["patterns"]
-    assert found.one_pass and "one calibration pass" in str(found) and "each row of token ids is one window" in str(found)
+    assert (
+        found.one_pass and "one calibration pass" in str(found) and "each row of token ids is one window" in str(found)
+    )
     assert json.loads((out / "sweep.json").read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
 
 
@@ -151,7 +153,9 @@ def test_the_page_of_a_sweep_has_every_row(swept: tuple[Any, Path]) -> None:
 
 
 def test_a_sweep_measures_how_fast_each_decodes(folder: Path, tmp_path: Path) -> None:
-    found = llmprune.sweep(folder, tmp_path, **SWEEP | {"speed": True, "methods": ["magnitude"], "patterns": ["50%", "2:4"]})
+    found = llmprune.sweep(
+        folder, tmp_path, **SWEEP | {"speed": True, "methods": ["magnitude"], "patterns": ["50%", "2:4"]}
+    )
     for row in found.rows:
         saved = runs.read_run(row.out)["speed"]
         assert row.decode == saved["sparse"]["decode"]["median"] > 0 and row.layers in ("sparse", "dense")
@@ -182,7 +186,9 @@ def test_a_sweep_goes_on_where_it_was(
     solved = list[str]()
     solve_site = Run.solve_site
     monkeypatch.setattr(
-        Run, "solve_site", lambda run, site, *rest: (solved.append(str(run.recipe.pattern)), solve_site(run, site, *rest))
+        Run,
+        "solve_site",
+        lambda run, site, *rest: (solved.append(str(run.recipe.pattern)), solve_site(run, site, *rest)),
     )
     found = llmprune.sweep(folder, out, **SWEEP)
     assert solved == ["2:4"] * tiny.BLOCKS * 7

@@ -85,7 +85,9 @@ def test_blocks_are_loaded_and_measured_once(
 ) -> None:
     loads, collected = list[str](), list[int]()
     load, groups = Streamed.load, Collector.groups
-    monkeypatch.setattr(Streamed, "load", lambda host, stage, *rest: (loads.append(stage.name), load(host, stage, *rest)))
+    monkeypatch.setattr(
+        Streamed, "load", lambda host, stage, *rest: (loads.append(stage.name), load(host, stage, *rest))
+    )
     monkeypatch.setattr(
         Collector, "groups", lambda room, index, sites: (collected.append(index), groups(room, index, sites))[1]
     )

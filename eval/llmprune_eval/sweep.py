@@ -175,9 +175,7 @@ def sweep(
     size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
     dense_decode = statistics.median(beside) if beside else None
     found_all = _marked(rows)
-    result = Sweep(
-        str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, found_all
-    )
+    result = Sweep(str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, found_all)
     (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
     html.write(Path(out) / PAGE, sweep_page(result))
     return result
