@@ -74,7 +74,7 @@ def prune_together(
         LlmpruneError: as `prune`, before any work for any result that cannot be had.
         RecipeError: an option needs a pass for each result.
     """
-    recipes = {out: Recipe.of(options | result).for_model(model) for out, result in results.items()}
+    recipes = {out: Recipe.of({**options, **result}).for_model(model) for out, result in results.items()}
     for recipe in recipes.values():
         require_shared_inputs(recipe)
     done = {out: _finished(out, model, recipe) for out, recipe in recipes.items() if resume and _is_complete(out)}
