@@ -153,7 +153,8 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
     solver, pattern = recipe.solver(), recipe.target()
     if not sites:
-        raise RecipeError("nothing is left to prune: --exclude takes every matrix away")
+        cause = "--exclude takes every matrix away" if recipe.exclude else "the model's blocks hold no matrix"
+        raise RecipeError(f"nothing is left to prune: {cause}")
     if host.embedding.name in chosen and solver.needs is not None:
         raise RecipeError(
             f"{chosen[host.embedding.name][0].name} is an embedding, for which {methods.name_of(solver)} has no "

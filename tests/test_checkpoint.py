@@ -173,6 +173,7 @@ DAMAGE = {
     "negative shape": header({"w": entry("F32", [-4, -4], 0, 64)}),
     "shape of words": header({"w": entry("F32", ["4"], 0, 64)}),
     "dtype that is no word": header({"w": entry(["F32"], [16], 0, 64)}),
+    "name that does not print": header({"w\x1b[2J\n": entry("F32", [16], 0, 64)}),
     "size that contradicts the shape": header({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 60]}}),
 }
 
