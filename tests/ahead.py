@@ -74,5 +74,6 @@ def _read(text: str) -> tuple[list[str], list[str]]:
             instructions.append(instruction[1])
             jump = _JUMP.search(instruction[1])
             begin = labels.get(jump[1], len(instructions)) if jump else len(instructions)
-            loop = max(loop, instructions[begin:], key=len)
+            if len(instructions) - begin > 1:  # the end of every kernel is a jump to itself
+                loop = max(loop, instructions[begin:], key=len)
     return instructions, loop

@@ -53,9 +53,8 @@ def constants(tokens: int, inputs: int, dtype: torch.dtype) -> dict[str, int | b
 
 
 def _splits(tile_rows: int, steps: int, processors: int) -> int:
-    """Return how many programs share a row of tiles: enough for two a processor, each with work for all its warps."""
-    wanted = triton.cdiv(2 * processors, tile_rows)
-    return max(1, min(wanted, steps // (WARPS * UNROLLED)))
+    """Return how many programs share a row of tiles: more than one only where there would be idle processors."""
+    return max(1, min(processors // tile_rows, steps // (WARPS * UNROLLED)))
 
 
 def _processors(device: int) -> int:
