@@ -203,19 +203,22 @@ def sparse_forms(weight_OI: Tensor) -> list[type[Form]]:
     """Return the sparse forms that suit a weight where it is, the preferred one first; none if `obstacle` says why."""
     if obstacle(weight_OI) is not None:
         return []
-    if weight_OI.device.type == "cpu":
-        return [Tiled]
+    return [Tiled] if weight_OI.device.type == "cpu" else gpu_forms(weight_OI)
+
+
+def gpu_forms(weight_OI: Tensor) -> list[type[Form]]:
+    """Return the forms that suit a weight on a GPU: those for 2:4 if it is that, by what the GPU and libraries offer."""
     if not is_two_four(weight_OI):
         return [Rows]
-    inputs = weight_OI.shape[1]
-    found: list[type[Form]] = []
-    if sparse_cores_missing(weight_OI.device) is None:
-        found.append(Fragments)
+    device, (outputs, inputs) = weight_OI.device, weight_OI.shape
+    found: list[type[Form]] = [Rows]
+    if sparse_cores_missing(device) is None:
+        found = [Fragments]
     elif inputs % reference.COLUMNS == 0:
-        found.append(Pairs)
-    if cusparselt_missing(weight_OI.device) is None and not any(size % 16 for size in weight_OI.shape):
+        found = [Pairs]
+    if cusparselt_missing(device) is None and outputs % 16 == inputs % 16 == 0:
         found.append(CuSparseLt)
-    return found if found and found[0].exact else [Rows, *found]
+    return found
 
 
 def obstacle(weight_OI: Tensor) -> str | None:

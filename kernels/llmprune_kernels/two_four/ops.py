@@ -104,11 +104,10 @@ def _pairs_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 for _name, _on_cpu, _on_gpu, _shape in (
     ("two_four_mma", _mma_on_cpu, _mma_on_gpu, _mma_shape),
     ("two_four_pairs", reference.linear, _pairs_on_gpu, _pairs_shape),
-    ("two_four_cusparselt", None, _cusparselt, _cusparselt_shape),
+    ("two_four_cusparselt", _cusparselt, _cusparselt, _cusparselt_shape),
     ("two_four_expand", _expand_on_cpu, _expand_on_gpu, _expand_shape),
 ):
-    if _on_cpu is not None:
-        _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, _on_cpu, "CPU")
     _library.impl(_name, _on_gpu, "CUDA")
     torch.library.register_fake(f"llmprune::{_name}", _shape, lib=_library)
 torch.library.register_autograd("llmprune::two_four_mma", _mma_gradient, setup_context=_remember_mma, lib=_library)
