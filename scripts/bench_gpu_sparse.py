@@ -54,6 +54,7 @@ TINY_LLAMA = LLAMA | {
     "num_key_value_heads": 2, "vocab_size": 128,
 }  # fmt: skip
 Row = dict[str, Any]
+Job = tuple[str, int, Callable[[int], Tensor]]  # a kernel's name, the bytes it reads, its product with a copy
 
 
 class Stopwatch:
@@ -112,10 +113,14 @@ def forms_of(weight_OI: Tensor, device: torch.device) -> list[type[Form]]:
     """Return all forms whose kernels can run for a weight; on a CPU those with a reference."""
     if not is_two_four(weight_OI):
         return [Rows] if device.type == "cpu" or triton_missing() is None else []
-    needs = {Fragments: sparse_cores_missing(device), Pairs: triton_missing(), CuSparseLt: cusparselt_missing(device)}
-    if device.type == "cpu":
-        needs[Fragments] = None
-    return [kind for kind, missing in needs.items() if missing is None]
+    found: list[type[Form]] = []
+    if device.type == "cpu" or sparse_cores_missing(device) is None:
+        found.append(Fragments)
+    if triton_missing() is None:
+        found.append(Pairs)
+    if cusparselt_missing(device) is None:
+        found.append(CuSparseLt)
+    return found
 
 
 def product_rows(
@@ -155,7 +160,7 @@ def kernel_rows(
     bandwidth: float,
 ) -> Iterator[Row]:  # fmt: skip
     """Yield the rows of all kernels for one input; the first is dense, and the others are compared with it."""
-    jobs = [("dense", dense[0].nbytes, lambda index: functional.linear(x_TI, dense[index]))]
+    jobs: list[Job] = [("dense", dense[0].nbytes, lambda index: functional.linear(x_TI, dense[index]))]
     for forms in many:
         for kernel in forms[0].kernels:
             if len(x_TI) <= FEW or kernel in ("expand", "cusparselt"):
@@ -184,10 +189,10 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def products(x_TI: Tensor, forms: list[Form], kernel: str) -> list[tuple[str, int, Callable[[int], Tensor]]]:
-    """Return a kernel's name, the bytes it reads and the function that runs it; of cuSPARSELt both its algorithms."""
+def products(x_TI: Tensor, forms: list[Form], kernel: str) -> list[Job]:
+    """Return what is to be measured of a kernel; of cuSPARSELt its default algorithm and the one that it finds."""
 
-    def job(name: str, setting: Callable[[], int]) -> tuple[str, int, Callable[[int], Tensor]]:
+    def job(name: str, setting: Callable[[], int]) -> Job:
         return name, forms[0].nbytes(), lambda index: forms[index].linear(x_TI, kernel, setting(), None)
 
     if kernel != "cusparselt":

@@ -188,7 +188,8 @@ def mma_sp(a: Words, b: Words, c: Words, metadata: Words, selector: int, bfloat:
             b_dense[2 * member + 8 * register + half, group] = values_b[register, :, half]
     product = a_dense @ b_dense
     places = [(group + 8 * (register >> 1), 2 * member + (register & 1)) for register in range(4)]
-    return c + np.stack([product[place] for place in places])
+    sums: Words = c + np.stack([product[place] for place in places])
+    return sums
 
 
 def _halves(words: Words, bfloat: bool) -> Words:

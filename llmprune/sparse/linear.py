@@ -29,6 +29,7 @@ class SparseLinear(nn.Module):
     def __init__(self, forms: Sequence[Form], bias: nn.Parameter | None, steps: Sequence[Step] = ()) -> None:
         super().__init__()
         self.in_features, self.out_features = forms[0].inputs, forms[0].outputs
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self._hold(forms, steps)
 

@@ -164,7 +164,8 @@ def _choose(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, .
     """Measure a sample of layers of one kind, and make all of them what was faster."""
     verdict = _measured(model, kind, names, asked, graphs)
     fastest = {verdict.fastest(tokens) for tokens in asked}
-    kept = sorted((form for form in (*kind.forms, Dense) if fastest & {*form.kernels}), key=lambda form: not form.exact)
+    forms: list[type[Form]] = [*kind.forms, Dense]
+    kept = sorted((form for form in forms if fastest & {*form.kernels}), key=lambda form: not form.exact)
     if kept == [Dense]:
         for name in names:
             layer = model.get_submodule(name)
