@@ -172,6 +172,11 @@ def parse(text: str | float) -> Unstructured | NM:
     raise PatternError(f"pattern '{text}' is not a sparsity such as '50%' or '0.5', nor N:M such as '2:4'")
 
 
+def folder_name(pattern: Unstructured | NM) -> str:
+    """Return the pattern as the name of a folder on every file system: `50%`, `2of4`."""
+    return f"{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{100 * pattern.sparsity:.6g}%"
+
+
 def in_group(pattern: Unstructured | NM, group: ComparisonGroup) -> Unstructured | NM:
     """Return the pattern with its comparison group set; N:M always compares within its M inputs."""
     return replace(pattern, group=group) if isinstance(pattern, Unstructured) else pattern

@@ -196,6 +196,11 @@ class Gram:
             self._mirrored = True
         return self._mean_II
 
+    @property
+    def norm_I(self) -> Tensor:
+        """As `ColumnNorm.norm_I`, from the diagonal: a Gram serves methods that need column norms too."""
+        return (self._mean_II.diagonal() / 2).sqrt()
+
     def factor(self, damp: float, kind: FactorKind = "inverse") -> "Factor":
         """Return a factor of the damped Hessian; sites that share this Gram share the work.
 

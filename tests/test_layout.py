@@ -32,6 +32,8 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.storing", "llmprune.forecast"},
     {"llmprune.thrift"},
     {"llmprune.run", "llmprune.sparse"},
+    {"llmprune.branches"},
+    {"llmprune.several"},
     {"llmprune.pruning", "llmprune.preview"},
     {"llmprune_eval"},
     {"llmprune.commands"},
