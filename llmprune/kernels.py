@@ -1,7 +1,8 @@
 """The gate to `llmprune_kernels`: the one place that decides which implementation of an op runs.
 
 `obs_masked` and `obs_nm` round as the paper's code does; `prune_masked` and `prune_nm` are free in how they sum. On a GPU
-all four are one Triton kernel, where Triton is installed and the block is one that it takes.
+all four are one Triton kernel, where Triton is installed and the block is one that it takes. `lowest` and
+`keep_highest` choose by score without waiting for the GPU.
 """
 
 import importlib.util
@@ -10,6 +11,10 @@ from types import ModuleType
 from torch import Tensor
 
 from llmprune_kernels.obs import recursive, reference
+from llmprune_kernels.obs.selection import keep_highest
+from llmprune_kernels.selection.digits import lowest
+
+__all__ = ["keep_highest", "lowest", "obs_masked", "obs_nm", "prune_masked", "prune_nm"]
 
 
 def obs_masked(block_BO: Tensor, upper_BB: Tensor, keep_BO: Tensor) -> Tensor:

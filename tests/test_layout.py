@@ -15,7 +15,8 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels", ROOT / "eval")
 # From the ground up. A module may import what lies on lower floors, and its own package.
 FLOORS: tuple[set[str], ...] = (
     {"llmprune.errors", "llmprune.progress", "llmprune_kernels"},
-    {"llmprune.kernels", "llmprune.patterns"},
+    {"llmprune.kernels"},
+    {"llmprune.patterns"},
     {"llmprune.statistics", "llmprune.allocation", "llmprune.refit"},
     {"llmprune.methods"},
     {"llmprune.checkpoint", "llmprune.hub", "llmprune.documents", "llmprune.datafiles", "llmprune.determinism"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.progress": set(),
     "llmprune_kernels": set(),
     "llmprune.kernels": {"llmprune_kernels"},
-    "llmprune.patterns": {"llmprune.errors"},
+    "llmprune.patterns": {"llmprune.errors", "llmprune.kernels"},
     "llmprune.statistics": {"llmprune.errors", "llmprune.patterns"},
     "llmprune.refit": set(),
     "llmprune.methods": {

@@ -121,6 +121,4 @@ def sweep(  # type: ignore[no-untyped-def]
             tile -= far[:, :, None] * error[None, None, :]
             if ERRORS:
                 tl.store(error_ptr + now * outputs + row, error, mask=mine)
-        tl.store(
-            block_ptr + near[:, None] * stride + row[None, :], tl.where(keep, own, 0.0), mask=here
-        )
+        tl.store(block_ptr + near[:, None] * stride + row[None, :], tl.where(keep, own, 0.0), mask=here)

@@ -1,0 +1,1 @@
+"""Choice of the lowest scores by an exact count, without a sort."""
