@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmprune import kernels
 from llmprune.allocation import global_magnitude
 from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError, ResourceError
@@ -30,6 +31,8 @@ from llmprune.report import Report, SiteReport
 from llmprune.solving import prune_matrix
 from llmprune.statistics import CrossGram
 from llmprune.storing import Store
+
+_AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +74,8 @@ class Run:
             self.report.notes.append(
                 "blocks with experts are fitted to their own outputs: no dense target follows tokens"
             )
+        if self.recipe.autocast and self.host.dtype == torch.float32 and not self._autocast():
+            self.report.notes.append("autocast: bfloat16 is not faster here, so the calibration ran in float32")
         embedding = self.plan.sites.get(self.host.embedding.name)
         if embedding and not store.has(self.host.embedding):
             self._solve(_unfed(embedding), patterns)
@@ -84,7 +89,7 @@ class Run:
                     raise
                 store.batch_size //= 2
                 _log.warning("%s; going on with %d sequences a forward", error, store.batch_size)
-            give_back_freed_memory()
+            give_back_freed_memory(of_gpu=True)
         self.report.close(self.plan)
 
     def _stream(self, patterns: dict[str, Pattern]) -> None:
@@ -164,8 +169,15 @@ class Run:
         finally:
             self.host.free(stage)
 
+    def _autocast(self) -> torch.dtype | None:
+        """Return the dtype that the forward multiplies in, if not that of the weights."""
+        asked = self.recipe.autocast and self.host.dtype == torch.float32
+        return torch.bfloat16 if asked and kernels.multiplies_bfloat16(self.host.place) else None
+
     def _batch_size(self) -> int:
         longest = max((len(row) for row in self.tokens.rows), default=1) if self.tokens else 1
+        if self._autocast() and self.host.place.type == "cpu" and not self.recipe.batch_size:
+            return max(1, _AUTOCAST_TOKENS // longest)
         return self.recipe.batch_size or batch_size(longest, self.host.config, self.host.dtype, self.host.place)
 
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
@@ -174,7 +186,7 @@ class Run:
         rows = batches(self.tokens, self.store.batch_size)
         rows = [*rows, *rows] if self.recipe.dense_target else rows
         stops = [*self.host.blocks, self.host.head]
-        return Lanes(self.host.model, stops, rows, self.home, self.host.device_of)
+        return Lanes(self.host.model, stops, rows, self.home, self.host.device_of, self._autocast())
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
         needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)

@@ -12,10 +12,12 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import NumericalError
 from llmprune.patterns import column_blocks
 
 _GRAM_TILE = 256  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
+_GPU_TILE = 2048  # the same on a GPU, which small products leave idle
 _DAMPING_STEPS = 6  # each ten times the one before
 _LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
 
@@ -121,7 +123,8 @@ class ColumnNorm:
 class Gram:
     """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
 
-    The operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit.
+    In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
+    of 16-bit inputs are exact in fp32 and are summed in whatever order is fastest.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -148,13 +151,19 @@ class Gram:
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
         total = self.sequences + sequences
-        x_IT = x_TI.float().T * math.sqrt(2 / total)
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
-            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
-            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
+        if kernels.multiplies(x_TI):
+            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
+        else:
+            self._add_as_the_paper(x_TI.float(), total)
         self._changed()
         self.sequences = total
         self.tokens += x_TI.shape[0]
+
+    def _add_as_the_paper(self, x_TI: Tensor, total: int) -> None:
+        x_IT = x_TI.T * math.sqrt(2 / total)
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
+            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
+            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
 
     def merge(self, other: "Gram") -> None:
         total = max(self.sequences + other.sequences, 1)
@@ -202,11 +211,12 @@ class Gram:
         return _damped(self.hessian_II, damp)
 
     def energy(self, weight_OI: Tensor) -> float:
-        weight_OI, energy = weight_OI.float(), 0.0
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # what lies above the diagonal counts twice
-            product = (weight_OI[:, start:stop] @ self._mean_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
-            energy += float(product[:, :start].sum()) + float(product[:, start:].sum()) / 2
-        return energy
+        weight_OI, parts = weight_OI.float(), list[Tensor]()
+        tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
+        for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal counts twice
+            product = (weight_OI[:, start:stop] @ self.hessian_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
+            parts += [product[:, :start].sum(), product[:, start:].sum() / 2]
+        return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
 
     def require_finite(self, name: str) -> None:
         _require_finite(self._mean_II.diagonal(), name)
@@ -227,15 +237,20 @@ class CrossGram(Gram):
     def __init__(self, inputs: int, device: torch.device) -> None:
         super().__init__(inputs, device)
         self._cross_II: Tensor | None = None
+        self._mixture: tuple[float, Tensor] | None = None
 
     def add(self, x_TI: Tensor, sequences: int, dense_TI: Tensor | None = None) -> None:
         """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
+            self._mixture = None
             total = self.sequences + sequences
-            self._cross_II.mul_(self.sequences / total)
-            self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), alpha=2 / total)
+            scale, before = 2 / total, self.sequences / total
+            if kernels.multiplies(x_TI):
+                kernels.add_product(self._cross_II, dense_TI, x_TI, scale, before)
+            else:
+                self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), beta=before, alpha=scale)
         super().add(x_TI, sequences)
 
     @staticmethod
@@ -253,10 +268,17 @@ class CrossGram(Gram):
         weight_OI = weight_OI.float()
         if self._cross_II is None or not share:
             return weight_OI
-        factor = self.factor(damp)
+        factor = self.factor(damp, "root")
         ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = share * (weight_OI @ self._cross_II) + (1 - share) * (weight_OI @ self.hessian_II) + ridge * weight_OI
-        return (goal_OI @ factor.upper_II.T) @ factor.upper_II
+        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(share))
+        half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
+        return torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
+
+    def _mixed(self, share: float) -> Tensor:
+        """Return C = `share`·DᵀP + (1-share)·PᵀP, once for all sites that read these inputs."""
+        if self._mixture is None or self._mixture[0] != share:
+            self._mixture = share, torch.lerp(self.hessian_II, self._cross_II, share)
+        return self._mixture[1]
 
 
 @dataclass(frozen=True)
@@ -323,6 +345,11 @@ _DECOMPOSITIONS: dict[FactorKind, Callable[[Tensor], Tensor | None]] = {
     "inverse": _inverse_factor,
     "root": _root_factor,
 }
+
+
+def _values(sums: Tensor) -> list[float]:
+    values: list[float] = sums.tolist()
+    return values
 
 
 def _require_finite(sums: Tensor, name: str) -> None:

@@ -53,11 +53,11 @@ class _Operators(TorchFunctionMode):
             return _part(*args)
         if func is Tensor.__setitem__:
             part = _part(*args[:2])
-            return part.copy_(args[2]) if isinstance(args[2], Tensor) else part.fill_(args[2])
+            return torch.ops.aten.copy_(part, args[2]) if isinstance(args[2], Tensor) else part.fill_(args[2])
         if dtype := _CASTS.get(func):
             return args[0].to(dtype)
         name = {"__invert__": "bitwise_not", "to": "to"}.get(func.__name__, func.__name__)
-        if name in ("bitwise_not", "contiguous", "to"):
+        if name in ("bitwise_not", "contiguous", "copy_", "to"):
             return getattr(torch.ops.aten, name)(*args, **kwargs)
         return func(*args, **kwargs)
 

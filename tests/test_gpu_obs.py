@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmprune import kernels
+from llmprune_kernels.obs import recursive, reference
 from triton_runs import COMPILE, POISON, run
 
 pytest.importorskip("triton")
@@ -86,18 +87,17 @@ def test_the_kernel_compiles_without_spills() -> None:
 def test_on_a_gpu_the_gate_takes_the_fused_kernel(m: int, width: int) -> None:
     from llmprune_kernels.obs import triton
 
-    assert kernels._fused(on_a_gpu(width), m) is triton  # type: ignore[arg-type]
+    assert kernels._obs(on_a_gpu(width), recursive, m) is triton  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("m", "width"), [(3, 126), (24, 120), (256, 256), (1, 129)])
 def test_what_the_kernel_does_not_take_runs_in_torch(m: int, width: int) -> None:
-    assert kernels._fused(on_a_gpu(width), m) is None  # type: ignore[arg-type]
+    assert kernels._obs(on_a_gpu(width), recursive, m) is recursive  # type: ignore[arg-type]
 
 
 def test_without_triton_a_gpu_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert kernels._fused(on_a_gpu(128)) is None  # type: ignore[arg-type]
-    assert kernels._fused(torch.zeros(128, 5)) is None
+    assert kernels._obs(on_a_gpu(128), reference) is reference  # type: ignore[arg-type]
 
 
 def on_a_gpu(width: int) -> SimpleNamespace:

@@ -45,8 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune_kernels": set(),
     "llmprune.kernels": {"llmprune_kernels"},
     "llmprune.patterns": {"llmprune.errors", "llmprune.kernels"},
-    "llmprune.statistics": {"llmprune.errors", "llmprune.patterns"},
-    "llmprune.refit": set(),
+    "llmprune.statistics": {"llmprune.errors", "llmprune.kernels", "llmprune.patterns"},
+    "llmprune.refit": {"llmprune.kernels"},
     "llmprune.methods": {
         "llmprune.errors",
         "llmprune.kernels",
@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.data": {"llmprune.errors", "llmprune.hub", "llmprune.documents", "llmprune.datafiles"},
     "llmprune.calibration": {"llmprune.errors", "llmprune.documents", "llmprune.progress"},
     "llmprune.locate": {"llmprune.errors", "llmprune.hub", "llmprune.checkpoint"},
-    "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.statistics"},
+    "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.kernels", "llmprune.statistics"},
     "llmprune.presets": {"llmprune.errors"},
     "llmprune.recipe": {
         "llmprune.presets",

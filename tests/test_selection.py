@@ -12,7 +12,7 @@ import oracle
 from fake_gpu import fake_gpu
 from llmprune import kernels
 from llmprune.patterns import NM, Count, Unstructured
-from llmprune_kernels.selection import digits
+from llmprune_kernels.select import digits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 scores = st.one_of(st.sampled_from([0.0, -0.0, -1.0, 1.0, float("inf"), float("-inf")]), st.floats(width=16))

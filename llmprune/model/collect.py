@@ -5,8 +5,10 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.groups import (
     Group,
@@ -214,10 +216,12 @@ class Collector:
         if group.statistic is None:
             group.statistic = self.needs(x.shape[-1], x.device)
         sequences = self.lanes.sequences(lane)
-        parts = _sequences(x, sequences)
-        pairs = zip(parts, _sequences(dense, sequences), strict=True) if dense is not None else ((p,) for p in parts)
-        for pair in pairs:
-            group.statistic.add(pair[0], sequences // len(parts), *pair[1:])
+        both = [self.lanes.as_multiplied(one) for one in (x, dense) if one is not None]
+        split = _whole if issubclass(self.needs, Gram) and kernels.takes_batches(both[0]) else _sequences
+        parts = [split(one, sequences) for one in both]
+        with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
+            for of_sequence, *of_dense in zip(*parts, strict=True):
+                group.statistic.add(of_sequence, sequences // len(parts[0]), *of_dense)
 
 
 def _sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
@@ -226,6 +230,10 @@ def _sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
     So the papers' scripts see them: masks then do not depend on the batch size.
     """
     return x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
+
+
+def _whole(x: Tensor, sequences: int) -> Sequence[Tensor]:
+    return [x.reshape(-1, x.shape[-1])]
 
 
 def _require_finite(groups: Sequence[Group]) -> None:

@@ -1,1 +1,0 @@
-"""Choice of the lowest scores by an exact count, without a sort."""
