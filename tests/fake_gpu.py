@@ -70,7 +70,8 @@ def _part(whole: Tensor, index: Any) -> Tensor:
     for item in index if isinstance(index, tuple) else (index,):
         if isinstance(item, Tensor):
             assert dimension == 0 and not isinstance(index, tuple)
-            return torch.ops.aten.index(whole, [item])
+            rows: Tensor = torch.ops.aten.index(whole, [item])
+            return rows
         if isinstance(item, slice):
             start, stop, _ = item.indices(whole.shape[dimension])
             whole = whole.narrow(dimension, start, max(stop - start, 0))
