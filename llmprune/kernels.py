@@ -103,5 +103,5 @@ def _obs(block_BO: Tensor, otherwise: ModuleType, m: int = 1) -> ModuleType:
     if block_BO.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from llmprune_kernels.obs import triton
 
-        return triton if triton.serves(block_BO, m) else otherwise
+        return triton if triton.serves(block_BO, m) and triton.runs_on(block_BO.device) else otherwise
     return otherwise

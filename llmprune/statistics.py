@@ -60,6 +60,9 @@ class Statistic(Protocol):
     def energy(self, weight_OI: Tensor) -> float:
         """Return the summed square of the outputs of `weight_OI` on these inputs, per sequence."""
 
+    def move(self, device: torch.device) -> None:
+        """Go on on another device; what can be computed again is let go of."""
+
     def require_finite(self, name: str) -> None:
         """Raise NumericalError, naming the site, unless all sums are finite."""
 
@@ -115,6 +118,9 @@ class ColumnNorm:
         """As `Statistic.energy`, taking the inputs as uncorrelated: only the diagonal of the Gram is known."""
         mean_I = self.sum_I / max(self.sequences, 1)
         return float((weight_OI.float().square() @ mean_I).sum())
+
+    def move(self, device: torch.device) -> None:
+        self.sum_I = self.sum_I.to(device)
 
     def require_finite(self, name: str) -> None:
         _require_finite(self.sum_I, name)
@@ -218,6 +224,10 @@ class Gram:
             parts += [product[:, :start].sum(), product[:, start:].sum() / 2]
         return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
 
+    def move(self, device: torch.device) -> None:
+        self._mean_II = self._mean_II.to(device)
+        self.forget_factors()
+
     def require_finite(self, name: str) -> None:
         _require_finite(self._mean_II.diagonal(), name)
 
@@ -252,6 +262,11 @@ class CrossGram(Gram):
             else:
                 self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), beta=before, alpha=scale)
         super().add(x_TI, sequences)
+
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        if self._cross_II is not None:
+            self._cross_II = self._cross_II.to(device)
 
     @staticmethod
     def nbytes(inputs: int) -> int:

@@ -1,5 +1,6 @@
 """The GPU form of the optimal-brain-surgeon recursion, without a GPU: its bits, its machine code, its gate."""
 
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from llmprune_kernels.obs import recursive, reference
 from triton_runs import COMPILE, POISON, run
 
 pytest.importorskip("triton")
+triton = importlib.import_module("llmprune_kernels.obs.triton")
 
 INTERPRET = (
     POISON
@@ -84,15 +86,20 @@ def test_the_kernel_compiles_without_spills() -> None:
 
 
 @pytest.mark.parametrize(("m", "width"), [(1, 128), (2, 128), (4, 100), (16, 112), (128, 128)])
-def test_on_a_gpu_the_gate_takes_the_fused_kernel(m: int, width: int) -> None:
-    from llmprune_kernels.obs import triton
-
+def test_on_a_gpu_the_gate_takes_the_fused_kernel(m: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "runs_on", lambda device: True)
     assert kernels._obs(on_a_gpu(width), recursive, m) is triton  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("m", "width"), [(3, 126), (24, 120), (256, 256), (1, 129)])
 def test_what_the_kernel_does_not_take_runs_in_torch(m: int, width: int) -> None:
     assert kernels._obs(on_a_gpu(width), recursive, m) is recursive  # type: ignore[arg-type]
+
+
+def test_where_the_kernel_does_not_run_torch_does_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    triton.runs_on.cache_clear()
+    assert kernels._obs(on_a_gpu(128), recursive) is recursive  # type: ignore[arg-type]
+    assert "no Triton kernels on cuda" in caplog.text
 
 
 def test_without_triton_a_gpu_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,8 @@ class Collector:
     side_by_side: bool = False
     twins: bool = False
     most_runs: int = field(default=0, init=False)  # how often a stage was run at most to collect its statistics
+    together: int = field(default=0, init=False)  # most bytes that several groups of the last stage took at once
+    walked: bool = field(default=False, init=False)  # the last stage's lanes were held side by side, and need not be
 
     def groups(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, None]:
         """Yield the groups of stage `index` with their statistics; each is to be solved before the next is asked for.
@@ -66,6 +68,7 @@ class Collector:
         Raises:
             NumericalError: an input holds NaN or infinity.
         """
+        self.together, self.walked = 0, False
         if any(site.module is self.lanes.stage(index).module for site in sites):
             yield from self._by_runs(index, sites)  # the head: nobody needs the logits that it would put out
             return
@@ -95,6 +98,7 @@ class Collector:
 
     def _side_by_side(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, list[Site]]:
         """Yield each site as the lanes come to it; return those that no module's call led to."""
+        self.walked = not self.twins
         statistic, last = None, list[Any]()
         done = set[Site]()
         dense = Originals(sites) if self.twins else None
@@ -190,6 +194,8 @@ class Collector:
 
     def _sum(self, index: int, groups: Sequence[Group], seen: Mapping[Site, Sequence[Tensor]] | None = None) -> None:
         """Sum the statistics of groups over all lanes; `seen` is what the first lane fed them, if it has been run."""
+        if len(groups) > 1:
+            self.together = max(self.together, self._bytes(groups))
         by_leader = {group.sites[0]: group for group in groups}
         for leader, inputs in (seen or {}).items():
             for x in inputs if leader in by_leader else ():

@@ -8,6 +8,9 @@ Shape suffixes: B columns (inputs) of the block, O outputs. `upper_BB` is the bl
 inverse Hessian. Columns are rows of the tensors, so each is contiguous.
 """
 
+import functools
+import logging
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +19,21 @@ from torch import Tensor
 WIDEST = 128  # columns whose tile fits into registers
 PANEL = 8  # columns of a panel where the mask is given
 ROWS = 16  # outputs of a tile
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Say whether the kernel compiles and runs there: Triton needs a C compiler, and not too old a GPU."""
+    try:
+        prune_masked(
+            torch.ones(1, 1, device=device), torch.ones(1, 1, device=device), torch.ones(1, 1, device=device) > 0
+        )
+    except Exception as error:  # whatever Triton, its compiler or the driver raises
+        logger.warning("no Triton kernels on %s (%s): the recursion runs in torch, slower", device, str(error)[:200])
+        return False
+    return True
 
 
 def serves(block_BO: Tensor, m: int = 1) -> bool:
