@@ -86,10 +86,12 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside the block to the phase called `name`."""
+        """Add the time inside the block, and until a GPU has done what it was given, to the phase called `name`."""
         started = time.perf_counter()
         try:
             yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 

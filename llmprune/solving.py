@@ -18,6 +18,7 @@ from llmprune.statistics import ColumnNorm, CrossGram, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 512  # of a matrix, from which the error of magnitude is taken
+_GPU_ROW_CHUNK = 1 << 26  # on a GPU, which small pieces leave idle
 _TARGET_DAMP = 0.01  # SparseGPT's own: its factor then serves both
 
 
@@ -163,7 +164,8 @@ def _square(weight_OI: Tensor) -> float:
 
 
 def _chunks(weight_OI: Tensor) -> tuple[Tensor, ...]:
-    chunks: tuple[Tensor, ...] = weight_OI.split(max(1, ROW_CHUNK // weight_OI.shape[1]))
+    size = _GPU_ROW_CHUNK if weight_OI.device.type == "cuda" else ROW_CHUNK
+    chunks: tuple[Tensor, ...] = weight_OI.split(max(1, size // weight_OI.shape[1]))
     return chunks
 
 
