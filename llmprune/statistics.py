@@ -5,7 +5,7 @@ Shape suffixes: T tokens, I inputs, O outputs. Sums are fp32 whatever the dtype 
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -86,10 +86,19 @@ class ColumnNorm:
         return self.sum_I.device
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
+        self.add_squares(self.squares(x_TI), sequences, x_TI.shape[0])
+
+    @staticmethod
+    def squares(x_TI: Tensor) -> Tensor:
+        """Return the squared norm of every input [inputs], which is what `add` adds."""
         x_TI = x_TI.float() if x_TI.dtype == torch.float64 else x_TI  # vector_norm widens, but does not narrow
-        self.sum_I += torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+        return torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+
+    def add_squares(self, squares_I: Tensor, sequences: int, tokens: int) -> None:
+        """Add inputs of which the squared norms are known."""
+        self.sum_I += squares_I
         self.sequences += sequences
-        self.tokens += x_TI.shape[0]
+        self.tokens += tokens
 
     def merge(self, other: "ColumnNorm") -> None:
         self.sum_I += other.sum_I
@@ -146,10 +155,20 @@ class Gram:
     def device(self) -> torch.device:
         return self._mean_II.device
 
-    def add(self, x_TI: Tensor, sequences: int) -> None:
+    def tiles(self) -> list[tuple[int, int]]:
+        """Return the rows of each tile, which is what lies in these rows on and below the diagonal."""
+        return column_blocks(self.inputs, _GRAM_TILE)
+
+    def parts(self, tile: tuple[int, int]) -> list[Tensor]:
+        """Return the sums of a tile, as views."""
+        start, stop = tile
+        return [self._mean_II[start:stop, :stop]]
+
+    def add(self, x_TI: Tensor, sequences: int, *, tiles: Sequence[tuple[int, int]] | None = None) -> None:
+        """As `Statistic.add`; with `tiles` to these alone, where others are summed elsewhere in the same way."""
         total = self.sequences + sequences
         x_IT = x_TI.float().T * math.sqrt(2 / total)
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
+        for start, stop in self.tiles() if tiles is None else tiles:
             tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
             tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
         self._changed()
@@ -228,15 +247,28 @@ class CrossGram(Gram):
         super().__init__(inputs, device)
         self._cross_II: Tensor | None = None
 
-    def add(self, x_TI: Tensor, sequences: int, dense_TI: Tensor | None = None) -> None:
+    def parts(self, tile: tuple[int, int]) -> list[Tensor]:
+        cross = [] if self._cross_II is None else [self._cross_II[slice(*tile)]]
+        return [*super().parts(tile), *cross]
+
+    def add(
+        self,
+        x_TI: Tensor,
+        sequences: int,
+        dense_TI: Tensor | None = None,
+        *,
+        tiles: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
             total = self.sequences + sequences
-            self._cross_II.mul_(self.sequences / total)
-            self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), alpha=2 / total)
-        super().add(x_TI, sequences)
+            dense_IT, x_TI = dense_TI.float().T, x_TI.float()
+            for start, stop in self.tiles() if tiles is None else tiles:
+                rows = self._cross_II[start:stop].mul_(self.sequences / total)
+                rows.addmm_(dense_IT[start:stop], x_TI, alpha=2 / total)
+        super().add(x_TI, sequences, tiles=tiles)
 
     @staticmethod
     def nbytes(inputs: int) -> int:

@@ -1,0 +1,115 @@
+"""Signs of life: every rank leaves one in the store of the launcher twice a second, and reads those of the others.
+
+A collective operation of torch.distributed says that it failed or hangs, but not who is to blame. The signs say that:
+who has stopped giving them, at what block, and what the last words were of a rank that left because of an error.
+"""
+
+import json
+import threading
+import time
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+_BEAT = 0.5  # seconds between signs of life
+_INQUEST = 6.0  # seconds to find out who is to blame for a broken connection
+_MISSED = 3.0  # seconds without a sign that then are suspicious
+_FAREWELL = 2.0  # seconds that the last sign may take
+
+
+class Sign(NamedTuple):
+    """A sign of life: its number, the rank's place in the model, and why it has left: "" if all is well."""
+
+    beat: int = 0
+    place: str = "the start"
+    left: str | None = None
+
+
+class Watch:
+    """Gives and reads signs of life in a thread of its own until `leave`.
+
+    Args:
+        store: that all ranks share; used by this thread only.
+        rank, size: this process's number, and how many there are.
+        patience: seconds without a sign after which a rank is lost.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, patience: float) -> None:
+        self._store, self._rank, self._patience = store, rank, patience
+        team = store.add(f"llmprune/teams/{rank}", 1)  # ranks that make several teams make them in the same order
+        self._keys = [f"llmprune/{team}/{number}" for number in range(size)]
+        self._sign = Sign()
+        self._heard = [(Sign(), time.monotonic()) for _ in range(size)]
+        self._answered = time.monotonic()
+        self._leaving = threading.Event()
+        self._give()
+        store.wait(self._keys)
+        self._thread = threading.Thread(target=self._run, name="llmprune-watch", daemon=True)
+        self._thread.start()
+
+    def at(self, place: str) -> None:
+        """Say in the next signs what this rank is working on."""
+        self._sign = self._sign._replace(place=place)
+
+    def leave(self, why: str = "") -> None:
+        """Give the last sign: that the work is done, or why it is not."""
+        self._sign = self._sign._replace(left=why)
+        self._leaving.set()
+        self._thread.join(_FAREWELL)
+
+    def lost(self, patience: float | None = None) -> str | None:
+        """Return who is lost, where, and how it shows; None if all ranks are well or done."""
+        patience, now = patience or self._patience, time.monotonic()
+        for sign, _ in self._heard:
+            if sign.left:
+                return sign.left
+        if now - self._answered > patience:
+            return f"rank 0 cannot be reached from rank {self._rank} in {self._sign.place}"
+        silent = {number: now - at for number, (sign, at) in enumerate(self._heard) if sign.left is None}
+        longest = max(silent, key=lambda number: silent[number], default=self._rank)
+        if longest == self._rank or silent[longest] <= patience:
+            return None
+        place = self._heard[longest][0].place
+        return f"rank {longest} was lost in {place}, without a sign of life for {silent[longest]:.0f} s"
+
+    def blame(self) -> str | None:
+        """Return who is lost now that a connection has broken; waits until it shows."""
+        until = time.monotonic() + _INQUEST
+        while time.monotonic() < until:
+            if who := self.lost(min(_MISSED, self._patience)):
+                return who
+            time.sleep(_BEAT / 5)
+        return None
+
+    def words(self, error: BaseException) -> str:
+        """Return the last words of a rank that an error ends."""
+        return f"rank {self._rank} stopped in {self._sign.place}: {error or type(error).__name__}"
+
+    def _run(self) -> None:
+        try:
+            while not self._leaving.wait(_BEAT):
+                self._give()
+                self._hear()
+            self._give()
+        except RuntimeError:  # the store is gone; `lost` tells by the time since it has answered
+            return
+
+    def _give(self) -> None:
+        self._sign = self._sign._replace(beat=self._sign.beat + 1)
+        self._store.set(self._keys[self._rank], json.dumps(self._sign))
+
+    def _hear(self) -> None:
+        signs = [Sign(*json.loads(text)) for text in self._store.multi_get(self._keys)]
+        now = time.monotonic()
+        self._heard = [
+            (sign, now) if sign != before else (before, at)
+            for sign, (before, at) in zip(signs, self._heard, strict=True)
+        ]
+        self._answered = now
+
+
+def own_connection(store: Any) -> Any:
+    """Return a connection of its own to a store: a request of another thread would else hold this one's up."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store.clone() if hasattr(store, "clone") else store
