@@ -3,7 +3,43 @@
 `obs_masked` and `obs_nm` round as the paper's code does; `prune_masked` and `prune_nm` are free in how they sum.
 """
 
-from llmprune_kernels.obs.recursive import prune_masked, prune_nm
-from llmprune_kernels.obs.reference import obs_masked, obs_nm
+from types import ModuleType
 
-__all__ = ["obs_masked", "obs_nm", "prune_masked", "prune_nm"]
+import torch
+from torch import Tensor
+
+from llmprune_kernels.gram import native as gram_native
+from llmprune_kernels.obs import native as obs_native
+from llmprune_kernels.obs import recursive, reference
+
+
+def obs_masked(block_BO: Tensor, upper_BB: Tensor, keep_BO: Tensor) -> Tensor:
+    """See `llmprune_kernels.obs.reference.obs_masked`."""
+    errors: Tensor = _obs(block_BO, reference).obs_masked(block_BO, upper_BB, keep_BO)
+    return errors
+
+
+def obs_nm(block_BO: Tensor, upper_BB: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """See `llmprune_kernels.obs.reference.obs_nm`."""
+    errors_and_mask: tuple[Tensor, Tensor] = _obs(block_BO, reference).obs_nm(block_BO, upper_BB, n, m)
+    return errors_and_mask
+
+
+def prune_masked(block_BO: Tensor, upper_BB: Tensor, keep_BO: Tensor) -> None:
+    """See `llmprune_kernels.obs.recursive.prune_masked`."""
+    _obs(block_BO, recursive).prune_masked(block_BO, upper_BB, keep_BO)
+
+
+def prune_nm(block_BO: Tensor, upper_BB: Tensor, n: int, m: int) -> Tensor:
+    """See `llmprune_kernels.obs.recursive.prune_nm`."""
+    mask: Tensor = _obs(block_BO, recursive).prune_nm(block_BO, upper_BB, n, m)
+    return mask
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Say whether products of bfloat16, summed in fp32, are faster there than those of fp32."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else gram_native.available()
+
+
+def _obs(block_BO: Tensor, otherwise: ModuleType) -> ModuleType:
+    return obs_native if block_BO.device.type == "cpu" and obs_native.available() else otherwise

@@ -1,5 +1,7 @@
 """The optimal-brain-surgeon kernels against the paper's loop, one column at a time."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmprune import kernels
+from llmprune_kernels.native import cpu_level
+from llmprune_kernels.obs import native, recursive, reference
+
+needs_native = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+PAPER = [reference, pytest.param(native, marks=needs_native)]
+FAST = [recursive, pytest.param(native, marks=needs_native)]
 
 # N:M patterns whose groups are of many sizes, also such as do not divide the usual block of 128.
 NM_PATTERNS = [(2, 4), (1, 3), (4, 8), (3, 5), (8, 16), (5, 17), (8, 24), (16, 32), (64, 128)]
@@ -59,16 +67,18 @@ def assert_near(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
         torch.testing.assert_close(found_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("obs", PAPER)
 @settings(max_examples=60, deadline=None)
 @given(columns=st.integers(1, 80), outputs=st.integers(1, 12), sparsity=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
-def test_obs_masked_is_the_column_loop(columns: int, outputs: int, sparsity: float, seed: int) -> None:
+def test_obs_masked_is_the_column_loop(obs: ModuleType, columns: int, outputs: int, sparsity: float, seed: int) -> None:
     block_BO, upper_BB = problem(columns, outputs, seed)
     keep_BO = random_keep(columns, outputs, sparsity, seed)
     expected = slow_masked(block_BO, upper_BB, keep_BO)
-    error_BO = kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    error_BO = obs.obs_masked(block_BO, upper_BB, keep_BO)
     assert_near((block_BO, error_BO), expected)
 
 
+@pytest.mark.parametrize("obs", PAPER)
 @settings(max_examples=60, deadline=None)
 @given(
     nm=st.sampled_from(NM_PATTERNS),
@@ -76,12 +86,12 @@ def test_obs_masked_is_the_column_loop(columns: int, outputs: int, sparsity: flo
     outputs=st.integers(1, 12),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_obs_nm_is_the_column_loop(nm: tuple[int, int], groups: int, outputs: int, seed: int) -> None:
+def test_obs_nm_is_the_column_loop(obs: ModuleType, nm: tuple[int, int], groups: int, outputs: int, seed: int) -> None:
     n, m = nm
     columns = m * min(groups, max(1, 96 // m))
     block_BO, upper_BB = problem(columns, outputs, seed)
     expected_BO, expected_error_BO, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
-    error_BO, keep_BO = kernels.obs_nm(block_BO, upper_BB, n, m)
+    error_BO, keep_BO = obs.obs_nm(block_BO, upper_BB, n, m)
     assert keep_BO.reshape(-1, m, outputs).sum(1).eq(n).all()
     assert not block_BO[~keep_BO].any()
     same_O = (keep_BO == expected_keep_BO).all(0)  # two scores within rounding of each other may swap, once in many
@@ -90,64 +100,72 @@ def test_obs_nm_is_the_column_loop(nm: tuple[int, int], groups: int, outputs: in
     assert_near((block_BO[:, same_O], error_BO[:, same_O]), expected)
 
 
+@pytest.mark.parametrize("obs", PAPER)
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 33, 100, 127, 128])
-def test_obs_masked_at_ragged_widths(columns: int) -> None:
+def test_obs_masked_at_ragged_widths(obs: ModuleType, columns: int) -> None:
     block_BO, upper_BB = problem(columns, 5, 0)
     keep_BO = random_keep(columns, 5, 0.5, 1)
     expected = slow_masked(block_BO, upper_BB, keep_BO)
-    error_BO = kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    error_BO = obs.obs_masked(block_BO, upper_BB, keep_BO)
     assert_near((block_BO, error_BO), expected)
 
 
+@pytest.mark.parametrize("obs", PAPER)
 @pytest.mark.parametrize(("n", "m"), NM_PATTERNS)
-def test_obs_nm_finds_the_masks_of_the_column_loop(n: int, m: int) -> None:
+def test_obs_nm_finds_the_masks_of_the_column_loop(obs: ModuleType, n: int, m: int) -> None:
     block_BO, upper_BB = problem(m * max(1, 128 // m), 5, 0)
     expected_BO, expected_error_BO, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
-    error_BO, keep_BO = kernels.obs_nm(block_BO, upper_BB, n, m)
+    error_BO, keep_BO = obs.obs_nm(block_BO, upper_BB, n, m)
     assert torch.equal(keep_BO, expected_keep_BO)
     assert_near((block_BO, error_BO), (expected_BO, expected_error_BO))
 
 
-def test_the_factor_is_only_read() -> None:
+@pytest.mark.parametrize("obs", PAPER)
+def test_the_factor_is_only_read(obs: ModuleType) -> None:
     block_BO, upper_BB = problem(32, 5, 0)
     before_BB = upper_BB.clone()
-    kernels.obs_masked(block_BO, upper_BB, random_keep(32, 5, 0.5, 1))
-    kernels.obs_nm(block_BO, upper_BB, 2, 4)
+    obs.obs_masked(block_BO, upper_BB, random_keep(32, 5, 0.5, 1))
+    obs.obs_nm(block_BO, upper_BB, 2, 4)
     assert torch.equal(upper_BB, before_BB)
 
 
-def test_among_equal_scores_the_lowest_index_goes_first() -> None:
+@pytest.mark.parametrize("obs", PAPER)
+def test_among_equal_scores_the_lowest_index_goes_first(obs: ModuleType) -> None:
     block_BO = torch.ones(8, 3)
-    _, keep_BO = kernels.obs_nm(block_BO, torch.eye(8), 2, 4)
+    _, keep_BO = obs.obs_nm(block_BO, torch.eye(8), 2, 4)
     assert keep_BO.T.tolist() == [[False, False, True, True] * 2] * 3
 
 
-def test_nothing_removed_changes_nothing() -> None:
+@pytest.mark.parametrize("obs", PAPER)
+def test_nothing_removed_changes_nothing(obs: ModuleType) -> None:
     block_BO, upper_BB = problem(40, 3, 0)
     before_BO = block_BO.clone()
-    error_BO = kernels.obs_masked(block_BO, upper_BB, torch.ones_like(block_BO, dtype=torch.bool))
+    error_BO = obs.obs_masked(block_BO, upper_BB, torch.ones_like(block_BO, dtype=torch.bool))
     assert torch.equal(block_BO, before_BO) and not error_BO.any()
 
 
+@pytest.mark.parametrize("obs", FAST)
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 100, 128])
-def test_prune_masked_is_the_column_loop(columns: int) -> None:
+def test_prune_masked_is_the_column_loop(obs: ModuleType, columns: int) -> None:
     block_BO, upper_BB = problem(columns, 5, 0)
     keep_BO = random_keep(columns, 5, 0.5, 1)
     expected_BO, _ = slow_masked(block_BO, upper_BB, keep_BO)
-    kernels.prune_masked(block_BO, upper_BB, keep_BO)
+    obs.prune_masked(block_BO, upper_BB, keep_BO)
     torch.testing.assert_close(block_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("obs", FAST)
 @pytest.mark.parametrize(("n", "m"), NM_PATTERNS)
-def test_prune_nm_is_the_column_loop(n: int, m: int) -> None:
+def test_prune_nm_is_the_column_loop(obs: ModuleType, n: int, m: int) -> None:
     block_BO, upper_BB = problem(m * max(1, 128 // m), 5, 0)
     expected_BO, _, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
-    keep_BO = kernels.prune_nm(block_BO, upper_BB, n, m)
+    keep_BO = obs.prune_nm(block_BO, upper_BB, n, m)
     assert torch.equal(keep_BO, expected_keep_BO)
     torch.testing.assert_close(block_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
 
 
-def test_the_reference_rounds_after_the_product_and_after_the_difference() -> None:
+@pytest.mark.parametrize("obs", PAPER)
+def test_each_rounds_after_the_product_and_after_the_difference(obs: ModuleType) -> None:
     block_BO, upper_BB = problem(64, 40, 0)
     keep_BO = random_keep(64, 40, 0.5, 1)
     expected_BO = block_BO.clone()
@@ -155,5 +173,52 @@ def test_the_reference_rounds_after_the_product_and_after_the_difference() -> No
         error_O = (expected_BO[column] / upper_BB[column, column]).masked_fill(keep_BO[column], 0)
         product_BO = upper_BB[column, column + 1 :, None] * error_O
         expected_BO[column + 1 :] -= product_BO
-    kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    obs.obs_masked(block_BO, upper_BB, keep_BO)
     assert torch.equal(block_BO, expected_BO.masked_fill(~keep_BO, 0))
+
+
+@needs_native
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(("columns", "outputs"), [(1, 1), (7, 64), (128, 65), (128, 200), (200, 3)])
+def test_the_compiled_paper_arithmetic_is_the_reference_to_the_bit(
+    columns: int, outputs: int, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "cpu_level", lambda: min(level, cpu_level()))
+    block_BO, upper_BB = problem(columns, outputs + 9, 0)
+    keep_BO = random_keep(columns, outputs, 0.5, 1)
+    ours_BO, theirs_BO = block_BO.clone()[:, :outputs], block_BO.clone()[:, :outputs]  # rows further apart than wide
+    assert torch.equal(
+        native.obs_masked(ours_BO, upper_BB, keep_BO), reference.obs_masked(theirs_BO, upper_BB, keep_BO)
+    )
+    assert torch.equal(ours_BO, theirs_BO)
+
+
+@needs_native
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(("n", "m"), NM_PATTERNS)
+def test_the_compiled_choice_of_n_of_m_is_the_reference_to_the_bit(
+    n: int, m: int, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "cpu_level", lambda: min(level, cpu_level()))
+    block_BO, upper_BB = problem(m * max(1, 128 // m), 70, 0)
+    ours_BO, theirs_BO = block_BO.clone(), block_BO.clone()
+    ours, theirs = native.obs_nm(ours_BO, upper_BB, n, m), reference.obs_nm(theirs_BO, upper_BB, n, m)
+    assert all(map(torch.equal, ours, theirs)) and torch.equal(ours_BO, theirs_BO)
+
+
+@needs_native
+def test_a_compiled_kernel_refuses_what_it_would_misread() -> None:
+    block_BO, upper_BB = problem(8, 6, 0)
+    with pytest.raises(ValueError, match="dense and float32"):
+        native.prune_masked(block_BO.double(), upper_BB, torch.ones(8, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="dense and float32"):
+        native.prune_masked(block_BO.T.contiguous().T, upper_BB, torch.ones(8, 6, dtype=torch.bool))
+
+
+def test_without_a_library_the_gate_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    block_BO, upper_BB = problem(16, 5, 0)
+    expected_BO = block_BO.clone()
+    expected = reference.obs_nm(expected_BO, upper_BB, 2, 4)
+    assert all(map(torch.equal, kernels.obs_nm(block_BO, upper_BB, 2, 4), expected))
+    assert torch.equal(block_BO, expected_BO)
