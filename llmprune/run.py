@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 
@@ -21,15 +22,18 @@ from llmprune.model.memory import (
     out_of_memory_in,
     statistics_budget,
 )
+from llmprune.model.sharing import SharedCollector
 from llmprune.model.sites import Site, Stage
 from llmprune.patterns import Pattern, Unstructured
 from llmprune.planning import Host, Plan
+from llmprune.portions import Portions
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.report import Report, SiteReport
 from llmprune.solving import prune_matrix
 from llmprune.statistics import CrossGram
 from llmprune.storing import Store
+from llmprune.team.team import Team
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ class Run:
         home: device on which hidden states wait between stages.
         report: filled on the way.
         store: takes pruned stages, and knows those of an earlier run that was interrupted.
+        team: the processes that share the work.
     """
 
     host: Host
@@ -55,6 +60,7 @@ class Run:
     home: torch.device
     report: Report
     store: Store
+    team: Team = field(default_factory=Team)
 
     def prune(self) -> None:
         """Prune the embedding if that is asked for, then stream the stages; with half the batch if memory runs out.
@@ -75,12 +81,12 @@ class Run:
         if embedding and not store.has(self.host.embedding):
             self._solve(_unfed(embedding), patterns)
             store.keep(self.host.embedding, embedding)
-        store.batch_size = store.batch_size or self._batch_size()
+        store.batch_size = store.batch_size or self.team.tell(self._batch_size())
         while not all(store.has(stage) for stage in self.plan.stages):
             try:
                 self._stream(patterns)
             except ResourceError as error:
-                if store.batch_size == 1 or not store.go_back():
+                if store.batch_size == 1 or self.team.size > 1 or not store.go_back():
                     raise
                 store.batch_size //= 2
                 _log.warning("%s; going on with %d sequences a forward", error, store.batch_size)
@@ -97,6 +103,7 @@ class Run:
         ):
             collector = self._collector(lanes)
             for index, stage in enumerate(stages):
+                self.team.at(stage.name)
                 with out_of_memory_in(stage.name), self._freed(stage):
                     if self.store.has(stage):
                         self._recall(stage, index, collector)
@@ -129,22 +136,23 @@ class Run:
 
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
         for group in groups:
-            method = self.recipe.solver()
-            if group.statistic is None and method.needs is not None:
-                method = Magnitude()  # experts that no token reached; the group's notes say so
             for site in group.sites:
                 with self.report.clock.phase("solve"), out_of_memory_in(site.name):
-                    outcome = prune_matrix(
-                        site.name,
-                        method,
-                        self.host.weight(site),
-                        group.statistic,
-                        patterns[site.name],
-                        self.recipe.seed,
-                        self.recipe.dense_target,
-                    )
-                pattern = patterns[site.name]
-                self.report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
+                    self._portions.take(site, partial(self._solve_site, site, group, patterns[site.name]))
+        with self.report.clock.phase("exchange"):
+            self._portions.settle()
+
+    def _solve_site(self, site: Site, group: Group, pattern: Pattern) -> SiteReport:
+        method = self.recipe.solver()
+        if group.statistic is None and method.needs is not None:
+            method = Magnitude()  # experts that no token reached; the group's notes say so
+        weight_OI, seed, share = self.host.weight(site), self.recipe.seed, self.recipe.dense_target
+        outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, seed, share)
+        return SiteReport.of(site, outcome, pattern, group.statistic, group.notes)
+
+    @cached_property
+    def _portions(self) -> Portions:
+        return Portions(self.team, self.host, self.plan, self.recipe.solver(), self.report)
 
     def _timed(self, groups: Iterator[Group]) -> Iterator[Group]:
         """Count the time it takes to come by each group, and let go of its statistic after use."""
@@ -171,7 +179,7 @@ class Run:
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
         if self.tokens is None:
             return nullcontext()
-        rows = batches(self.tokens, self.store.batch_size)
+        rows = self.team.share(batches(self.tokens, self.store.batch_size))
         rows = [*rows, *rows] if self.recipe.dense_target else rows
         stops = [*self.host.blocks, self.host.head]
         return Lanes(self.host.model, stops, rows, self.home, self.host.device_of)
@@ -181,13 +189,19 @@ class Run:
         if lanes is None or needs is None or self.tokens is None:
             return None
         budget = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
-        tokens = sum(len(row) for row in self.tokens.rows) * (2 if twins else 1)
-        fits = fits_side_by_side(tokens, self.host.config, self.host.dtype, self.host.place)
+        tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
+        fits = fits_side_by_side(
+            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
+        )
+        budget, fits = self.team.tell((budget, fits))
         if twins and not fits:
             raise RecipeError(
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
-        return Collector(lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins)
+        how = lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins
+        if self.team.size == 1:
+            return Collector(*how)
+        return SharedCollector(*how, team=self.team, settle=self._portions.settle)
 
     def _patterns(self) -> dict[str, Pattern]:
         """Return every site's pattern; a budget over the whole model is split by one look at all weights."""

@@ -94,6 +94,11 @@ class ColumnNorm:
         x_TI = x_TI.float() if x_TI.dtype == torch.float64 else x_TI  # vector_norm widens, but does not narrow
         return torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
 
+    @staticmethod
+    def tiles(inputs: int) -> list[tuple[int, int]]:
+        """Return what can be summed apart: nothing is worth it."""
+        return []
+
     def add_squares(self, squares_I: Tensor, sequences: int, tokens: int) -> None:
         """Add inputs of which the squared norms are known."""
         self.sum_I += squares_I
@@ -155,9 +160,10 @@ class Gram:
     def device(self) -> torch.device:
         return self._mean_II.device
 
-    def tiles(self) -> list[tuple[int, int]]:
-        """Return the rows of each tile, which is what lies in these rows on and below the diagonal."""
-        return column_blocks(self.inputs, _GRAM_TILE)
+    @staticmethod
+    def tiles(inputs: int) -> list[tuple[int, int]]:
+        """Return the rows of each tile: a tile is what lies in these rows on and below the diagonal."""
+        return column_blocks(inputs, _GRAM_TILE)
 
     def parts(self, tile: tuple[int, int]) -> list[Tensor]:
         """Return the sums of a tile, as views."""
@@ -168,7 +174,7 @@ class Gram:
         """As `Statistic.add`; with `tiles` to these alone, where others are summed elsewhere in the same way."""
         total = self.sequences + sequences
         x_IT = x_TI.float().T * math.sqrt(2 / total)
-        for start, stop in self.tiles() if tiles is None else tiles:
+        for start, stop in self.tiles(self.inputs) if tiles is None else tiles:
             tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
             tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
         self._changed()
@@ -265,7 +271,7 @@ class CrossGram(Gram):
                 self._cross_II = torch.zeros_like(self._mean_II)
             total = self.sequences + sequences
             dense_IT, x_TI = dense_TI.float().T, x_TI.float()
-            for start, stop in self.tiles() if tiles is None else tiles:
+            for start, stop in self.tiles(self.inputs) if tiles is None else tiles:
                 rows = self._cross_II[start:stop].mul_(self.sequences / total)
                 rows.addmm_(dense_IT[start:stop], x_TI, alpha=2 / total)
         super().add(x_TI, sequences, tiles=tiles)

@@ -89,3 +89,11 @@ class OnDisk:
     def go_back(self) -> bool:
         del self._report.sites[self._reported :]
         return True
+
+
+class Beside(OnDisk):
+    """For the ranks of a team that do not write: the first one does, and a resumed run reads what it has written."""
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        self._kept.add(stage.name)
+        self._reported = len(self._report.sites)

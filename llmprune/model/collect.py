@@ -101,7 +101,7 @@ class Collector:
             return dense.in_place() if dense and self._is_twin(lane) else nullcontext()
 
         with Walks(self.lanes, index, sites, weights_of) as walks:
-            for site, inputs, fresh in self._stops(walks, sites):
+            for site, inputs, fresh in self._stops(index, walks, sites):
                 if site in done:
                     raise UnsupportedModelError(f"{site.name} is used twice in its block: leave out --true-sequential")
                 if fresh:
@@ -111,7 +111,9 @@ class Collector:
         self.most_runs = max(self.most_runs, 1)
         return [site for site in sites if site not in done]
 
-    def _stops(self, walks: Walks, sites: Sequence[Site]) -> Iterator[tuple[Site, list[Tensor], bool]]:
+    def _stops(
+        self, index: int, walks: Walks, sites: Sequence[Site]
+    ) -> Iterator[tuple[Site, list[Tensor], bool]]:
         """Yield each site that the lanes come to, their inputs, and whether these differ from those of the last one."""
         held, last = list[Tensor](), None  # held, so that no other input can take their addresses
         for site, inputs in walks.stops():
