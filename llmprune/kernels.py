@@ -41,5 +41,24 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else gram_native.available()
 
 
+def add_gram(out_II: Tensor, x_TI: Tensor, scale: float, before: float) -> None:
+    """Overwrite `out_II` (fp32) with `before` times itself plus `scale` XᵀX, X of bfloat16.
+
+    What lies right of the diagonal's squares of 256 may stay undefined, as it mirrors the rest.
+    """
+    if x_TI.device.type == "cpu":
+        gram_native.add_gram(out_II, x_TI, scale, before)
+    else:
+        add_product(out_II, x_TI, x_TI, scale, before)
+
+
+def add_product(out_II: Tensor, x_TI: Tensor, y_TI: Tensor, scale: float, before: float) -> None:
+    """Overwrite `out_II` (fp32) with `before` times itself plus `scale` XᵀY, X and Y of bfloat16."""
+    if x_TI.device.type == "cpu":
+        gram_native.add_product(out_II, x_TI, y_TI, scale, before)
+    else:
+        out_II.mul_(before).add_(torch.mm(x_TI.T, y_TI, out_dtype=torch.float32), alpha=scale)
+
+
 def _obs(block_BO: Tensor, otherwise: ModuleType) -> ModuleType:
     return obs_native if block_BO.device.type == "cpu" and obs_native.available() else otherwise

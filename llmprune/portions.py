@@ -25,7 +25,7 @@ class Portions:
         self._team, self._host, self._report = team, host, report
         self._owners: dict[str, int] = {}
         for sites in plan.sites.values():
-            owners = deal([_cost(method, *site.shape) for site in sites], team.size)
+            owners = deal([_cost(method, *site.shape) for site in sites], [0.0] * team.size)
             self._owners |= {site.name: owner for site, owner in zip(sites, owners, strict=True)}
         self._pending: list[tuple[Site, SiteReport | None]] = []
 

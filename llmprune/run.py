@@ -8,6 +8,7 @@ from functools import cached_property, partial
 
 import torch
 
+from llmprune import kernels
 from llmprune.allocation import global_magnitude
 from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError, ResourceError
@@ -34,6 +35,8 @@ from llmprune.solving import prune_matrix
 from llmprune.statistics import CrossGram
 from llmprune.storing import Store
 from llmprune.team.team import Team
+
+_AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +80,8 @@ class Run:
             self.report.notes.append(
                 "blocks with experts are fitted to their own outputs: no dense target follows tokens"
             )
+        if self.recipe.autocast and self.host.dtype == torch.float32 and not self._autocast():
+            self.report.notes.append("autocast: bfloat16 is not faster here, so the calibration ran in float32")
         embedding = self.plan.sites.get(self.host.embedding.name)
         if embedding and not store.has(self.host.embedding):
             self._solve(_unfed(embedding), patterns)
@@ -172,8 +177,15 @@ class Run:
         finally:
             self.host.free(stage)
 
+    def _autocast(self) -> torch.dtype | None:
+        """Return the dtype that the forward multiplies in, if not that of the weights."""
+        asked = self.recipe.autocast and self.host.dtype == torch.float32
+        return torch.bfloat16 if asked and kernels.multiplies_bfloat16(self.host.place) else None
+
     def _batch_size(self) -> int:
         longest = max((len(row) for row in self.tokens.rows), default=1) if self.tokens else 1
+        if self._autocast() and self.host.place.type == "cpu" and not self.recipe.batch_size:
+            return max(1, _AUTOCAST_TOKENS // longest)
         return self.recipe.batch_size or batch_size(longest, self.host.config, self.host.dtype, self.host.place)
 
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
@@ -182,7 +194,7 @@ class Run:
         rows = self.team.share(batches(self.tokens, self.store.batch_size))
         rows = [*rows, *rows] if self.recipe.dense_target else rows
         stops = [*self.host.blocks, self.host.head]
-        return Lanes(self.host.model, stops, rows, self.home, self.host.device_of)
+        return Lanes(self.host.model, stops, rows, self.home, self.host.device_of, self._autocast())
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
         needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)

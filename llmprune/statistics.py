@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import NumericalError
 from llmprune.patterns import column_blocks
 
@@ -21,6 +22,7 @@ _LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked
 
 _log = logging.getLogger(__name__)
 
+Tile = tuple[int, int]
 FactorKind = Literal["inverse", "root"]
 
 S = TypeVar("S", bound="Statistic")
@@ -94,11 +96,6 @@ class ColumnNorm:
         x_TI = x_TI.float() if x_TI.dtype == torch.float64 else x_TI  # vector_norm widens, but does not narrow
         return torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
 
-    @staticmethod
-    def tiles(inputs: int) -> list[tuple[int, int]]:
-        """Return what can be summed apart: nothing is worth it."""
-        return []
-
     def add_squares(self, squares_I: Tensor, sequences: int, tokens: int) -> None:
         """Add inputs of which the squared norms are known."""
         self.sum_I += squares_I
@@ -135,7 +132,8 @@ class ColumnNorm:
 class Gram:
     """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
 
-    The operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit.
+    In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
+    of bfloat16 are exact in fp32 and are summed in whatever order is fastest.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -161,25 +159,33 @@ class Gram:
         return self._mean_II.device
 
     @staticmethod
-    def tiles(inputs: int) -> list[tuple[int, int]]:
-        """Return the rows of each tile: a tile is what lies in these rows on and below the diagonal."""
-        return column_blocks(inputs, _GRAM_TILE)
+    def tiles(x_TI: Tensor) -> list[Tile]:
+        """Return the rows of each tile, which is what lies in them on and below the diagonal, for such inputs."""
+        inputs = x_TI.shape[1]
+        return [(0, inputs)] if _in_bfloat16(x_TI) else column_blocks(inputs, _GRAM_TILE)
 
-    def parts(self, tile: tuple[int, int]) -> list[Tensor]:
+    def parts(self, tile: Tile) -> list[Tensor]:
         """Return the sums of a tile, as views."""
         start, stop = tile
         return [self._mean_II[start:stop, :stop]]
 
-    def add(self, x_TI: Tensor, sequences: int, *, tiles: Sequence[tuple[int, int]] | None = None) -> None:
-        """As `Statistic.add`; with `tiles` to these alone, where others are summed elsewhere in the same way."""
+    def add(self, x_TI: Tensor, sequences: int, *, tiles: Sequence[Tile] | None = None) -> None:
+        """As `Statistic.add`; with `tiles` to these alone, where the others are summed elsewhere."""
         total = self.sequences + sequences
-        x_IT = x_TI.float().T * math.sqrt(2 / total)
-        for start, stop in self.tiles(self.inputs) if tiles is None else tiles:
-            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
-            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
+        if tiles != []:
+            self._add(x_TI, total, tiles)
         self._changed()
         self.sequences = total
         self.tokens += x_TI.shape[0]
+
+    def _add(self, x_TI: Tensor, total: int, tiles: Sequence[Tile] | None) -> None:
+        if _in_bfloat16(x_TI):
+            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
+            return
+        x_IT = x_TI.float().T * math.sqrt(2 / total)
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE) if tiles is None else tiles:
+            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
+            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
 
     def merge(self, other: "Gram") -> None:
         total = max(self.sequences + other.sequences, 1)
@@ -253,7 +259,7 @@ class CrossGram(Gram):
         super().__init__(inputs, device)
         self._cross_II: Tensor | None = None
 
-    def parts(self, tile: tuple[int, int]) -> list[Tensor]:
+    def parts(self, tile: Tile) -> list[Tensor]:
         cross = [] if self._cross_II is None else [self._cross_II[slice(*tile)]]
         return [*super().parts(tile), *cross]
 
@@ -263,18 +269,25 @@ class CrossGram(Gram):
         sequences: int,
         dense_TI: Tensor | None = None,
         *,
-        tiles: Sequence[tuple[int, int]] | None = None,
+        tiles: Sequence[Tile] | None = None,
     ) -> None:
         """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
-            total = self.sequences + sequences
-            dense_IT, x_TI = dense_TI.float().T, x_TI.float()
-            for start, stop in self.tiles(self.inputs) if tiles is None else tiles:
-                rows = self._cross_II[start:stop].mul_(self.sequences / total)
-                rows.addmm_(dense_IT[start:stop], x_TI, alpha=2 / total)
+            if tiles != []:
+                total = self.sequences + sequences
+                self._add_cross(x_TI, dense_TI, total, tiles)
         super().add(x_TI, sequences, tiles=tiles)
+
+    def _add_cross(self, x_TI: Tensor, dense_TI: Tensor, total: int, tiles: Sequence[Tile] | None) -> None:
+        scale, before = 2 / total, self.sequences / total
+        if _in_bfloat16(x_TI):
+            kernels.add_product(self._cross_II, dense_TI, x_TI, scale, before)
+            return
+        x_TI, dense_IT = x_TI.float(), dense_TI.float().T
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE) if tiles is None else tiles:
+            self._cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
 
     @staticmethod
     def nbytes(inputs: int) -> int:
@@ -330,6 +343,11 @@ def factorize(hessian_II: Tensor, damp: float, kind: FactorKind = "inverse") -> 
         notes.append(f"not positive definite at damping {tried:g}, raised to {raised:g}")
         _log.warning("Gram matrix of %d inputs: %s", len(hessian_II), notes[-1])
     raise NumericalError(f"the Gram matrix is not positive definite even at damping {tried:g}: use more calibration")
+
+
+def _in_bfloat16(x_TI: Tensor) -> bool:
+    """Say whether a kernel sums such inputs as they are, the whole matrix at once."""
+    return x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device)
 
 
 def _damped(hessian_II: Tensor, damp: float) -> Tensor:

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune_kernels": set(),
     "llmprune.kernels": {"llmprune_kernels"},
     "llmprune.patterns": {"llmprune.errors"},
-    "llmprune.statistics": {"llmprune.errors", "llmprune.patterns"},
+    "llmprune.statistics": {"llmprune.errors", "llmprune.kernels", "llmprune.patterns"},
     "llmprune.refit": set(),
     "llmprune.methods": {
         "llmprune.errors",

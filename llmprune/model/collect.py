@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmprune.errors import UnsupportedModelError
@@ -224,10 +225,11 @@ class Collector:
         if group.statistic is None:
             group.statistic = self.needs(x.shape[-1], x.device)
         sequences = self.lanes.sequences(lane)
-        parts = in_sequences(x, sequences)
-        pairs = zip(parts, in_sequences(dense, sequences), strict=True) if dense is not None else ((p,) for p in parts)
-        for pair in pairs:
-            group.statistic.add(pair[0], sequences // len(parts), *pair[1:])
+        both = [self.lanes.as_multiplied(one) for one in (x, dense) if one is not None]
+        parts = [in_sequences(one, sequences) for one in both]
+        with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
+            for of_sequence, *of_dense in zip(*parts, strict=True):
+                group.statistic.add(of_sequence, sequences // len(parts[0]), *of_dense)
 
 
 def in_sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:

@@ -99,7 +99,8 @@ class SharedCollector(Collector):
         """Keep a lane's input, as it is now: the model may change it later."""
         sequences = self.lanes.sequences(lane)
         number = self._number[group.sites[0]]
-        both = [in_sequences(one, sequences) for one in (x, dense) if one is not None]
+        given = [self.lanes.as_multiplied(one) for one in (x, dense) if one is not None]
+        both = [in_sequences(one, sequences) for one in given]
         for parts in zip(*both, strict=True):
             self._given.append(Fed.of(number, sequences // len(both[0]), parts, self.needs))
 

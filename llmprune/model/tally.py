@@ -5,7 +5,6 @@ each rank runs one lane and hands what its sites were fed to all, and every sum 
 The work is shared by parts of the sums: the tiles of Gram matrices are dealt out, and handed round at the end.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import prod
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmprune.model.groups import Group, StatisticType
-from llmprune.statistics import ColumnNorm
+from llmprune.statistics import ColumnNorm, Gram, Tile
 from llmprune.team.team import Team, deal
 
 _ALIGNMENT = 64  # bytes: tensors that lie as torch lays them are multiplied in the same way
@@ -57,11 +56,8 @@ class Tally:
 
     def __init__(self, team: Team, needs: StatisticType, groups: Sequence[Group], device: torch.device) -> None:
         self._team, self._needs, self._groups, self._device = team, needs, groups, device
-        tiles = [(number, tile) for number, group in enumerate(groups) for tile in needs.tiles(group.inputs)]
-        owners = deal([(stop - start) * stop for _, (start, stop) in tiles], team.size)
-        self._tiles: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # of a group and an owner
-        for (number, tile), owner in zip(tiles, owners, strict=True):
-            self._tiles[number, owner].append(tile)
+        self._tiles: dict[int, list[list[Tile]]] = {}  # of each group, by their owners
+        self._load = [0.0] * team.size
 
     def add(self, given: Sequence[Fed]) -> None:
         """Add what this turn's lanes have been fed, each rank's in turn."""
@@ -74,14 +70,14 @@ class Tally:
 
     def complete(self) -> None:
         """Hand round the tiles, so that all ranks have all sums."""
-        for (number, owner), tiles in sorted(self._tiles.items()):
+        for number, dealt in sorted(self._tiles.items()):
             statistic = self._groups[number].statistic
-            if statistic is None or isinstance(statistic, ColumnNorm):
-                continue
-            parts = [part for tile in tiles for part in statistic.parts(tile)]
-            found = self._from(owner, parts, _kinds(parts))
-            for part, summed in zip(parts, found, strict=True):
-                part.copy_(summed)
+            assert isinstance(statistic, Gram)
+            for owner, tiles in enumerate(dealt):
+                parts = [part for tile in tiles for part in statistic.parts(tile)]
+                found = self._from(owner, parts, _kinds(parts))
+                for part, summed in zip(parts, found, strict=True):
+                    part.copy_(summed)
 
     def _add(self, fed: Fed) -> None:
         group = self._groups[fed.group]
@@ -90,8 +86,14 @@ class Tally:
         if isinstance(group.statistic, ColumnNorm):
             group.statistic.add_squares(fed.tensors[0], fed.sequences, fed.tokens)
         else:
-            tiles = self._tiles[fed.group, self._team.rank]
+            if fed.group not in self._tiles:
+                self._tiles[fed.group] = self._dealt(Gram.tiles(fed.tensors[0]))
+            tiles = self._tiles[fed.group][self._team.rank]
             group.statistic.add(fed.tensors[0], fed.sequences, *fed.tensors[1:], tiles=tiles)
+
+    def _dealt(self, tiles: Sequence[Tile]) -> list[list[Tile]]:
+        owners = deal([(stop - start) * stop for start, stop in tiles], self._load)
+        return [[tile for tile, owner in zip(tiles, owners, strict=True) if owner == rank] for rank in range(self._team.size)]
 
     def _from(self, rank: int, mine: Sequence[Tensor], kinds: Sequence[Kind]) -> list[Tensor]:
         """Return the tensors of a rank, which go through one buffer."""

@@ -45,12 +45,11 @@ class Team:
         """Overwrite the tensor, of the same shape and dtype on all ranks, with that of rank `source`."""
 
 
-def deal(costs: Sequence[float], size: int) -> list[int]:
+def deal(costs: Sequence[float], load: list[float]) -> list[int]:
     """Return the rank that takes each piece of work: the costliest first, each to the rank with the least to do.
 
-    The longest processing time rule (Graham, 1969), within 4/3 of the best.
+    `load` is what each rank has to do already, and is added to. The longest processing time rule (Graham, 1969), within 4/3 of the best.
     """
-    load = [0.0] * size
     owners = [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         owners[item] = load.index(min(load))
