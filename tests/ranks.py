@@ -1,13 +1,15 @@
 """Several ranks on this machine: processes that run the same jobs, as a launcher would start them."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ Job = tuple[tuple[Any, ...], dict[str, Any]]  # arguments and options of `llmpru
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["warm", "faults", "ranks"])
+LINK = "cable"  # the network device of each host
+_NETWORK = "10.77.0"
+_NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET
 _LONGEST = 120  # seconds for processes to end
 
 
@@ -38,11 +43,18 @@ class Ranks:
         size: how many.
         said: folder for what each says on stderr, in `said/RANK`.
         target: what each does, with `arguments`.
+        hosts: the network namespace of each; that of this process if there are none.
         environment: what more is set for all of them.
     """
 
     def __init__(
-        self, size: int, said: Path, target: Callable[..., None], *arguments: Any, **environment: str
+        self,
+        size: int,
+        said: Path,
+        target: Callable[..., None],
+        *arguments: Any,
+        hosts: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         said.mkdir(parents=True, exist_ok=True)
         self._said = said
@@ -50,9 +62,10 @@ class Ranks:
         variables |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment}
         self.processes = [
             _FORKS.Process(
-                target=_start, args=(variables | {"RANK": str(rank)}, said / str(rank), target, arguments)
+                target=_start,
+                args=(variables | {"RANK": str(rank)}, said / str(rank), host, target, arguments),
             )
-            for rank in range(size)
+            for rank, host in zip(range(size), [*hosts, *[None] * size], strict=False)
         ]
         for process in self.processes:
             process.start()
@@ -65,6 +78,11 @@ class Ranks:
             if process.exitcode is None:
                 process.kill()
         return [process.exitcode for process in self.processes]
+
+    def code(self, rank: int) -> int | None:
+        """Wait for one of them alone."""
+        self.processes[rank].join(_LONGEST)
+        return self.processes[rank].exitcode
 
     def said(self, rank: int) -> str:
         """Return what a rank has said on stderr."""
@@ -86,7 +104,7 @@ def command(arguments: Sequence[str | Path], strike: dict[str, Any] | None = Non
     cli.main()
 
 
-def _strike_at(rank: int, stage: str, how: str, told: Path) -> None:
+def _strike_at(rank: int, stage: str, how: str) -> None:
     """Let something befall this process once it works on a stage."""
     from llmprune.model import Streamed
 
@@ -94,17 +112,58 @@ def _strike_at(rank: int, stage: str, how: str, told: Path) -> None:
 
     def load_or_die(host: Streamed, loaded: Any, *rest: Any) -> None:
         if loaded.name == stage:
-            told.touch()
             if how == "error":
                 raise llmprune.LlmpruneError("a disk is gone")
-            os.kill(os.getpid(), signal.SIGSTOP if how == "hang" else signal.SIGKILL)
+            if how == "is cut off":
+                ip("-n", host_name(rank), "link", "set", LINK, "down")
+            else:
+                os.kill(os.getpid(), signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
         load(host, loaded, *rest)
 
     Streamed.load = load_or_die  # type: ignore[method-assign]
 
 
-def _start(variables: dict[str, str], said: Path, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def ip(*arguments: str) -> None:
+    """Run `ip`, of iproute2."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def host_name(rank: int) -> str:
+    """Return the name of a rank's network namespace."""
+    return f"llmprune-{rank}"
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[dict[str, Any]]:
+    """Make two network namespaces with an address each and a cable between them; yield what `Ranks` needs of them."""
+    hosts = [host_name(rank) for rank in range(2)]
+    try:
+        for host in hosts:
+            ip("netns", "add", host)
+        ip("link", "add", LINK, "netns", hosts[0], "type", "veth", "peer", "name", LINK, "netns", hosts[1])
+        for number, host in enumerate(hosts, start=1):
+            ip("-n", host, "address", "add", f"{_NETWORK}.{number}/24", "dev", LINK)
+            ip("-n", host, "link", "set", LINK, "up")
+            ip("-n", host, "link", "set", "lo", "up")
+        yield {"hosts": hosts, "MASTER_ADDR": f"{_NETWORK}.1", "GLOO_SOCKET_IFNAME": LINK, "LOCAL_WORLD_SIZE": "1"}
+    finally:
+        for host in hosts:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                ip("netns", "delete", host)
+
+
+def _move_to(host: str) -> None:
+    with open(f"/run/netns/{host}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _NETWORK_NAMESPACE):
+            raise OSError(ctypes.get_errno(), host)
+
+
+def _start(
+    variables: dict[str, str], said: Path, host: str | None, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     os.environ.update(variables)
+    if host:
+        _move_to(host)
     torch.set_num_threads(1)
     with said.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())

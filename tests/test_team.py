@@ -1,5 +1,9 @@
 """Several ranks prune as one process does, to the byte; and when one is lost, the others say so and are resumed."""
 
+import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +11,7 @@ import pytest
 
 import faults
 import tiny
-from ranks import Job, Ranks, prune_all
+from ranks import Job, Ranks, command, prune_all, two_hosts
 
 IDS = tiny.ids(5, 16).tolist()
 FAMILIES = ("llama", "gemma2", "gpt2", "qwen3-moe")
@@ -59,3 +63,71 @@ def test_ranks_prune_as_one_process_does(size: int, sources: dict[str, Path], al
     assert ranks.codes() == [0] * size, [ranks.said(rank) for rank in range(size)]
     for name in CASES:
         assert faults.content(tmp_path / name) == faults.content(alone / name), name
+
+
+STRUCK = {
+    "dies": (1, r"rank 1 was lost in model\.layers\.1, without a sign of life for \d+ s; 1 block kept .*--resume"),
+    "hangs": (1, r"rank 1 was lost in model\.layers\.1, without a sign of life for \d+ s; 1 block kept .*--resume"),
+    "error": (1, r"rank 1 stopped in model\.layers\.1: a disk is gone; 1 block kept .*--resume"),
+    "first dies": (0, r"rank 0 (was lost|cannot be reached from rank 1) in model\.layers\.1"),
+}
+
+
+@pytest.mark.parametrize("how", STRUCK)
+def test_a_rank_that_is_lost_is_named(how: str, sources: dict[str, Path], alone: Path, tmp_path: Path) -> None:
+    victim, says = STRUCK[how]
+    ranks = struck(2, sources["llama"], tmp_path, {"rank": victim, "stage": "model.layers.1", "how": how})
+    assert ranks.code(1 - victim) == 2, ranks.said(1 - victim)
+    ranks.processes[victim].kill()
+    assert re.search(f"rank {1 - victim}: {says}", last_words(ranks, 1 - victim))
+    if how == "dies":
+        goes_on_with_any_number(sources["llama"], alone / "llama, balanced", tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
+def test_two_hosts_prune_as_one_process_does_and_stop_when_the_link_is_cut(
+    sources: dict[str, Path], alone: Path, tmp_path: Path
+) -> None:
+    names = [f"{family}, {name}" for family in FAMILIES for name in RECIPES]
+    wanted = [job for job in jobs(sources, tmp_path) if job[0][1].name in names]
+    with two_hosts() as hosts:
+        ranks = Ranks(2, tmp_path / "said", prune_all, wanted, **hosts)
+        assert ranks.codes() == [0, 0], [ranks.said(rank) for rank in range(2)]
+        strike = {"rank": 1, "stage": "model.layers.1", "how": "is cut off"}
+        ranks = struck(2, sources["llama"], tmp_path, strike, **hosts)
+        assert ranks.codes() == [2, 2], [ranks.said(rank) for rank in range(2)]
+    for name in names:
+        assert faults.content(tmp_path / name) == faults.content(alone / name), name
+    assert "rank 0: rank 1 was lost in model.layers.1" in last_words(ranks, 0)
+    assert "rank 1: rank 0 cannot be reached from rank 1 in model.layers.1" in last_words(ranks, 1)
+    goes_on_with_any_number(sources["llama"], alone / "llama, balanced", tmp_path)
+
+
+def struck(size: int, source: Path, folder: Path, strike: dict[str, Any] | None, **how: Any) -> Ranks:
+    """Start the balanced preset on the command line, with something that befalls a rank."""
+    return Ranks(size, folder / "struck", command, task(source, folder), strike, LLMPRUNE_RANK_TIMEOUT="6", **how)
+
+
+def task(source: Path, folder: Path, out: str = "struck-out") -> list[str | Path]:
+    tokens = folder / "tokens.jsonl"
+    tokens.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in IDS))
+    return ["prune", source, folder / out, "--preset", "balanced", "--calibration", tokens]
+
+
+def last_words(ranks: Ranks, rank: int) -> str:
+    (line,) = [line for line in ranks.said(rank).splitlines() if line.startswith("llmprune: ")]
+    return line
+
+
+def goes_on_with_any_number(source: Path, whole: Path, folder: Path) -> None:
+    """Check that one rank, and two, end what a struck run has begun in the same bytes."""
+    for size in (1, 2):
+        again = f"again-{size}"
+        shutil.copytree(folder / "struck-out.partial", folder / f"{again}.partial")
+        resumed = Ranks(size, folder / f"said-{size}", command, [*task(source, folder, again), "--resume"])
+        assert resumed.codes() == [0] * size, resumed.said(0)
+        assert weights(folder / again) == weights(whole)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}

@@ -164,9 +164,9 @@ class Sink:
 
     def _require_same(self) -> None:
         found = self._journal.records[0].get("run")
-        if difference := difference(found, self._fingerprint):
+        if other := difference(found, self._fingerprint):
             raise CheckpointError(
-                f"{self.place.partial} was begun with another {difference}: continue with what it was, "
+                f"{self.place.partial} was begun with another {other}: continue with what it was, "
                 "or start anew with --overwrite"
             )
         there = self.place.model.is_dir() and announced(self._journal) in (None, folder_id(self.place.model))

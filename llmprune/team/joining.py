@@ -40,7 +40,7 @@ def joined() -> Iterator[Team]:
         team.gather(None)  # none leaves before all are done
     except BaseException as error:
         found = _blamed(error, watch)
-        watch.leave(str(found) if isinstance(found, RankError) else watch.words(found))
+        watch.leave(str(found) if isinstance(found, RankError) else watch.last_words(found))
         if found is error:
             raise
         raise found from None

@@ -31,7 +31,7 @@ class Team:
         return list(items[self.rank :: self.size])
 
     def at(self, place: str) -> None:
-        """Let the others know what this rank is working on."""
+        """Note what this rank is working on, for what is said if another is lost there."""
 
     def tell(self, value: T, source: int = 0) -> T:
         """Return the value that rank `source` gives. All ranks must call this, as all methods below."""
@@ -48,7 +48,8 @@ class Team:
 def deal(costs: Sequence[float], load: list[float]) -> list[int]:
     """Return the rank that takes each piece of work: the costliest first, each to the rank with the least to do.
 
-    `load` is what each rank has to do already, and is added to. The longest processing time rule (Graham, 1969), within 4/3 of the best.
+    `load` is what each rank has to do already, and is added to. The longest processing time rule (Graham, 1969), which
+    is within 4/3 of the best.
     """
     owners = [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):

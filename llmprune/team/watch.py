@@ -1,7 +1,8 @@
 """Signs of life: every rank leaves one in the store of the launcher twice a second, and reads those of the others.
 
 A collective operation of torch.distributed says that it failed or hangs, but not who is to blame. The signs say that:
-who has stopped giving them, at what block, and what the last words were of a rank that left because of an error.
+who has stopped giving them, and what the last words were of a rank that left because of an error. As ranks go through
+the model in step, the block at which one waits for another is that at which the other is lost.
 """
 
 import json
@@ -18,10 +19,9 @@ _FAREWELL = 2.0  # seconds that the last sign may take
 
 
 class Sign(NamedTuple):
-    """A sign of life: its number, the rank's place in the model, and why it has left: "" if all is well."""
+    """A sign of life: its number, and once a rank has left why: "" if all is well."""
 
     beat: int = 0
-    place: str = "the start"
     left: str | None = None
 
 
@@ -38,7 +38,7 @@ class Watch:
         self._store, self._rank, self._patience = store, rank, patience
         team = store.add(f"llmprune/teams/{rank}", 1)  # ranks that make several teams make them in the same order
         self._keys = [f"llmprune/{team}/{number}" for number in range(size)]
-        self._sign = Sign()
+        self._sign, self._place = Sign(), "the start"
         self._heard = [(Sign(), time.monotonic()) for _ in range(size)]
         self._answered = time.monotonic()
         self._leaving = threading.Event()
@@ -48,8 +48,8 @@ class Watch:
         self._thread.start()
 
     def at(self, place: str) -> None:
-        """Say in the next signs what this rank is working on."""
-        self._sign = self._sign._replace(place=place)
+        """Note what this rank is working on."""
+        self._place = place
 
     def leave(self, why: str = "") -> None:
         """Give the last sign: that the work is done, or why it is not."""
@@ -64,13 +64,12 @@ class Watch:
             if sign.left:
                 return sign.left
         if now - self._answered > patience:
-            return f"rank 0 cannot be reached from rank {self._rank} in {self._sign.place}"
+            return f"rank 0 cannot be reached from rank {self._rank} in {self._place}"
         silent = {number: now - at for number, (sign, at) in enumerate(self._heard) if sign.left is None}
         longest = max(silent, key=lambda number: silent[number], default=self._rank)
         if longest == self._rank or silent[longest] <= patience:
             return None
-        place = self._heard[longest][0].place
-        return f"rank {longest} was lost in {place}, without a sign of life for {silent[longest]:.0f} s"
+        return f"rank {longest} was lost in {self._place}, without a sign of life for {silent[longest]:.0f} s"
 
     def blame(self) -> str | None:
         """Return who is lost now that a connection has broken; waits until it shows."""
@@ -81,9 +80,9 @@ class Watch:
             time.sleep(_BEAT / 5)
         return None
 
-    def words(self, error: BaseException) -> str:
+    def last_words(self, error: BaseException) -> str:
         """Return the last words of a rank that an error ends."""
-        return f"rank {self._rank} stopped in {self._sign.place}: {error or type(error).__name__}"
+        return f"rank {self._rank} stopped in {self._place}: {error or type(error).__name__}"
 
     def _run(self) -> None:
         try:
