@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 import click
@@ -26,7 +28,6 @@ from llmprune.commands.sensitivity import sensitivity
 from llmprune.commands.sweep import sweep
 from llmprune.errors import Interrupted, LlmpruneError, RankError, redact
 from llmprune.team.launch import launch
-
 
 _SHARED = ("prune", "eval", "sweep")  # among the processes of a launcher
 
@@ -67,8 +68,8 @@ def main() -> None:
     """Run the command line; errors become one line and status 2."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        _take_rank()
-        cli.main(standalone_mode=False)
+        with _rank_taken():
+            cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
@@ -89,13 +90,18 @@ def main() -> None:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
 
 
-def _take_rank() -> None:
-    """Among the processes of a launcher the first prints the result, and what is logged says by whom."""
+@contextmanager
+def _rank_taken() -> Iterator[None]:
+    """Among the processes of a launcher join the others; the first prints results, and what is logged says by whom."""
     rank, size, _ = launch()
-    if size > 1:
-        logging.basicConfig(format=f"rank {rank}: %(message)s")
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 until the process ends
+    if size == 1:
+        yield
+        return
+    from llmprune.team.joining import joined
+
+    logging.basicConfig(format=f"rank {rank}: %(message)s")
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout), joined():
+        yield
 
 
 def _say(message: str) -> None:

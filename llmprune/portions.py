@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from llmprune.planning import Host, Plan
-from llmprune.report import Report, SiteReport
 from llmprune.methods import Method
 from llmprune.model.sites import Site
+from llmprune.planning import Host, Plan
+from llmprune.report import Report, SiteReport
 from llmprune.statistics import Gram
 from llmprune.team.team import Team, deal
 

@@ -202,9 +202,7 @@ class Run:
             return None
         budget = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
         tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
-        fits = fits_side_by_side(
-            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
-        )
+        fits = fits_side_by_side(tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place)
         budget, fits = self.team.tell((budget, fits))
         if twins and not fits:
             raise RecipeError(

@@ -94,7 +94,8 @@ class ColumnNorm:
     def squares(x_TI: Tensor) -> Tensor:
         """Return the squared norm of every input [inputs], which is what `add` adds."""
         x_TI = x_TI.float() if x_TI.dtype == torch.float64 else x_TI  # vector_norm widens, but does not narrow
-        return torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+        squares_I: Tensor = torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+        return squares_I
 
     def add_squares(self, squares_I: Tensor, sequences: int, tokens: int) -> None:
         """Add inputs of which the squared norms are known."""
@@ -276,18 +277,19 @@ class CrossGram(Gram):
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
             if tiles != []:
-                total = self.sequences + sequences
-                self._add_cross(x_TI, dense_TI, total, tiles)
+                self._add_cross(self._cross_II, x_TI, dense_TI, self.sequences + sequences, tiles)
         super().add(x_TI, sequences, tiles=tiles)
 
-    def _add_cross(self, x_TI: Tensor, dense_TI: Tensor, total: int, tiles: Sequence[Tile] | None) -> None:
+    def _add_cross(
+        self, cross_II: Tensor, x_TI: Tensor, dense_TI: Tensor, total: int, tiles: Sequence[Tile] | None
+    ) -> None:
         scale, before = 2 / total, self.sequences / total
         if _in_bfloat16(x_TI):
-            kernels.add_product(self._cross_II, dense_TI, x_TI, scale, before)
+            kernels.add_product(cross_II, dense_TI, x_TI, scale, before)
             return
         x_TI, dense_IT = x_TI.float(), dense_TI.float().T
         for start, stop in column_blocks(self.inputs, _GRAM_TILE) if tiles is None else tiles:
-            self._cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
+            cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
 
     @staticmethod
     def nbytes(inputs: int) -> int:

@@ -120,7 +120,7 @@ def _strike_at(rank: int, stage: str, how: str) -> None:
                 os.kill(os.getpid(), signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
         load(host, loaded, *rest)
 
-    Streamed.load = load_or_die  # type: ignore[method-assign]
+    Streamed.load = load_or_die  # type: ignore[assignment, method-assign]
 
 
 def ip(*arguments: str) -> None:

@@ -335,7 +335,7 @@ def test_a_factor_is_made_once_for_sites_that_share_it() -> None:
     times = SolvingTime(cube=1.0, column=10.0, weight=100.0, product=1000.0)
     assert times.seconds([(2, 3)]) == 27 + 3 * 10 + 6 * 100 + 18 * 1000
     shared = Group([site(2, 3), site(4, 3)])
-    assert solving_seconds([shared], times).amount == 27 + 2 * 3 * 10 + 18 * 100 + 54 * 1000
+    assert solving_seconds([[shared]], times).amount == 27 + 2 * 3 * 10 + 18 * 100 + 54 * 1000
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.5, "model"), NM(1, 7)])

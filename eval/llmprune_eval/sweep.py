@@ -17,6 +17,8 @@ from llmprune.planning import make_plan
 from llmprune.pruning import prune
 from llmprune.recipe import Recipe
 from llmprune.runs import add_evaluations, read_run
+from llmprune.team.joining import joined
+from llmprune.team.team import Team
 from llmprune_eval.pages import sweep_page
 from llmprune_eval.perplexity import measure, read_text
 from llmprune_eval.subjects import Place, Subject
@@ -101,21 +103,37 @@ def sweep(
     amount = Amount(length, windows, options.get("batch_size"))
     recipes = [options | {"method": method, "pattern": pattern} for method in methods for pattern in patterns]
     _require_feasible(model, recipes)
+    with joined() as team:
+        result = _measured(model, Path(out), recipes, data, amount, streamed, team)
+        if team.leads:
+            (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            (Path(out) / PAGE).write_text(sweep_page(result), "utf-8")
+    return result
+
+
+def _measured(
+    model: str | Path,
+    out: Path,
+    recipes: Sequence[dict[str, Any]],
+    data: Any,
+    amount: Amount,
+    streamed: bool | None,
+    team: Team,
+) -> Sweep:
+    options = recipes[0]
     trusted = bool(options.get("trust_remote_code", False))
     place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
     text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
     base = measure(dense, text, None, amount)
     rows = []
     for recipe in recipes:
-        folder = Path(out) / f"{recipe['method']}-{recipe['pattern'].replace(':', 'of').replace('%', '')}"
-        _prune_once(model, folder, recipe)
+        folder = out / f"{recipe['method']}-{recipe['pattern'].replace(':', 'of').replace('%', '')}"
+        _prune_once(model, folder, recipe, there=team.tell(folder.exists()))
         found = measure(Subject(folder, place), text, dense, amount)
-        add_evaluations(folder, [found.to_json()])
+        if team.leads:
+            add_evaluations(folder, [found.to_json()])
         rows.append(_row(folder, found.perplexity, found.kl_divergence or 0.0, found.top1_agreement or 0.0))
-    result = Sweep(str(model), base.data, base.perplexity, _marked(rows))
-    (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-    (Path(out) / PAGE).write_text(sweep_page(result), "utf-8")
-    return result
+    return Sweep(str(model), base.data, base.perplexity, _marked(rows))
 
 
 def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]]) -> None:
@@ -127,9 +145,9 @@ def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]]) -> N
         make_plan(host, Recipe.of(recipe))
 
 
-def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any]) -> None:
-    """Prune into `folder`, unless a run with this recipe has finished there."""
-    if not folder.exists():
+def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any], there: bool) -> None:
+    """Prune into `folder`, unless it is there: then of a run with this recipe that has finished."""
+    if not there:
         prune(model, folder, resume=True, **recipe)
         return
     done = read_run(folder)

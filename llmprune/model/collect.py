@@ -3,7 +3,6 @@
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,17 +111,16 @@ class Collector:
         self.most_runs = max(self.most_runs, 1)
         return [site for site in sites if site not in done]
 
-    def _stops(
-        self, index: int, walks: Walks, sites: Sequence[Site]
-    ) -> Iterator[tuple[Site, list[Tensor], bool]]:
+    def _stops(self, index: int, walks: Walks, sites: Sequence[Site]) -> Iterator[tuple[Site, list[Tensor], bool]]:
         """Yield each site that the lanes come to, their inputs, and whether these differ from those of the last one."""
-        held, last = list[Tensor](), None  # held, so that no other input can take their addresses
+        last: list[tuple[Any, Tensor]] = []  # with the inputs, so that no other can take their addresses meanwhile
         for site, inputs in walks.stops():
-            identities = [identity(x) for x in inputs]
-            fresh, held, last = identities != last, inputs, identities
+            seen = [(identity(x), x) for x in inputs]
+            fresh = [one for one, _ in seen] != [one for one, _ in last]
+            last = seen
             yield site, inputs, fresh
 
-    def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], Mapping[Site, list[Tensor]] | None]:
+    def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
         return first_lane(self.lanes, index, sites)
 
     def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:

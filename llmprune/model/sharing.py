@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from llmprune.errors import UnsupportedModelError
@@ -38,7 +37,7 @@ class SharedCollector(Collector):
         self.settle()
         super().run_twins(index)
 
-    def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], Mapping[Site, list[Tensor]] | None]:
+    def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
         """As the first rank's first lane tells; the others give no inputs, but an empty mapping where it does."""
         self.settle()
         groups, seen = super()._first_lane(index, sites) if self.team.leads else ([], None)

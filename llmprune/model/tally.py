@@ -93,7 +93,10 @@ class Tally:
 
     def _dealt(self, tiles: Sequence[Tile]) -> list[list[Tile]]:
         owners = deal([(stop - start) * stop for start, stop in tiles], self._load)
-        return [[tile for tile, owner in zip(tiles, owners, strict=True) if owner == rank] for rank in range(self._team.size)]
+        return [
+            [tile for tile, owner in zip(tiles, owners, strict=True) if owner == rank]
+            for rank in range(self._team.size)
+        ]
 
     def _from(self, rank: int, mine: Sequence[Tensor], kinds: Sequence[Kind]) -> list[Tensor]:
         """Return the tensors of a rank, which go through one buffer."""

@@ -5,15 +5,17 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 
 from llmprune.errors import RankError
 from llmprune.team.launch import Launch, launch, patience
 from llmprune.team.ranks import Ranks
 from llmprune.team.team import Team
-from llmprune.team.watch import Watch, own_connection
+from llmprune.team.watch import Watch
 
 _GATHERING = timedelta(minutes=5)  # for all ranks to appear
 _LONGEST_STEP = timedelta(hours=2)  # that ranks which are alive wait for one
@@ -56,9 +58,10 @@ def _join(launched: Launch, ours: bool) -> tuple[Ranks, Watch]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if ours:
         try:
-            store, *_ = next(dist.rendezvous("env://", launched.rank, launched.size, timeout=_GATHERING))
+            store, *_ = next(rendezvous("env://", launched.rank, launched.size, timeout=_GATHERING))
+            store = _own_part(store, launched.rank)
             backend = "nccl" if on_gpu and dist.is_nccl_available() else "gloo"
-            watch = Watch(own_connection(store), launched.rank, launched.size, seconds)
+            watch = Watch(store, launched.rank, launched.size, seconds)
             dist.init_process_group(
                 backend, store=store, rank=launched.rank, world_size=launched.size, timeout=_LONGEST_STEP
             )
@@ -66,13 +69,18 @@ def _join(launched: Launch, ours: bool) -> tuple[Ranks, Watch]:
             cause = " ".join(str(error).split())[:200]
             raise RankError(f"rank {launched.rank} of {launched.size} cannot join the others: {cause}") from None
     else:
-        store = dist.distributed_c10d._get_default_store()
-        watch = Watch(own_connection(store), launched.rank, launched.size, seconds)
+        store = _own_part(dist.distributed_c10d._get_default_store(), launched.rank)
+        watch = Watch(store, launched.rank, launched.size, seconds)
     world = dist.group.WORLD
     if dist.get_backend() == "gloo":
         return Ranks(launched, watch, world), watch
     host = dist.new_group(backend="gloo", timeout=_LONGEST_STEP)
     return Ranks(launched, watch, host, world if dist.get_backend() == "nccl" else None), watch
+
+
+def _own_part(store: Any, rank: int) -> Any:
+    """Return the part of a store that is this team's: ranks that make several teams make them in the same order."""
+    return PrefixStore(f"llmprune/{store.add(f'llmprune/teams/{rank}', 1)}", store)
 
 
 def _blamed(error: BaseException, watch: Watch) -> BaseException:

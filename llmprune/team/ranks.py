@@ -48,7 +48,7 @@ class Ranks(Team):
         if self.rank != source:
             data = torch.empty(int(length), dtype=torch.uint8)
         self._broadcast(data, source, self._host)
-        return value if self.rank == source else _unpacked(data)  # type: ignore[no-any-return]
+        return value if self.rank == source else _unpacked(data)
 
     def gather(self, value: T) -> list[T]:
         data = _packed(value)

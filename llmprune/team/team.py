@@ -45,6 +45,12 @@ class Team:
         """Overwrite the tensor, of the same shape and dtype on all ranks, with that of rank `source`."""
 
 
+def in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Put together what `Team.share` has taken apart."""
+    longest = max(map(len, shares), default=0)
+    return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]
+
+
 def deal(costs: Sequence[float], load: list[float]) -> list[int]:
     """Return the rank that takes each piece of work: the costliest first, each to the rank with the least to do.
 

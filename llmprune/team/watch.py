@@ -10,8 +10,6 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 _BEAT = 0.5  # seconds between signs of life
 _INQUEST = 6.0  # seconds to find out who is to blame for a broken connection
 _MISSED = 3.0  # seconds without a sign that then are suspicious
@@ -29,15 +27,14 @@ class Watch:
     """Gives and reads signs of life in a thread of its own until `leave`.
 
     Args:
-        store: that all ranks share; used by this thread only.
+        store: that all ranks share. A copy is used: a request that waits in one thread holds up those of others.
         rank, size: this process's number, and how many there are.
         patience: seconds without a sign after which a rank is lost.
     """
 
     def __init__(self, store: Any, rank: int, size: int, patience: float) -> None:
-        self._store, self._rank, self._patience = store, rank, patience
-        team = store.add(f"llmprune/teams/{rank}", 1)  # ranks that make several teams make them in the same order
-        self._keys = [f"llmprune/{team}/{number}" for number in range(size)]
+        self._store, self._rank, self._patience = store.clone(), rank, patience
+        self._keys = [f"rank/{number}" for number in range(size)]
         self._sign, self._place = Sign(), "the start"
         self._heard = [(Sign(), time.monotonic()) for _ in range(size)]
         self._answered = time.monotonic()
@@ -105,10 +102,3 @@ class Watch:
             for sign, (before, at) in zip(signs, self._heard, strict=True)
         ]
         self._answered = now
-
-
-def own_connection(store: Any) -> Any:
-    """Return a connection of its own to a store: a request of another thread would else hold this one's up."""
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return store.clone() if hasattr(store, "clone") else store
