@@ -19,7 +19,7 @@ from llmprune.model.groups import Group
 from llmprune.model.memory import (
     batch_size,
     fits_side_by_side,
-    give_back_freed_memory,
+    make_room,
     out_of_memory_in,
     statistics_budget,
 )
@@ -35,6 +35,7 @@ from llmprune.solving import prune_matrix
 from llmprune.statistics import CrossGram
 from llmprune.storing import Store
 from llmprune.team.team import Team
+from llmprune.thrift import SolvingError, Thrift
 
 _AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
 
@@ -53,6 +54,7 @@ class Run:
         home: device on which hidden states wait between stages.
         report: filled on the way.
         store: takes pruned stages, and knows those of an earlier run that was interrupted.
+        thrift: what is given up where memory runs out.
         team: the processes that share the work.
     """
 
@@ -63,18 +65,19 @@ class Run:
     home: torch.device
     report: Report
     store: Store
-    team: Team = field(default_factory=Team)
+    thrift: Thrift = field(default_factory=Thrift)
+    team: Team = field(default_factory=Team, kw_only=True)
 
     def prune(self) -> None:
-        """Prune the embedding if that is asked for, then stream the stages; with half the batch if memory runs out.
+        """Prune the embedding if that is asked for, then stream the stages; with less at once if memory runs out.
 
         Raises:
-            ResourceError: memory runs out with one sequence a forward, or for a model that cannot be loaded again.
+            ResourceError: memory runs out, and nothing more can be given up.
             NumericalError: an activation, a weight or a solution is not finite.
             CheckpointError: a stage cannot be read or stored.
         """
         with out_of_memory_in("the model's weights"):
-            patterns = self._patterns()
+            patterns = self.patterns()
         store = self.store
         if self.recipe.dense_target and any(site.expert is not None for site in self.plan.all_sites()):
             self.report.notes.append(
@@ -84,6 +87,7 @@ class Run:
             self.report.notes.append("autocast: bfloat16 is not faster here, so the calibration ran in float32")
         embedding = self.plan.sites.get(self.host.embedding.name)
         if embedding and not store.has(self.host.embedding):
+            store.begin(embedding)
             self._solve(_unfed(embedding), patterns)
             store.keep(self.host.embedding, embedding)
         store.batch_size = store.batch_size or self.team.tell(self._batch_size())
@@ -91,11 +95,13 @@ class Run:
             try:
                 self._stream(patterns)
             except ResourceError as error:
-                if store.batch_size == 1 or self.team.size > 1 or not store.go_back():
+                step = self.thrift.give_up(error, store, self.host.place.type != "cpu") if self._may_retry() else None
+                if step is None:
                     raise
-                store.batch_size //= 2
-                _log.warning("%s; going on with %d sequences a forward", error, store.batch_size)
-            give_back_freed_memory()
+                said = str(error)  # not the error itself, from whose traceback all that took the memory hangs
+                self.report.retries.append(f"{said.partition(': ')[0]}: {step}")
+                _log.warning("%s; %s", said, step)
+            make_room()
         self.report.close(self.plan)
 
     def _stream(self, patterns: dict[str, Pattern]) -> None:
@@ -123,12 +129,14 @@ class Run:
         clock, sites = self.report.clock, self.plan.sites.get(stage.name, [])
         with clock.phase("load"):
             self.host.load(stage)
+            self.store.begin(sites)
         if collector is None:
             self._solve(_unfed(sites), patterns)
         else:
             with closing(collector.groups(index, sites)) as groups:
-                self._solve(self._timed(groups), patterns)
+                self._solve(self._timed(stage, groups), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
+        self.report.note_memory(stage.name)
         with clock.phase("write"):
             self.store.keep(stage, sites)
 
@@ -142,30 +150,36 @@ class Run:
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
         for group in groups:
             for site in group.sites:
-                with self.report.clock.phase("solve"), out_of_memory_in(site.name):
-                    self._portions.take(site, partial(self._solve_site, site, group, patterns[site.name]))
+                job = partial(self._solved, site, self.host.weight(site), group, patterns[site.name])
+                self._portions.take(site, job)
         with self.report.clock.phase("exchange"):
             self._portions.settle()
 
-    def _solve_site(self, site: Site, group: Group, pattern: Pattern) -> SiteReport:
-        method = self.recipe.solver()
-        if group.statistic is None and method.needs is not None:
-            method = Magnitude()  # experts that no token reached; the group's notes say so
-        weight_OI, seed, share = self.host.weight(site), self.recipe.seed, self.recipe.dense_target
-        outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, seed, share)
-        return SiteReport.of(site, outcome, pattern, group.statistic, group.notes)
+    def solve_site(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> None:
+        """Overwrite a site's weight with its solution, and report on it."""
+        self.report.sites.append(self._solved(site, weight_OI, group, pattern))
 
     @cached_property
     def _portions(self) -> Portions:
         return Portions(self.team, self.host, self.plan, self.recipe.solver(), self.report)
 
-    def _timed(self, groups: Iterator[Group]) -> Iterator[Group]:
+    def _solved(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> SiteReport:
+        method = self.recipe.solver()
+        if group.statistic is None and method.needs is not None:
+            method = Magnitude()  # experts that no token reached; the group's notes say so
+        seed, share, on_host = self.recipe.seed, self.recipe.dense_target, self.thrift.on_host
+        with self.report.clock.phase("solve"), out_of_memory_in(site.name, SolvingError):
+            outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, seed, share, on_host)
+        return SiteReport.of(site, outcome, pattern, group.statistic, group.notes)
+
+    def _timed(self, stage: Stage, groups: Iterator[Group]) -> Iterator[Group]:
         """Count the time it takes to come by each group, and let go of its statistic after use."""
         while True:
             with self.report.clock.phase("statistics"):
                 group = next(groups, None)
             if group is None:
                 return
+            self.report.note_memory(stage.name)
             yield group
             group.statistic = None
 
@@ -176,6 +190,10 @@ class Run:
             yield
         finally:
             self.host.free(stage)
+
+    def _may_retry(self) -> bool:
+        """Forget what was done of the stage at work, if that is possible; with several ranks only one of them knows."""
+        return self.team.size == 1 and self.store.go_back()
 
     def _autocast(self) -> torch.dtype | None:
         """Return the dtype that the forward multiplies in, if not that of the weights."""
@@ -200,20 +218,23 @@ class Run:
         needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)
         if lanes is None or needs is None or self.tokens is None:
             return None
-        budget = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
+        room = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
+        budget = room if self.thrift.budget is None else min(room, self.thrift.budget)
         tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
-        fits = fits_side_by_side(tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place)
+        fits = self.thrift.side_by_side and fits_side_by_side(
+            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
+        )
         budget, fits = self.team.tell((budget, fits))
         if twins and not fits:
             raise RecipeError(
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
         how = lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins
-        if self.team.size == 1:
-            return Collector(*how)
-        return SharedCollector(*how, team=self.team, settle=self._portions.settle)
+        shared = partial(SharedCollector, team=self.team, settle=self._portions.settle)
+        self.thrift.collector = Collector(*how) if self.team.size == 1 else shared(*how)
+        return self.thrift.collector
 
-    def _patterns(self) -> dict[str, Pattern]:
+    def patterns(self) -> dict[str, Pattern]:
         """Return every site's pattern; a budget over the whole model is split by one look at all weights."""
         sites, pattern = self.plan.all_sites(), self.plan.pattern
         if isinstance(pattern, Unstructured) and pattern.group == "model":

@@ -17,6 +17,7 @@ from llmprune.errors import NumericalError
 from llmprune.patterns import column_blocks
 
 _GRAM_TILE = 256  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
+_GPU_TILE = 2048  # the same on a GPU, which small products leave idle
 _DAMPING_STEPS = 6  # each ten times the one before
 _LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
 
@@ -59,6 +60,9 @@ class Statistic(Protocol):
 
     def energy(self, weight_OI: Tensor) -> float:
         """Return the summed square of the outputs of `weight_OI` on these inputs, per sequence."""
+
+    def move(self, device: torch.device) -> None:
+        """Go on on another device; what can be computed again is let go of."""
 
     def require_finite(self, name: str) -> None:
         """Raise NumericalError, naming the site, unless all sums are finite."""
@@ -126,6 +130,9 @@ class ColumnNorm:
         mean_I = self.sum_I / max(self.sequences, 1)
         return float((weight_OI.float().square() @ mean_I).sum())
 
+    def move(self, device: torch.device) -> None:
+        self.sum_I = self.sum_I.to(device)
+
     def require_finite(self, name: str) -> None:
         _require_finite(self.sum_I, name)
 
@@ -134,7 +141,7 @@ class Gram:
     """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
 
     In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
-    of bfloat16 are exact in fp32 and are summed in whatever order is fastest.
+    of 16-bit inputs are exact in fp32 and are summed in whatever order is fastest.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -163,7 +170,7 @@ class Gram:
     def tiles(x_TI: Tensor) -> list[Tile]:
         """Return the rows of each tile, which is what lies in them on and below the diagonal, for such inputs."""
         inputs = x_TI.shape[1]
-        return [(0, inputs)] if _in_bfloat16(x_TI) else column_blocks(inputs, _GRAM_TILE)
+        return [(0, inputs)] if kernels.multiplies(x_TI) else column_blocks(inputs, _GRAM_TILE)
 
     def parts(self, tile: Tile) -> list[Tensor]:
         """Return the sums of a tile, as views."""
@@ -180,7 +187,7 @@ class Gram:
         self.tokens += x_TI.shape[0]
 
     def _add(self, x_TI: Tensor, total: int, tiles: Sequence[Tile] | None) -> None:
-        if _in_bfloat16(x_TI):
+        if kernels.multiplies(x_TI):
             kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
             return
         x_IT = x_TI.float().T * math.sqrt(2 / total)
@@ -214,6 +221,11 @@ class Gram:
             self._mirrored = True
         return self._mean_II
 
+    @property
+    def norm_I(self) -> Tensor:
+        """As `ColumnNorm.norm_I`, from the diagonal: a Gram serves methods that need column norms too."""
+        return (self._mean_II.diagonal() / 2).sqrt()
+
     def factor(self, damp: float, kind: FactorKind = "inverse") -> "Factor":
         """Return a factor of the damped Hessian; sites that share this Gram share the work.
 
@@ -234,11 +246,16 @@ class Gram:
         return _damped(self.hessian_II, damp)
 
     def energy(self, weight_OI: Tensor) -> float:
-        weight_OI, energy = weight_OI.float(), 0.0
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # what lies above the diagonal counts twice
-            product = (weight_OI[:, start:stop] @ self._mean_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
-            energy += float(product[:, :start].sum()) + float(product[:, start:].sum()) / 2
-        return energy
+        weight_OI, parts = weight_OI.float(), list[Tensor]()
+        tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
+        for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal counts twice
+            product = (weight_OI[:, start:stop] @ self.hessian_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
+            parts += [product[:, :start].sum(), product[:, start:].sum() / 2]
+        return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
+
+    def move(self, device: torch.device) -> None:
+        self._mean_II = self._mean_II.to(device)
+        self.forget_factors()
 
     def require_finite(self, name: str) -> None:
         _require_finite(self._mean_II.diagonal(), name)
@@ -259,6 +276,7 @@ class CrossGram(Gram):
     def __init__(self, inputs: int, device: torch.device) -> None:
         super().__init__(inputs, device)
         self._cross_II: Tensor | None = None
+        self._mixture: tuple[float, Tensor] | None = None
 
     def parts(self, tile: Tile) -> list[Tensor]:
         cross = [] if self._cross_II is None else [self._cross_II[slice(*tile)]]
@@ -276,6 +294,7 @@ class CrossGram(Gram):
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
+            self._mixture = None
             if tiles != []:
                 self._add_cross(self._cross_II, x_TI, dense_TI, self.sequences + sequences, tiles)
         super().add(x_TI, sequences, tiles=tiles)
@@ -284,12 +303,17 @@ class CrossGram(Gram):
         self, cross_II: Tensor, x_TI: Tensor, dense_TI: Tensor, total: int, tiles: Sequence[Tile] | None
     ) -> None:
         scale, before = 2 / total, self.sequences / total
-        if _in_bfloat16(x_TI):
+        if kernels.multiplies(x_TI):
             kernels.add_product(cross_II, dense_TI, x_TI, scale, before)
             return
         x_TI, dense_IT = x_TI.float(), dense_TI.float().T
         for start, stop in column_blocks(self.inputs, _GRAM_TILE) if tiles is None else tiles:
             cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
+
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        if self._cross_II is not None:
+            self._cross_II = self._cross_II.to(device)
 
     @staticmethod
     def nbytes(inputs: int) -> int:
@@ -306,10 +330,17 @@ class CrossGram(Gram):
         weight_OI = weight_OI.float()
         if self._cross_II is None or not share:
             return weight_OI
-        factor = self.factor(damp)
+        factor = self.factor(damp, "root")
         ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = share * (weight_OI @ self._cross_II) + (1 - share) * (weight_OI @ self.hessian_II) + ridge * weight_OI
-        return (goal_OI @ factor.upper_II.T) @ factor.upper_II
+        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(share))
+        half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
+        return torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
+
+    def _mixed(self, share: float) -> Tensor:
+        """Return C = `share`·DᵀP + (1-share)·PᵀP, once for all sites that read these inputs."""
+        if self._mixture is None or self._mixture[0] != share:
+            self._mixture = share, torch.lerp(self.hessian_II, self._cross_II, share)
+        return self._mixture[1]
 
 
 @dataclass(frozen=True)
@@ -347,11 +378,6 @@ def factorize(hessian_II: Tensor, damp: float, kind: FactorKind = "inverse") -> 
     raise NumericalError(f"the Gram matrix is not positive definite even at damping {tried:g}: use more calibration")
 
 
-def _in_bfloat16(x_TI: Tensor) -> bool:
-    """Say whether a kernel sums such inputs as they are, the whole matrix at once."""
-    return x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device)
-
-
 def _damped(hessian_II: Tensor, damp: float) -> Tensor:
     diagonal_I = hessian_II.diagonal().masked_fill(hessian_II.diagonal() == 0, 1)
     damped_II = hessian_II.clone()
@@ -381,6 +407,11 @@ _DECOMPOSITIONS: dict[FactorKind, Callable[[Tensor], Tensor | None]] = {
     "inverse": _inverse_factor,
     "root": _root_factor,
 }
+
+
+def _values(sums: Tensor) -> list[float]:
+    values: list[float] = sums.tolist()
+    return values
 
 
 def _require_finite(sums: Tensor, name: str) -> None:

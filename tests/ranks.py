@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import multiprocessing
 import os
 import signal
@@ -94,6 +95,17 @@ def prune_all(jobs: Sequence[Job]) -> None:
     with joined():
         for arguments, options in jobs:
             llmprune.prune(*arguments, **options)
+
+
+def measure_all(source: Path, out: Path, ids: list[list[int]], told: Path) -> None:
+    """Sweep, and evaluate what came of it; the first rank tells the figures."""
+    options: dict[str, Any] = {"length": 16, "calibration": ids, "data": ids, "separate": True, "speed": False}
+    with joined() as team:
+        sweep = llmprune.sweep(source, out, methods=["wanda", "magnitude"], patterns=["50%"], **options)
+        found = llmprune.evaluate(out / "wanda-50", ids, dense=source, streamed=True, save=True)
+        if team.leads:
+            rows = [row.to_json() if hasattr(row, "to_json") else vars(row) for row in [*sweep.rows, found]]
+            told.write_text(json.dumps(rows))
 
 
 def command(arguments: Sequence[str | Path], strike: dict[str, Any] | None = None) -> None:

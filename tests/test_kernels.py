@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmprune import kernels
+from llmprune.patterns import Unstructured
+from llmprune_kernels.gram import native as gram_native
 from llmprune_kernels.native import cpu_level
 from llmprune_kernels.obs import native, recursive, reference
+from llmprune_kernels.select import native as select_native
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
 PAPER = [reference, pytest.param(native, marks=needs_native)]
@@ -222,3 +225,55 @@ def test_without_a_library_the_gate_takes_torch(monkeypatch: pytest.MonkeyPatch)
     expected = reference.obs_nm(expected_BO, upper_BB, 2, 4)
     assert all(map(torch.equal, kernels.obs_nm(block_BO, upper_BB, 2, 4), expected))
     assert torch.equal(block_BO, expected_BO)
+
+
+@pytest.mark.skipif(not gram_native.available(), reason="this CPU does not multiply bfloat16, or there is no compiler")
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 64), (33, 65), (1025, 300), (2050, 20)])
+def test_products_of_bfloat16_are_exact_and_summed_in_fp32(tokens: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TI, y_TI, before_II = (
+        torch.randn(*shape, generator=generator) for shape in ((tokens, width), (tokens, width), (width, width))
+    )
+    x_TI, y_TI = x_TI.bfloat16(), y_TI.bfloat16()
+    gram_II, product_II = before_II.clone(), before_II.clone()
+    kernels.add_gram(gram_II, x_TI, 0.5, 0.25)
+    kernels.add_product(product_II, y_TI, x_TI, 0.5, 0.25)
+    expected_II = 0.5 * x_TI.double().T @ x_TI.double() + 0.25 * before_II
+    defined = torch.tensor([[column < (row // 256 + 1) * 256 for column in range(width)] for row in range(width)])
+    torch.testing.assert_close(gram_II.double()[defined], expected_II[defined], rtol=1e-4, atol=1e-4)
+    expected_II = 0.5 * y_TI.double().T @ x_TI.double() + 0.25 * before_II
+    torch.testing.assert_close(product_II.double(), expected_II, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not gram_native.available(), reason="this CPU does not multiply bfloat16, or there is no compiler")
+def test_inputs_whose_rows_lie_apart_are_summed_as_they_are() -> None:
+    x_TI = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).bfloat16()[:, 3:20]
+    gram_II = torch.zeros(17, 17)
+    kernels.add_gram(gram_II, x_TI, 1.0, 0.0)
+    torch.testing.assert_close(gram_II.double(), x_TI.double().T @ x_TI.double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="bfloat16"):
+        gram_native.add_gram(gram_II, x_TI.float(), 1.0, 0.0)
+
+
+@pytest.mark.skipif(not select_native.available(), reason="no compiled kernels")
+@settings(max_examples=80, deadline=None)
+@given(
+    numbers=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=200),
+    share=st.floats(0, 1),
+    copies=st.integers(1, 3),
+)
+def test_the_kth_smallest_is_that_of_a_sort(numbers: list[float], share: float, copies: int) -> None:
+    score_C = torch.tensor(numbers * copies)
+    k = 1 + int(share * (len(score_C) - 1))
+    assert select_native.kth_smallest(score_C, k) == float(score_C.sort().values[k - 1])
+
+
+@pytest.mark.skipif(not select_native.available(), reason="no compiled kernels")
+@pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.999])
+def test_counting_selects_what_a_partition_does(sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    score_OI = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).abs()
+    score_OI[:50] = 1.0  # ties, which straddle the threshold at 0.5
+    assert kernels.selects(score_OI.reshape(1, -1))
+    counted_OI = Unstructured(sparsity).keep(score_OI)
+    monkeypatch.setattr(kernels, "selects", lambda score_C: False)
+    assert torch.equal(counted_OI, Unstructured(sparsity).keep(score_OI))

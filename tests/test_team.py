@@ -11,7 +11,10 @@ import pytest
 
 import faults
 import tiny
-from ranks import Job, Ranks, command, prune_all, two_hosts
+from llmprune.errors import RankError
+from llmprune.team.launch import launch, patience
+from llmprune.team.team import deal, in_turn
+from ranks import Job, Ranks, command, measure_all, prune_all, two_hosts
 
 IDS = tiny.ids(5, 16).tolist()
 FAMILIES = ("llama", "gemma2", "gpt2", "qwen3-moe")
@@ -63,6 +66,47 @@ def test_ranks_prune_as_one_process_does(size: int, sources: dict[str, Path], al
     assert ranks.codes() == [0] * size, [ranks.said(rank) for rank in range(size)]
     for name in CASES:
         assert faults.content(tmp_path / name) == faults.content(alone / name), name
+
+
+def test_ranks_measure_as_one_process_does(sources: dict[str, Path], tmp_path: Path) -> None:
+    figures = []
+    for size in (1, 2):
+        told = tmp_path / f"told-{size}"
+        ranks = Ranks(size, tmp_path / f"said-{size}", measure_all, sources["llama"], tmp_path / str(size), IDS, told)
+        assert ranks.codes() == [0] * size, [ranks.said(rank) for rank in range(size)]
+        varying = ("seconds", "out", "model")
+        figures.append([{k: v for k, v in row.items() if k not in varying} for row in json.loads(told.read_text())])
+        assert len(json.loads((tmp_path / str(size) / "wanda-50" / "llmprune.json").read_text())["evaluations"]) == 2
+    assert figures[0] == figures[1]
+
+
+def test_what_several_ranks_cannot_do_is_refused_in_one_line(sources: dict[str, Path], tmp_path: Path) -> None:
+    ranks = Ranks(2, tmp_path / "said", command, ["inspect", sources["llama"]])
+    assert ranks.codes() == [2, 2]
+    assert "inspect is the work of one process: start it without torchrun" in last_words(ranks, 0)
+
+
+def test_an_environment_that_makes_no_sense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch() == (0, 1, 1)
+    for rank, size in (("2", "2"), ("-1", "2"), ("one", "2")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(RankError, match="torchrun"):
+            launch()
+    for text in ("soon", "0", "inf"):
+        monkeypatch.setenv("LLMPRUNE_RANK_TIMEOUT", text)
+        with pytest.raises(RankError, match="LLMPRUNE_RANK_TIMEOUT must be"):
+            patience()
+
+
+def test_work_is_dealt_out_evenly_and_shares_are_put_together_again() -> None:
+    load = [0.0, 1.0]
+    assert deal([1.0, 5.0, 2.0, 3.0], load) == [1, 0, 1, 1]
+    assert load == [5.0, 7.0]
+    assert deal([], [0.0]) == []
+    for count in range(6):
+        items = list(range(count))
+        assert in_turn([items[rank::3] for rank in range(3)]) == items
 
 
 STRUCK = {

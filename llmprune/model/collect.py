@@ -3,10 +3,12 @@
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.groups import (
     Group,
@@ -53,6 +55,8 @@ class Collector:
     side_by_side: bool = False
     twins: bool = False
     most_runs: int = field(default=0, init=False)  # how often a stage was run at most to collect its statistics
+    together: int = field(default=0, init=False)  # most bytes that several groups of the last stage took at once
+    walked: bool = field(default=False, init=False)  # the last stage's lanes were held side by side, and need not be
 
     def groups(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, None]:
         """Yield the groups of stage `index` with their statistics; each is to be solved before the next is asked for.
@@ -64,6 +68,7 @@ class Collector:
         Raises:
             NumericalError: an input holds NaN or infinity.
         """
+        self.together, self.walked = 0, False
         if any(site.module is self.lanes.stage(index).module for site in sites):
             yield from self._by_runs(index, sites)  # the head: nobody needs the logits that it would put out
             return
@@ -93,6 +98,7 @@ class Collector:
 
     def _side_by_side(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, list[Site]]:
         """Yield each site as the lanes come to it; return those that no module's call led to."""
+        self.walked = not self.twins
         statistic = None
         done = set[Site]()
         dense = Originals(sites) if self.twins else None
@@ -197,6 +203,8 @@ class Collector:
 
     def _sum(self, index: int, groups: Sequence[Group], seen: Mapping[Site, Sequence[Tensor]] | None = None) -> None:
         """Sum the statistics of groups over all lanes; `seen` is what the first lane fed them, if it has been run."""
+        if len(groups) > 1:
+            self.together = max(self.together, self._bytes(groups))
         by_leader = {group.sites[0]: group for group in groups}
         for leader, inputs in (seen or {}).items():
             for x in inputs if leader in by_leader else ():
@@ -222,20 +230,30 @@ class Collector:
         """Add a lane's input, and what the dense model's lane is given in its place."""
         if group.statistic is None:
             group.statistic = self.needs(x.shape[-1], x.device)
+        for sequences, (x_TI, *dense_TI) in self._pieces(x, lane, dense):
+            with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
+                group.statistic.add(x_TI, sequences, *dense_TI)
+
+    def _pieces(self, x: Tensor, lane: int, dense: Tensor | None) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield what is to be added at once: of how many sequences, the input and that of the dense model."""
         sequences = self.lanes.sequences(lane)
         both = [self.lanes.as_multiplied(one) for one in (x, dense) if one is not None]
-        parts = [in_sequences(one, sequences) for one in both]
-        with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
-            for of_sequence, *of_dense in zip(*parts, strict=True):
-                group.statistic.add(of_sequence, sequences // len(parts[0]), *of_dense)
+        split = _whole if issubclass(self.needs, Gram) and kernels.takes_batches(both[0]) else _in_sequences
+        parts = [split(one, sequences) for one in both]
+        for tensors in zip(*parts, strict=True):
+            yield sequences // len(parts[0]), tensors
 
 
-def in_sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
+def _in_sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
     """Split into one part [tokens, inputs] per sequence where the input has them apart.
 
     So the papers' scripts see them: masks then do not depend on the batch size.
     """
     return x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
+
+
+def _whole(x: Tensor, sequences: int) -> Sequence[Tensor]:
+    return [x.reshape(-1, x.shape[-1])]
 
 
 def require_all_finite(groups: Sequence[Group]) -> None:

@@ -1,6 +1,7 @@
 """How much fits: sequences in a forward, and where hidden states wait between blocks."""
 
 import ctypes
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from llmprune.errors import ResourceError
 _DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
 _STATISTICS_SHARE = 0.4  # of a GPU's free memory
 _HOST_STATISTICS_SHARE = 1 / 32  # of the host's available memory: others live there too
-_SIDE_BY_SIDE_SHARE = 0.25  # of the free memory of the device, for one block's activations of all lanes
+_SIDE_BY_SIDE_SHARE = 0.25  # of the host's available memory, for one block's activations of all lanes
+_GPU_SIDE_BY_SIDE_SHARE = 0.5  # of a GPU's free memory, for what lanes that are held before a site keep alive
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU's, a GPU's, and its libraries' words
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
 
@@ -47,14 +49,14 @@ def statistics_budget(block_bytes: int, device: torch.device) -> int:
 
 
 @contextmanager
-def out_of_memory_in(name: str) -> Iterator[None]:
+def out_of_memory_in(name: str, kind: type[ResourceError] = ResourceError) -> Iterator[None]:
     """Turn every library's way to say that memory ran out into a ResourceError that names a part of the model."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        raise ResourceError(
+        raise kind(
             f"out of memory in {name}: free some, or start anew with fewer --samples or on another --device"
         ) from None
 
@@ -62,30 +64,48 @@ def out_of_memory_in(name: str) -> Iterator[None]:
 def fits_side_by_side(tokens: int, config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the activations of all calibration tokens within one block fit into the memory of the device."""
     if device.type == "cuda":
-        room = _SIDE_BY_SIDE_SHARE * torch.cuda.mem_get_info(device)[0]
-    else:
-        room = _SIDE_BY_SIDE_SHARE * psutil.virtual_memory().available
-    return tokens * token_bytes(config, dtype) <= room
+        return tokens * _held_bytes(config, dtype) <= _GPU_SIDE_BY_SIDE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return tokens * token_bytes(config, dtype) <= _SIDE_BY_SIDE_SHARE * psutil.virtual_memory().available
 
 
 def token_bytes(config: Any, dtype: torch.dtype) -> int:
     """Return the bytes of activations that a token takes at most while a block computes."""
-    text = config.get_text_config()
-    hidden = getattr(text, "hidden_size", 1024)
-    widest = getattr(text, "intermediate_size", None)
-    widest = widest if isinstance(widest, int) else 4 * hidden
+    hidden, widest = _widths(config)
     return (6 * hidden + 3 * widest) * dtype.itemsize
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _held_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Return those that outlive a lane's turn: it waits in attention with its inputs, or in the MLP with two of its."""
+    hidden, widest = _widths(config)
+    return max(6 * hidden, 2 * hidden + 2 * widest) * dtype.itemsize
+
+
+def _widths(config: Any) -> tuple[int, int]:
+    text = config.get_text_config()
+    hidden = getattr(text, "hidden_size", 1024)
+    widest = getattr(text, "intermediate_size", None)
+    return hidden, widest if isinstance(widest, int) else 4 * hidden
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is one of the many ways in which libraries say that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _EXHAUSTED)
 
 
-def give_back_freed_memory() -> None:
-    """Return freed memory to the system: glibc keeps it, scattered, and a run would grow from block to block."""
-    if torch.cuda.is_available():
+def give_back_freed_memory(of_gpu: bool = False) -> None:
+    """Return freed memory to the system: glibc keeps it, scattered, and a run would grow from block to block.
+
+    A GPU's is used again by the next block; to give it back takes a stop, and is for when it has run out.
+    """
+    if of_gpu and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in other C libraries
         if trim is not None:
             trim(0)
+
+
+def make_room() -> None:
+    """Free what nobody needs any more, after memory ran out: also what refers to itself in circles."""
+    gc.collect()
+    give_back_freed_memory(of_gpu=True)

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from llmprune.errors import UnsupportedModelError
-from llmprune.model.collect import Collector, in_sequences, require_all_finite
+from llmprune.model.collect import Collector, require_all_finite
 from llmprune.model.groups import Group
 from llmprune.model.sites import Site
 from llmprune.model.tally import Fed, Tally
@@ -96,12 +97,10 @@ class SharedCollector(Collector):
 
     def _add(self, group: Group, x: Tensor, lane: int, dense: Tensor | None = None) -> None:
         """Keep a lane's input, as it is now: the model may change it later."""
-        sequences = self.lanes.sequences(lane)
         number = self._number[group.sites[0]]
-        given = [self.lanes.as_multiplied(one) for one in (x, dense) if one is not None]
-        both = [in_sequences(one, sequences) for one in given]
-        for parts in zip(*both, strict=True):
-            self._given.append(Fed.of(number, sequences // len(both[0]), parts, self.needs))
+        for sequences, tensors in self._pieces(x, lane, dense):
+            with torch.autocast(x.device.type, enabled=False):
+                self._given.append(Fed.of(number, sequences, tensors, self.needs))
 
     def _take(self) -> list[Fed]:
         given, self._given = self._given, []
