@@ -55,6 +55,10 @@ class ResourceError(LlmpruneError):
     """Memory ran out."""
 
 
+class RankError(LlmpruneError):
+    """Another process of the run has left, is lost or cannot be reached; or the processes do not fit together."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The user or the system stopped a run of which a part is kept; the first argument says how to continue it."""
 

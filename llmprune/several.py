@@ -29,6 +29,7 @@ from llmprune.run import Run
 from llmprune.runs import read_run
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storing import fingerprint
+from llmprune.team.launch import launch
 from llmprune.thrift import Thrift
 
 _OF_ONE_RESULT = {"true_sequential": False, "dense_target": 0.0}  # what needs a pass for each, and its default
@@ -74,6 +75,8 @@ def prune_together(
         LlmpruneError: as `prune`, before any work for any result that cannot be had.
         RecipeError: an option needs a pass for each result.
     """
+    if launch().size > 1:
+        raise RecipeError("several results from one pass are the work of one process: with torchrun give one pattern")
     recipes = {out: Recipe.of(options | result).for_model(model) for out, result in results.items()}
     for recipe in recipes.values():
         require_shared_inputs(recipe)

@@ -126,6 +126,14 @@ class OnDisk:
         return True
 
 
+class Beside(OnDisk):
+    """For the ranks of a team that do not write: the first one does, and a resumed run reads what it has written."""
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        self._kept.add(stage.name)
+        self._reported = len(self._report.sites)
+
+
 def fingerprint(source: Source, report: Report) -> dict[str, Any]:
     """Return all that decides the bytes of a run's result."""
     installed = versions()

@@ -92,6 +92,10 @@ class Lanes:
         """Return the stage at which lanes park `index`-th."""
         return self._stages[index]
 
+    def device(self, index: int) -> torch.device:
+        """Return the device of the weights of stage `index`."""
+        return self._device_of(self._stages[index])
+
     def sequences(self, lane: int) -> int:
         """Return the number of sequences in a lane's batch."""
         return len(self._batches[lane])
