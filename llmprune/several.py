@@ -77,7 +77,7 @@ def prune_together(
     """
     if launch().size > 1:
         raise RecipeError("several results from one pass are the work of one process: with torchrun give one pattern")
-    recipes = {out: Recipe.of(options | result).for_model(model) for out, result in results.items()}
+    recipes = {out: Recipe.of({**options, **result}).for_model(model) for out, result in results.items()}
     for recipe in recipes.values():
         require_shared_inputs(recipe)
     done = {out: _finished(out, model, recipe) for out, recipe in recipes.items() if resume and _is_complete(out)}

@@ -358,6 +358,36 @@ def test_an_interrupted_run_says_so(run: Run, tmp_path: Path, monkeypatch: pytes
     assert result.stderr.strip() == "llmprune: interrupted, nothing was written"  # click ends the line of the ^C
 
 
+def test_an_output_called_demo_is_one_line(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["prune", llama, "demo", "--method", "magnitude"], ["compress", llama, "demo"]):
+        assert_refused(run(*arguments), tmp_path / "demo", "would be mistaken for the shipped model")
+
+
+def test_several_patterns_are_a_table_or_json(run: Run, llama: Path, tmp_path: Path) -> None:
+    result = run("prune", llama, tmp_path / "out", "--method", "magnitude", "--pattern", "50%, 2:4")
+    lines = result.stdout.splitlines()
+    assert result.status == 0 and "2 results from one calibration pass" in lines[0] and len(lines) <= 25
+    assert lines[2].endswith(str(tmp_path / "out" / "50%")) and lines[3].endswith(str(tmp_path / "out" / "2of4"))
+    (tmp_path / "recipe.yaml").write_text("method: magnitude\npattern: [50%, 2:4]\n", "utf-8")
+    result = run("prune", llama, tmp_path / "again", "--recipe", tmp_path / "recipe.yaml", "--json")
+    assert result.status == 0 and result.stdout.count("\n") == 1
+    names = [Path(found["out"]).name for found in json.loads(result.stdout)["results"]]
+    assert names == ["50%", "2of4"]
+    for name in names:
+        assert json.loads((tmp_path / "again" / name / "llmprune.json").read_text())["sparsity"]["sites"] == 0.5
+
+
+def test_the_summary_of_a_run_fits_on_a_screen(run: Run, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.model("qwen3-moe", num_experts=16), tmp_path / "moe")
+    result = run("prune", folder, tmp_path / "out", "--pattern", "2:4", "--calibration", token_ids(tmp_path))
+    report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert sum(len(site["notes"]) for site in report["sites"]) > 25  # starved experts
+    assert result.status == 0 and len(result.stdout.splitlines()) <= 25
+
+
 def test_the_json_of_prune_is_alone_on_stdout(run: Run, llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("prune", llama, out, "--pattern", "2:4", "--calibration", token_ids(tmp_path), "--json")
