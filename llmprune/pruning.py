@@ -74,7 +74,7 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: b
     _warn_of_small_share(plan, recipe)
     report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
-    rows = tokens.rows * (2 if recipe.dense_target else 1) if tokens else []
+    rows = tokens.rows * (2 if recipe.dense_stream else 1) if tokens else []
     home = home_device(recipe.place(), rows, host.config, host.dtype)
     with Sink(source, out, _fingerprint(source, report), resume) as sink:
         with report.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
@@ -105,7 +105,7 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     plan = make_plan(host, recipe)
     tokens = draw_tokens(host, recipe, lambda: tokenizer)
     _warn_of_small_share(plan, recipe)
-    if recipe.dense_target:
+    if recipe.dense_stream:
         require_in_memory(plan.all_sites())
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))

@@ -30,6 +30,7 @@ from llmprune.report import Report, SiteReport
 from llmprune.solving import prune_matrix
 from llmprune.statistics import CrossGram
 from llmprune.storing import Store
+from llmprune.tuning import sequences_at_once, tunable, tune
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Run:
         embedding = self.plan.sites.get(self.host.embedding.name)
         if embedding and not store.has(self.host.embedding):
             self._solve(_unfed(embedding), patterns)
-            store.keep(self.host.embedding, embedding)
+            store.keep(self.host.embedding, _names(embedding))
         store.batch_size = store.batch_size or self._batch_size()
         while not all(store.has(stage) for stage in self.plan.stages):
             try:
@@ -117,8 +118,19 @@ class Run:
             with closing(collector.groups(index, sites)) as groups:
                 self._solve(self._timed(groups), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
+            if self.recipe.tune_epochs and sites and stage is not self.host.head:
+                self._tune(stage, index, collector.lanes, sites)
         with clock.phase("write"):
-            self.store.keep(stage, sites)
+            self.store.keep(stage, [*_names(sites), *self.report.tuned_vectors(stage.name)])
+
+    def _tune(self, stage: Stage, index: int, lanes: Lanes, sites: list[Site]) -> None:
+        recipe, tied = self.recipe, self.host.model.all_tied_weights_keys
+        inputs_of = tunable(stage, sites, {*tied, *tied.values()})
+        with self.report.clock.phase("tune"):
+            tuning = tune(lanes, index, inputs_of, recipe.tune_epochs, recipe.tune_rate, recipe.seed)
+        self.report.tuning.append(tuning)
+        if tuning.kept:
+            lanes.retract(range(len(lanes) // 2))
 
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
         with self.report.clock.phase("recall"):
@@ -165,29 +177,32 @@ class Run:
             self.host.free(stage)
 
     def _batch_size(self) -> int:
-        longest = max((len(row) for row in self.tokens.rows), default=1) if self.tokens else 1
-        return self.recipe.batch_size or batch_size(longest, self.host.config, self.host.dtype, self.host.place)
+        rows = self.tokens.rows if self.tokens else []
+        longest = max((len(row) for row in rows), default=1)
+        most = batch_size(longest, self.host.config, self.host.dtype, self.host.place)
+        return self.recipe.batch_size or (sequences_at_once(most, len(rows)) if self.recipe.tune_epochs else most)
 
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
         if self.tokens is None:
             return nullcontext()
         rows = batches(self.tokens, self.store.batch_size)
-        rows = [*rows, *rows] if self.recipe.dense_target else rows
+        rows = [*rows, *rows] if self.recipe.dense_stream else rows
         stops = [*self.host.blocks, self.host.head]
         return Lanes(self.host.model, stops, rows, self.home, self.host.device_of)
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
-        needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)
+        needs, twins = self.recipe.solver().needs, self.recipe.dense_stream
         if lanes is None or needs is None or self.tokens is None:
             return None
         budget = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
         tokens = sum(len(row) for row in self.tokens.rows) * (2 if twins else 1)
         fits = fits_side_by_side(tokens, self.host.config, self.host.dtype, self.host.place)
-        if twins and not fits:
+        if self.recipe.dense_target and not fits:
             raise RecipeError(
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
-        return Collector(lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins)
+        needs = CrossGram if self.recipe.dense_target else needs
+        return Collector(lanes, needs, budget, self.recipe.true_sequential, fits, twins)
 
     def _patterns(self) -> dict[str, Pattern]:
         """Return every site's pattern; a budget over the whole model is split by one look at all weights."""
@@ -202,6 +217,10 @@ class Run:
                 self.host.load(stage)
                 yield from ((site.name, self.host.weight(site)) for site in self.plan.sites[stage.name])
                 self.host.free(stage)
+
+
+def _names(sites: Iterable[Site]) -> list[str]:
+    return [site.tensor for site in sites]
 
 
 def _unfed(sites: Iterable[Site]) -> Iterator[Group]:

@@ -1,12 +1,14 @@
 """What becomes of a stage once it is pruned: it stays in memory, or it is written, and recalled by a resumed run."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Protocol
 
 from llmprune.checkpoint import Sink
 from llmprune.model import Streamed
-from llmprune.model.sites import Site, Stage
+from llmprune.model.sites import Stage
 from llmprune.report import Report, SiteReport
+from llmprune.tuning import BlockTuning
 
 
 class Store(Protocol):
@@ -24,8 +26,10 @@ class Store(Protocol):
     def recall(self, stage: Stage) -> None:
         """Load a stage that was kept before, pruned as it is."""
 
-    def keep(self, stage: Stage, sites: list[Site]) -> None:
-        """Take a pruned stage, which is loaded; the model runs on with it as it is."""
+    def keep(self, stage: Stage, changed: Iterable[str]) -> None:
+        """Take a pruned stage, which is loaded, and whose parameters of these names have changed; the model runs on
+        with it as it is.
+        """
 
     def go_back(self) -> bool:
         """Forget what was done of a stage that was not kept; False if that is not possible."""
@@ -45,7 +49,7 @@ class InMemory:
     def recall(self, stage: Stage) -> None:
         pass
 
-    def keep(self, stage: Stage, sites: list[Site]) -> None:
+    def keep(self, stage: Stage, changed: Iterable[str]) -> None:
         self._kept.add(stage.name)
 
     def go_back(self) -> bool:
@@ -62,6 +66,7 @@ class OnDisk:
         self._kept = set(sink.done)
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
+            report.tuning.extend(BlockTuning.from_json(block) for block in record["tuning"])
             report.clock.seconds.update(record["seconds"])
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
         self._reported = len(report.sites)
@@ -74,15 +79,16 @@ class OnDisk:
         for name, weight in self._sink.aside(stage.name).items():
             self._host.model.get_parameter(name).data.copy_(weight)
 
-    def keep(self, stage: Stage, sites: list[Site]) -> None:
-        for name, tensor in self._host.stored(stage, sites):
+    def keep(self, stage: Stage, changed: Iterable[str]) -> None:
+        names = list(dict.fromkeys(changed))
+        for name, tensor in self._host.stored(stage, names):
             self._sink.write(name, tensor)
         if self._host.rounds(stage):  # the run goes on with what was solved, and so must one that resumes it
-            parameters = {site.tensor: self._host.model.get_parameter(site.tensor) for site in sites}
-            self._sink.set_aside(stage.name, {name: parameter.data for name, parameter in parameters.items()})
+            self._sink.set_aside(stage.name, {name: self._host.model.get_parameter(name).data for name in names})
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
+        tuning = [asdict(block) for block in self._report.tuning if block.block == stage.name]
         run = {"batch_size": self.batch_size, "runs": self._report.most_runs, "seconds": self._report.clock.seconds}
-        self._sink.finish(stage.name, {"sites": reports, **run})
+        self._sink.finish(stage.name, {"sites": reports, "tuning": tuning, **run})
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
 

@@ -23,6 +23,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.presets"},
     {"llmprune.recipe"},
     {"llmprune.planning", "llmprune.solving"},
+    {"llmprune.tuning"},
     {"llmprune.inspection", "llmprune.runs", "llmprune.uploading"},
     {"llmprune.card", "llmprune.page"},
     {"llmprune.publishing"},
