@@ -42,6 +42,8 @@ class Recipe:
         tune_epochs: how often the calibration sequences pass through each pruned block to tune what survives in it
             towards the dense block's output; 0 tunes nothing.
         tune_rate: first step size of that, relative to the weights; see `llmprune.tuning`.
+        autocast: in a float32 model, multiply in bfloat16 during calibration, with sums in float32, where the hardware
+            is faster at that; weights and solving stay float32.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
         deterministic: use only operations that repeat themselves to the bit; where a GPU has none, refuse.
         revision: branch, tag or commit of a Hub model.
@@ -63,6 +65,7 @@ class Recipe:
     dense_target: float = 0.0
     tune_epochs: int = 0
     tune_rate: float = 0.2
+    autocast: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     deterministic: bool = False
@@ -90,7 +93,7 @@ class Recipe:
         """Raise RecipeError or PatternError for what is wrong whatever the model is."""
         for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0), ("tune_epochs", 0)):
             require_whole(name, getattr(self, name), least)
-        for name in ("true_sequential", "deterministic", "trust_remote_code"):
+        for name in ("true_sequential", "autocast", "deterministic", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} must be true or false, not {getattr(self, name)!r}")
         require_dtype(self.dtype)

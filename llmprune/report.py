@@ -103,6 +103,7 @@ class Report:
     tuning: list[BlockTuning] = field(default_factory=list)  # of each block, where that was asked for
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    retries: list[str] = field(default_factory=list)  # what was given up where memory ran out
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
     most_runs: int = 0  # how often a block was run to collect its statistics, at most
@@ -163,7 +164,7 @@ class Report:
             "sites": [asdict(site) for site in self.sites],
             "tuning": [asdict(tuning) | {"kept": tuning.kept} for tuning in self.tuning],
             "left_dense": self.left_dense,
-            "notes": self.notes,
+            "notes": self.notes + self.retries,
             "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},
             "peak_memory_bytes": self.peak,
             "versions": versions(),
@@ -224,7 +225,7 @@ class Report:
 
     def all_notes(self) -> list[str]:
         """Return the run's notes, then the sites'."""
-        return self.notes + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
+        return self.notes + self.retries + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
 
 
 def peak_memory() -> dict[str, int]:

@@ -80,9 +80,7 @@ def tunable(stage: Stage, sites: Sequence[Site], tied: Collection[str]) -> dict[
     return {name: count for name, count in inputs.items() if name not in tied}
 
 
-def tune(
-    lanes: Lanes, index: int, inputs_of: Mapping[str, int], epochs: int, rate: float, seed: int
-) -> BlockTuning:
+def tune(lanes: Lanes, index: int, inputs_of: Mapping[str, int], epochs: int, rate: float, seed: int) -> BlockTuning:
     """Tune a pruned block in place, if that brings its outputs nearer to the dense ones on sequences held out.
 
     Args:
@@ -193,9 +191,9 @@ def _differentiate(block: _Block, masters: Weights, lanes: Sequence[int], scale:
             if master.grad is not None and gradient is not None:  # none goes to experts without tokens
                 master.grad += gradient
     for name, own in block.own.items():
-        gradient = masters[name].grad
-        if gradient is not None and own.ndim > 1:
-            gradient.masked_fill_(own == 0, 0)
+        summed = masters[name].grad
+        if summed is not None and own.ndim > 1:
+            summed.masked_fill_(own == 0, 0)
 
 
 def _scale(block: _Block, lane: int) -> float:

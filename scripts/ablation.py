@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -144,7 +145,9 @@ def run(asked: argparse.Namespace) -> None:
             row |= {**measure(subject, options, copy.deepcopy(model), tokenizer, asked), **where}
             with asked.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{subject.model}  {row['row']:40} {title(row):5} {row['perplexity']:.4f}", file=sys.stderr, flush=True)
+            print(
+                f"{subject.model}  {row['row']:40} {title(row):5} {row['perplexity']:.4f}", file=sys.stderr, flush=True
+            )
 
 
 def title(row: Row) -> str:
@@ -190,7 +193,7 @@ def broken(found: Means) -> list[str]:
     return [
         f"{pattern}: {better} {found[better, pattern]:.4f} > {worse} {found[worse, pattern]:.4f}"
         for pattern in PATTERNS
-        for better, worse in zip(ORDER, ORDER[1:], strict=False)
+        for better, worse in pairwise(ORDER)
         if (better, pattern) in found and (worse, pattern) in found and found[better, pattern] > found[worse, pattern]
     ]
 

@@ -308,7 +308,11 @@ def test_thanos_removes_each_block_of_a_row_jointly(inputs: int, pattern: Patter
 @pytest.mark.parametrize("remove", [2, 4, 6])
 @pytest.mark.parametrize("seed", range(3))
 def test_thanos_is_the_best_fit_on_its_mask_where_one_block_is_all(seed: int, remove: int) -> None:
-    weight_OI, x_TI, pattern = weights(outputs=16, inputs=8, seed=seed), correlated(64, 8, seed), Unstructured(remove / 8)
+    weight_OI, x_TI, pattern = (
+        weights(outputs=16, inputs=8, seed=seed),
+        correlated(64, 8, seed),
+        Unstructured(remove / 8),
+    )
     solution = solved(methods.get("thanos", {"damp": 1e-6}), weight_OI, x_TI, pattern)
     hessian_II = gram_of(x_TI).hessian_II.double()
     for row, keep, found in zip(weight_OI.double(), solution.keep_OI, solution.weight_OI, strict=True):

@@ -33,6 +33,7 @@ GOOD: dict[str, Any] = {
     "dense_target": 0.0,
     "tune_epochs": 2,
     "tune_rate": 0.1,
+    "autocast": True,
     "deterministic": True,
     "include": ("lm_head.weight",),
     "exclude": ("*.0.*",),

@@ -16,7 +16,13 @@ from llmprune.report import Report
 from llmprune.tuning import BlockTuning, sequences_at_once
 
 IDS = tiny.ids(20, 48)
-TUNED: dict[str, Any] = {"calibration": IDS, "tune_epochs": 3, "tune_rate": 0.05, "true_sequential": True, "dense_target": 0.5}
+TUNED: dict[str, Any] = {
+    "calibration": IDS,
+    "tune_epochs": 3,
+    "tune_rate": 0.05,
+    "true_sequential": True,
+    "dense_target": 0.5,
+}
 PLAIN = {name: value for name, value in TUNED.items() if not name.startswith("tune")}
 
 

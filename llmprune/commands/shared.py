@@ -58,6 +58,9 @@ what = options(
     ),
     click.option("--tune-epochs", type=int, help="Passes to tune what survives of each pruned block  [default: 0]"),
     click.option("--tune-rate", type=float, help="Step size of that, relative to the weights  [default: 0.2]"),
+    click.option(
+        "--autocast", is_flag=True, default=None, help="Calibrate float32 models in bfloat16 where that is faster."
+    ),
     click.option("--deterministic", is_flag=True, default=None, help="Use only operations that repeat to the bit."),
     click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'."),

@@ -21,11 +21,13 @@ def duration(
         return [solving_seconds([Group([site]) for site in plan.all_sites()], times)]
     widest = max(site.shape[1] for site in plan.all_sites())
     each = statistic_time(method.needs, widest, host.dtype, host.place)
-    return [
+    parts = [
         forward_seconds(stages, workload),
         statistics_seconds(stages, workload, method.needs, each),
         solving_seconds([group for trial in stages for group in trial.groups], times),
     ]
+    blocks = [trials[block.name] for block in host.blocks if trials[block.name].groups]
+    return [*parts, tuning_seconds(blocks, workload, recipe.tune_epochs)] if recipe.tune_epochs else parts
 
 
 def forward_seconds(trials: Sequence[Trial], workload: Workload) -> Part:
@@ -41,6 +43,13 @@ def forward_seconds(trials: Sequence[Trial], workload: Workload) -> Part:
         onward = whole if index + 1 < len(trials) else 0.0
         seconds += ((collecting if trial.groups else 0.0) + onward) * trial.seconds_per_flop
     return Part("forward", seconds, "operations counted and timed here on a few tokens of one block of each kind")
+
+
+def tuning_seconds(trials: Sequence[Trial], workload: Workload, epochs: int) -> Part:
+    """Return the time of tuning: a forward, and a backward of twice its work, of each sequence in each epoch."""
+    forwards = 3 * epochs * workload.sequences
+    seconds = sum(forwards * trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials)
+    return Part("tuning", seconds, "three forwards of each sequence in each epoch; more where smaller steps are tried")
 
 
 def _spared(trial: Trial) -> float:
