@@ -1,15 +1,16 @@
 """What becomes of a stage once it is pruned: it stays in memory, or it is written, and recalled by a resumed run."""
 
-from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
-from llmprune.checkpoint import Sink
+from llmprune.checkpoint import Sink, Source
 from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
-from llmprune.report import Report, SiteReport
+from llmprune.report import Report, SiteReport, hardware, versions
 from llmprune.tuning import BlockTuning
+
+_DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
 
 
 class Store(Protocol):
@@ -30,10 +31,8 @@ class Store(Protocol):
     def begin(self, sites: list[Site]) -> None:
         """Take note of the sites of a loaded stage that are about to be pruned."""
 
-    def keep(self, stage: Stage, changed: Iterable[str]) -> None:
-        """Take a pruned stage, which is loaded, and whose parameters of these names have changed; the model runs on
-        with it as it is.
-        """
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        """Take a pruned stage, which is loaded; the model runs on with it as it is."""
 
     def go_back(self) -> bool:
         """Undo what was done of a stage that was not kept; False if the model cannot be run from its start again."""
@@ -65,7 +64,7 @@ class InMemory:
     def begin(self, sites: list[Site]) -> None:
         self._backup = Backup(self._host.weight(site) for site in sites)
 
-    def keep(self, stage: Stage, changed: Iterable[str]) -> None:
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
         self._kept.add(stage.name)
         self._backup = Backup(())
         self._reported = len(self._report.sites)
@@ -73,6 +72,7 @@ class InMemory:
     def go_back(self) -> bool:
         self._backup.restore()
         del self._report.sites[self._reported :]
+        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
         return not (self._once and self._kept)
 
 
@@ -89,6 +89,7 @@ class OnDisk:
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
             report.tuning.extend(BlockTuning.from_json(block) for block in record["tuning"])
             report.clock.seconds.update(record["seconds"])
+            report.memory.update(record["memory"])
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
             report.retries = record["retries"]
         self._reported = len(report.sites)
@@ -104,16 +105,21 @@ class OnDisk:
     def begin(self, sites: list[Site]) -> None:
         self._backup = Backup(self._host.weight(site) for site in sites if self._host.outlives(site))
 
-    def keep(self, stage: Stage, changed: Iterable[str]) -> None:
-        names = list(dict.fromkeys(changed))
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        names = list(dict.fromkeys([*(site.tensor for site in sites), *self._report.tuned_vectors(stage.name)]))
         for name, tensor in self._host.stored(stage, names):
             self._sink.write(name, tensor)
         if self._host.rounds(stage):  # the run goes on with what was solved, and so must one that resumes it
             self._sink.set_aside(stage.name, {name: self._host.model.get_parameter(name).data for name in names})
+        self._finish(stage)
+
+    def _finish(self, stage: Stage) -> None:
+        """Note that a stage is written, with what a resumed run has to know of it."""
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
         report = self._report
-        tuning = [asdict(block) for block in report.tuning if block.block == stage.name]
+        tuning = [block.to_json() for block in report.tuning if block.block == stage.name]
         run = {"runs": report.most_runs, "retries": report.retries, "seconds": report.clock.seconds}
+        run["memory"] = {name: used for name, used in report.memory.items() if name == stage.name}
         self._sink.finish(stage.name, {"sites": reports, "tuning": tuning, "batch_size": self.batch_size, **run})
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
@@ -121,4 +127,17 @@ class OnDisk:
     def go_back(self) -> bool:
         self._backup.restore()
         del self._report.sites[self._reported :]
+        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
         return True
+
+
+def fingerprint(source: Source, report: Report) -> dict[str, Any]:
+    """Return all that decides the bytes of a run's result."""
+    installed = versions()
+    return {
+        "recipe": report.recipe,
+        "source": source.fingerprint(),
+        "calibration": report.calibration,
+        "versions": {package: installed[package] for package in _DECISIVE if package in installed},
+        "hardware": hardware(),
+    }

@@ -12,7 +12,7 @@ sees decide: where they do not gain, smaller steps are tried, and where these do
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -59,8 +59,13 @@ class BlockTuning:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "BlockTuning":
-        """Return what `asdict` and JSON have made plain."""
-        return cls(**{**values, "vectors": tuple(values["vectors"])})
+        """Return what `to_json` and JSON have made plain."""
+        fields = {name: value for name, value in values.items() if name != "kept"}
+        return cls(**fields | {"vectors": tuple(values["vectors"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all as plain values."""
+        return asdict(self) | {"kept": self.kept}
 
 
 def sequences_at_once(most: int, sequences: int) -> int:
