@@ -177,6 +177,10 @@ def spoil(folder: Path) -> None:
     edit_tensor(folder, SITE, lambda weight: weight[0, 0].fill_(float("nan")))
 
 
+def quantize_one(folder: Path) -> None:
+    tiny.rewrite(folder, **{SITE: torch.zeros(tiny.tensors(folder)[SITE].shape, dtype=torch.int8)})
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "encoder-decoder": (
         make_it(model_type="t5", architectures=["T5ForConditionalGeneration"]),
@@ -193,6 +197,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "unknown kind": (make_it(model_type="strange"), ["of type 'strange'", "does not know"]),
     "compressed": (make_it(quantization_config={"quant_method": "llmprune"}), ["compressed by llmprune", "decompress"]),
     "quantized": (make_it(quantization_config={"quant_method": "gptq"}), ["is already quantized"]),
+    "quantized in part": (quantize_one, [f"{SITE} is stored as torch.int8: dequantize the checkpoint first"]),
+    "no blocks": (make_it(num_hidden_layers=0), ["nothing is left to prune: the model's blocks hold no matrix"]),
     "pickled": (make_bin_only, ["has only pickled weights (pytorch_model.bin)", "save_pretrained"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
     "bad config": (lambda folder: (folder / "config.json").write_text("{"), ["config.json is not valid JSON"]),
