@@ -33,10 +33,16 @@ def linear(x_TI: Tensor, values: Tensor, places: Tensor, outputs: int) -> Tensor
     kind = x_TI.dtype if splits == 1 else torch.float32
     y_STO = torch.empty(splits, tokens, outputs, dtype=kind, device=x_TI.device)
     sparse_mma[(len(values), splits, triton.cdiv(tokens, MOST_TOKENS))](
-        x_TI.contiguous().view(torch.int32), values, places, y_STO, tokens, outputs, inputs, steps,
+        _words(x_TI), values, places, y_STO, tokens, outputs, inputs, steps,
         **constants(tokens, inputs, x_TI.dtype), num_warps=WARPS,
     )  # fmt: skip
     return y_STO[0] if splits == 1 else y_STO.sum(0).to(x_TI.dtype)
+
+
+def _words(x_TI: Tensor) -> Tensor:
+    """Return x two values a word, which must not begin between two."""
+    x_TI = x_TI.contiguous()
+    return (x_TI.clone() if x_TI.storage_offset() % 2 else x_TI).view(torch.int32)
 
 
 def constants(tokens: int, inputs: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
