@@ -4,6 +4,9 @@ Written in Gluon, Triton's dialect with explicit layouts: only there does an ins
 in the registers it wants. Reading the weights is nearly all that the kernel does: every lane loads 16 bytes of values
 at once and multiplies them as they are. The warps of a program, and programs beside each other, share the columns of
 16 rows (split-K), so that matrices with few rows keep the whole GPU busy too.
+
+The instruction takes no part in inputs whose weight is missing: NaN there does not reach the output, as it would if it
+were multiplied by zero.
 """
 
 import torch
