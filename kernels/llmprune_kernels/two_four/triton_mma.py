@@ -9,6 +9,8 @@ The instruction takes no part in inputs whose weight is missing: NaN there does 
 were multiplied by zero.
 """
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -48,6 +50,7 @@ def _words(x_TI: Tensor) -> Tensor:
     return (x_TI.clone() if x_TI.storage_offset() % 2 else x_TI).view(torch.int32)
 
 
+@functools.cache
 def constants(tokens: int, inputs: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
     """Return what the kernel is specialised for."""
     kind = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
@@ -66,6 +69,7 @@ def _splits(tile_rows: int, steps: int, processors: int) -> int:
     return max(1, min(processors // tile_rows, steps // (WARPS * UNROLLED)))
 
 
+@functools.cache
 def _processors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
