@@ -34,7 +34,7 @@ def linear(x_TI: Tensor, masks: Tensor, values: Tensor, starts: Tensor, counts: 
     return y_TO
 
 
-@functools.cache
+@functools.lru_cache(64)
 def constants(tokens: int, inputs: int) -> dict[str, int]:
     """Return what `multiply` is specialised for."""
     block = min(TOKENS_A_BLOCK, triton.next_power_of_2(tokens))

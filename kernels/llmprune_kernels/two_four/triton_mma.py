@@ -50,7 +50,7 @@ def _words(x_TI: Tensor) -> Tensor:
     return (x_TI.clone() if x_TI.storage_offset() % 2 else x_TI).view(torch.int32)
 
 
-@functools.cache
+@functools.lru_cache(64)
 def constants(tokens: int, inputs: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
     """Return what the kernel is specialised for."""
     kind = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
