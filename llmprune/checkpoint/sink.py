@@ -220,8 +220,9 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 def _writing(path: Path, action: str = "write") -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(f"cannot {action} {path}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot {action} {path}: {cause}") from None
 
 
 def _explain(error: BaseException, kept: str) -> None:
