@@ -23,7 +23,7 @@ constexpr int PANEL = 32;     // tiles whose weights are expanded before many to
 constexpr int AT_ONCE = 3;    // tokens that share one pass over the registers
 constexpr int TOKENS = 96;    // tokens whose sums are kept at a time
 constexpr int LANES = 16;     // floats that a sum is spread over
-constexpr int64_t AHEAD = 1024;  // bytes of values that are asked for before they are needed
+constexpr int64_t AHEAD = 4096;  // bytes of values that are asked for before they are needed
 
 enum Type { F32 = 0, BF16 = 1, F16 = 2 };
 
@@ -489,19 +489,24 @@ AVX512 void expand_row_avx512(const uint8_t* mask, const uint16_t* values, int64
   }
 }
 
+// Where rows begin at whole cache lines they are written past the cache, which need not read them first then.
 AVX512 void expand_tile_row_avx512(const Tiles& tiles, int64_t row, uint16_t* out) {
   auto values = static_cast<const uint16_t*>(tiles.values) + tiles.offsets[row];
   const uint32_t* masks = tiles.masks_of(row);
   int64_t height = tiles.height(row), inputs = tiles.inputs;
+  bool whole_lines = inputs % COLUMNS == 0 && uintptr_t(out) % 64 == 0;
   for (int64_t column = 0; column < inputs; column += COLUMNS, masks += ROWS) {
     ask_ahead(values);
     auto within = __mmask32(inputs - column < COLUMNS ? (1u << (inputs - column)) - 1 : ~0u);
     for (int64_t line = 0; line < height; line++) {
       __m512i spread = _mm512_maskz_expand_epi16(masks[line], load_apart(values));
-      _mm512_mask_storeu_epi16(out + line * inputs + column, within, spread);
+      uint16_t* to = out + line * inputs + column;
+      if (whole_lines) _mm512_stream_si512((__m512i*)to, spread);
+      else _mm512_mask_storeu_epi16(to, within, spread);
       values += _mm_popcnt_u32(masks[line]);
     }
   }
+  _mm_sfence();
 }
 
 #endif
