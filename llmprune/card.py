@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.compressed import is_compressed
+from llmprune.checkpoint.source import read_fields
 from llmprune.errors import CheckpointError
 from llmprune.runs import command_of, update_run
 
@@ -80,7 +82,7 @@ def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, in
         f"# {name}\n\n{_summary(run, base)}",
         f"## How it was made\n\n{_making(run, repo, base)}",
         f"## What it cost\n\n{_cost(run)}",
-        f"## How to load it\n\n{_loading(repo)}",
+        f"## How to load it\n\n{_loading(folder, repo)}",
         f"## Limits\n\n{_limits(folder, run, inherited)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -174,9 +176,16 @@ def _cells(evaluation: dict[str, Any]) -> list[str]:
     return [_data_name(evaluation), str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
 
 
-def _loading(repo: str) -> str:
+def _loading(folder: Path, repo: str) -> str:
+    how, first = "It loads as any model of its architecture; the zeros are stored as ordinary weights.", ""
+    if _is_compressed(folder):
+        how = (
+            "It is stored without its zeros. With [llmprune](https://pypi.org/project/llmprune) installed and imported it "
+            f"loads as any model of its architecture; `llmprune decompress {repo} OUT` makes it one that needs no llmprune."
+        )
+        first = "import llmprune  # teaches transformers the format\n"
     return (
-        "It loads as any model of its architecture; the zeros are stored as ordinary weights.\n\n```python\n"
+        f"{how}\n\n```python\n{first}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
@@ -186,9 +195,14 @@ def _loading(repo: str) -> str:
 
 def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    zeros = (
+        "Loaded as it stands, it is dense in memory and no faster: `llmprune.sparsify(model)` keeps it sparse."
+        if _is_compressed(folder)
+        else "Stored as ordinary weights, zeros make a model neither smaller nor faster: that needs software that makes "
+        "use of them."
+    )
     lines = [
-        f"- The files of the weights take {size / 1e6:,.1f} MB. Stored as ordinary weights, zeros make a model neither "
-        "smaller nor faster: that needs software that makes use of them.",
+        f"- The files of the weights take {size / 1e6:,.1f} MB. {zeros}",
         "- Perplexity says little about a particular task: measure yours before you rely on this model.",
         "- It has the biases and the limits of its base model, and pruning can make them worse.",
     ]
@@ -197,6 +211,10 @@ def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str
     if (folder / BASE_CARD).is_file():
         lines.append(f"- The card of the base model, with its notices, is [{BASE_CARD}]({BASE_CARD}).")
     return "\n".join(lines + [f"- {note}." for note in run["notes"]])
+
+
+def _is_compressed(folder: Path) -> bool:
+    return is_compressed(read_fields(folder))
 
 
 def _table(rows: dict[str, Any]) -> str:

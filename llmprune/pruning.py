@@ -1,10 +1,12 @@
 """Prune a model: check everything, set up the run, let it run, and let its result appear."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint import Sink, Source
+from llmprune.checkpoint.compressed import least_sparsity
 from llmprune.checkpoint.place import require_place
 from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError
@@ -13,6 +15,7 @@ from llmprune.model import Resident, Streamed, load_tokenizer
 from llmprune.model.memory import home_device, out_of_memory_in
 from llmprune.model.originals import require_in_memory
 from llmprune.model.sites import require_finite
+from llmprune.model.streamed import stored_dtype
 from llmprune.planning import Plan, draw_tokens, make_plan
 from llmprune.recipe import Recipe
 from llmprune.report import Report, hardware, versions
@@ -32,6 +35,7 @@ def prune(
     tokenizer: Any = None,
     overwrite: bool = False,
     resume: bool = False,
+    compressed: bool = False,
     **options: Any,
 ) -> Report:
     """Prune a causal language model.
@@ -43,6 +47,8 @@ def prune(
         tokenizer: for a loaded model and calibration text.
         overwrite: replace `out` if it is a model folder, and give up an unfinished run.
         resume: continue an unfinished run at `out`, if there is one, where it was interrupted.
+        compressed: write what `llmprune compress` would make of the output; transformers loads it after
+            `import llmprune`.
         options: the fields of `llmprune.Recipe`.
 
     Raises:
@@ -51,32 +57,44 @@ def prune(
     """
     recipe = Recipe.of(options)
     with repeatable(recipe.deterministic):
-        return _prune(model, out, tokenizer, recipe, overwrite, resume)
+        return _prune(model, out, tokenizer, recipe, Output(overwrite, resume, compressed))
 
 
-def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, overwrite: bool, resume: bool) -> Report:
+@dataclass(frozen=True)
+class Output:
+    """What `prune` is told of its output folder."""
+
+    overwrite: bool = False
+    resume: bool = False
+    compressed: bool = False
+
+
+def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output) -> Report:
     if not isinstance(model, str | Path):
-        if out is not None or overwrite or resume:
+        if out is not None or output != Output():
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
         return _prune_in_place(model, tokenizer, recipe)
     if out is None:
         raise RecipeError("an output folder is needed: prune(model, out, ...)")
-    return _prune_checkpoint(model, Path(out), recipe, overwrite, resume)
+    return _prune_checkpoint(model, Path(out), recipe, output)
 
 
-def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: bool, resume: bool) -> Report:
+def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Output) -> Report:
     source = Source.open(locate(model, recipe.revision))
-    require_place(source, out, overwrite, resume)
+    require_place(source, out, output.overwrite, output.resume, output.compressed)
     recipe = recipe.for_model(model)
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe)
+    if output.compressed:
+        _require_zeros_enough(recipe, stored_dtype(source).itemsize)
     tokens = draw_tokens(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
     _warn_of_small_share(plan, recipe)
     report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
     rows = tokens.rows * (2 if recipe.dense_target else 1) if tokens else []
     home = home_device(recipe.place(), rows, host.config, host.dtype)
-    with Sink(source, out, _fingerprint(source, report), resume) as sink:
+    fingerprint = _fingerprint(source, report) | ({"compressed": True} if output.compressed else {})
+    with Sink(source, out, fingerprint, output.resume, output.compressed) as sink:
         with report.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
         with report.clock.phase("copy"):
@@ -112,6 +130,15 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
     Run(host, plan, tokens, recipe, host.home, report, InMemory()).prune()
     return report
+
+
+def _require_zeros_enough(recipe: Recipe, size: int) -> None:
+    """Refuse to compress what would not become smaller: a bit for each weight has to be saved first."""
+    if recipe.target().sparsity <= least_sparsity(size):
+        raise RecipeError(
+            f"{recipe.pattern} leaves too few zeros for a compressed output to be smaller, which takes more than "
+            f"{least_sparsity(size):.1%}: leave out --compressed"
+        )
 
 
 def _warn_of_small_share(plan: Plan, recipe: Recipe) -> None:

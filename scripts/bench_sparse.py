@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import compress
+from llmprune.checkpoint.unpacked import open_dense
 from llmprune.patterns import parse
 from llmprune.report import hardware, versions
 from llmprune.sparse.bench import measure
@@ -137,7 +137,7 @@ def file_row(model: Any, threads: int) -> dict[str, Any]:
         for _ in range(3):
             for name, path in (("dense", dense), ("small", small)):
                 began = time.perf_counter()
-                load(Source.open(path))
+                load(open_dense(path))
                 seconds[name].append(time.perf_counter() - began)
     return {"row": "files", "threads": threads, **sizes, "load_seconds": seconds}
 

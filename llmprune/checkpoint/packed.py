@@ -17,6 +17,7 @@ stop at its shape.
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,8 +138,36 @@ def unpack(packed: Bytes, name: str) -> tuple[Layout, Tensor]:
     layout = layout_of(packed, name)
     rows, columns = rows_and_columns(layout.shape)
     masks = torch.from_numpy(_masks(packed, layout))
-    values = torch.from_numpy(packed[layout.values_at :]).view(_VIEWS[layout.size])
-    return layout, expand_rows(masks.view(rows, -1), values, columns)
+    return layout, expand_rows(masks.view(rows, -1), _values(packed, layout), columns)
+
+
+def dense_parts(packed: Bytes, name: str, step: int) -> Iterator[Tensor]:
+    """Yield the dense elements of a packed tensor, as integers of their size, `step` rows of its first dimension at a time.
+
+    Raises:
+        CheckpointError: as `layout_of`.
+    """
+    layout = layout_of(packed, name)
+    rows, columns = rows_and_columns(layout.shape)
+    masks, values = _masks(packed, layout).reshape(rows, -1), _values(packed, layout)
+    rows_of_one, first_value = rows // layout.shape[0], 0
+    for first in range(0, layout.shape[0], step):
+        shape = (min(step, layout.shape[0] - first), *layout.shape[1:])
+        part = masks[first * rows_of_one :][: shape[0] * rows_of_one]
+        count = int(_ONES[part].sum())
+        yield expand_rows(torch.from_numpy(part), values[first_value : first_value + count], columns).view(shape)
+        first_value += count
+
+
+def count_zero_values(packed: Bytes, name: str) -> int:
+    """Return how many of the values of a packed tensor are zero, all bits of them.
+
+    Raises:
+        CheckpointError: as `layout_of`.
+    """
+    layout = layout_of(packed, name)
+    count = int(_ONES[_masks(packed, layout)].sum())
+    return count - int(_values(packed, layout)[:count].count_nonzero())
 
 
 def dense_tensor(packed: Tensor, name: str) -> Tensor:
@@ -156,6 +185,11 @@ def dense_tensor(packed: Tensor, name: str) -> Tensor:
 def _masks(packed: Bytes, layout: Layout) -> Bytes:
     rows, columns = rows_and_columns(layout.shape)
     return packed[layout.mask_at : layout.mask_at + rows * _bytes(columns)]
+
+
+def _values(packed: Bytes, layout: Layout) -> Tensor:
+    """Return the values as integers of their size, and with them what fills the buffer up."""
+    return torch.from_numpy(packed[layout.values_at :]).view(_VIEWS[layout.size])
 
 
 def _damaged(name: str) -> CheckpointError:

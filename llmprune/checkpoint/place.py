@@ -114,8 +114,8 @@ def folder_id(folder: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-def require_place(source: Source, out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Check, before any work, that the output can be written.
+def require_place(source: Source, out: Path, overwrite: bool, resume: bool = False, compressed: bool = False) -> None:
+    """Check, before any work, that the output can be written; `compressed` needs room for one file of weights more.
 
     Raises:
         CheckpointError: the output exists, lies inside the source (or the source inside it), would replace something
@@ -135,16 +135,17 @@ def require_place(source: Source, out: Path, overwrite: bool, resume: bool = Fal
             f"{place.partial} holds an unfinished run ({found.stages} blocks done): "
             "continue it with --resume, or start anew with --overwrite"
         )
-    _require_space(source, place, found.size)
+    twice = max(shard.stat().st_size for shard in source.shards) if compressed else 0
+    _require_space(place, source.output_bytes() + twice, found.size)
 
 
-def _require_space(source: Source, place: Place, held: int) -> None:
+def _require_space(place: Place, size: int, held: int) -> None:
     parent = next(folder for folder in place.out.parents if folder.exists())
     if not parent.is_dir():
         raise CheckpointError(f"output {place.out} cannot be created: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"output {place.out} cannot be created: no permission to write in {parent}")
-    needed, free = source.output_bytes() / 1e9, (shutil.disk_usage(parent).free + held) / 1e9
+    needed, free = size / 1e9, (shutil.disk_usage(parent).free + held) / 1e9
     if needed > free:
         raise CheckpointError(f"too little disk for {place.out}: needs {needed:.2f} GB, {free:.2f} GB are free")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmprune.checkpoint import Source
+from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.progress import Progress
@@ -119,7 +119,7 @@ def bench(
     for name, value in setting.items():
         if value < 1:
             raise RecipeError(f"{name} is {value}: it must be at least 1")
-    loaded = load(Source.open(locate(model, revision)), trust_remote_code, dtype)
+    loaded = load(open_dense(locate(model, revision)), trust_remote_code, dtype)
     return measure(loaded, str(model), setting)
 
 

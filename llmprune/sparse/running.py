@@ -10,6 +10,7 @@ import torch
 
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import is_compressed, require_version
+from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import CheckpointError
 from llmprune.locate import locate
 from llmprune.model.configuration import read_config
@@ -52,10 +53,10 @@ def generate(
     Raises:
         LlmpruneError: the model or its tokenizer cannot be loaded.
     """
-    source = Source.open(locate(model, revision))
+    source = open_dense(locate(model, revision))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load(source, trust_remote_code)
-    choices = sparsify(loaded).choices if sparse else []
+    layers = sparsify(loaded).sparse_layers if sparse else 0
     inputs = tokenizer(prompt, return_tensors="pt")
     began = time.perf_counter()
     ids = loaded.generate(
@@ -66,7 +67,6 @@ def generate(
         streamer=_streamer(tokenizer, on_text) if on_text else None,
     )[0]
     seconds = time.perf_counter() - began
-    layers = sum(choice.layers for choice in choices if choice.kernel != "dense")
     new = len(ids) - inputs["input_ids"].shape[1]
     return Generated(tokenizer.decode(ids, skip_special_tokens=True), new, seconds, layers)
 
