@@ -111,7 +111,7 @@ class SparseExperts(nn.Module):
         """Return the dense experts that these stand for."""
         made = _with_class(self, type(self).__mro__[2])
         stacks = made.__dict__.pop("sparse_stacks")
-        for name, stack in stacks.items():
+        for name in stacks:
             del made.__dict__[name]
         parameters = {name: nn.Parameter(stack.dense(), requires_grad=False) for name, stack in stacks.items()}
         made._parameters = {**parameters, **made._parameters}
@@ -121,6 +121,10 @@ class SparseExperts(nn.Module):
         """Run the experts one after the other, as the class's own eager forward does."""
         eager: Any = type(self).__mro__[2].forward
         return eager.__wrapped__(self, *args, **kwargs)
+
+    def nbytes(self) -> int:
+        """Return the bytes that the sparse stacks occupy."""
+        return sum(stack.nbytes() for stack in self.sparse_stacks.values())
 
     def _hold(self, name: str, stack: SparseStack) -> None:
         self.sparse_stacks[name] = stack
@@ -238,7 +242,7 @@ def _choose(model: nn.Module, modules: dict[str, nn.Module], batch: int) -> Expe
     for name, module in modules.items():
         placed = module if reason else SparseExperts.of(module)
         model.set_submodule(name, placed)
-        used += sum(stack.nbytes() for stack in placed.sparse_stacks.values()) if not reason else _nbytes(module)  # type: ignore[union-attr, operator]
+        used += placed.nbytes() if isinstance(placed, SparseExperts) else _nbytes(module)
     kernel = "dense" if reason else "bitmask"
     return ExpertsChoice(
         type(first).__name__, len(modules), len(next(iter(_stacks(first).values()))), kernel,
