@@ -221,6 +221,8 @@ def _obstacle(module: nn.Module) -> str | None:
     stacks = _stacks(module).values()
     if not is_of_interface(module):
         return "no sparse kernel for this kind of experts"
+    if hasattr(module, "_hf_hook"):
+        return "moved about by accelerate"
     if any(stored.device.type != "cpu" for stored in stacks):
         return "not on the CPU"
     if any(stored.dtype not in TYPES for stored in stacks):
