@@ -128,7 +128,12 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
-    Run(host, plan, tokens, recipe, host.home, report, InMemory()).prune()
+    store = InMemory(host, report, once=bool(recipe.dense_target))
+    try:
+        Run(host, plan, tokens, recipe, host.home, report, store).prune()
+    except BaseException:
+        store.go_back()  # every block is as it was, or pruned
+        raise
     return report
 
 

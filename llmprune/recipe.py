@@ -38,6 +38,8 @@ class Recipe:
         true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
         dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
             outputs that the dense matrix has on the pruned model's inputs. Needs `true_sequential`.
+        autocast: in a float32 model, multiply in bfloat16 during calibration, with sums in float32, where the hardware
+            is faster at that; weights and solving stay float32.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
         deterministic: use only operations that repeat themselves to the bit; where a GPU has none, refuse.
         revision: branch, tag or commit of a Hub model.
@@ -57,6 +59,7 @@ class Recipe:
     batch_size: int | None = None
     true_sequential: bool = False
     dense_target: float = 0.0
+    autocast: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     deterministic: bool = False
@@ -84,7 +87,7 @@ class Recipe:
         """Raise RecipeError or PatternError for what is wrong whatever the model is."""
         for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0)):
             require_whole(name, getattr(self, name), least)
-        for name in ("true_sequential", "deterministic", "trust_remote_code"):
+        for name in ("true_sequential", "autocast", "deterministic", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} must be true or false, not {getattr(self, name)!r}")
         require_dtype(self.dtype)

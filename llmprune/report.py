@@ -101,6 +101,7 @@ class Report:
     sites: list[SiteReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    retries: list[str] = field(default_factory=list)  # what was given up where memory ran out
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
     most_runs: int = 0  # how often a block was run to collect its statistics, at most
@@ -156,7 +157,7 @@ class Report:
             "coverage": {"all_parameters": self.site_parameters / self.parameters, "inner_parameters": self.coverage},
             "sites": [asdict(site) for site in self.sites],
             "left_dense": self.left_dense,
-            "notes": self.notes,
+            "notes": self.notes + self.retries,
             "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},
             "peak_memory_bytes": self.peak,
             "versions": versions(),
@@ -208,7 +209,7 @@ class Report:
 
     def all_notes(self) -> list[str]:
         """Return the run's notes, then the sites'."""
-        return self.notes + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
+        return self.notes + self.retries + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
 
 
 def peak_memory() -> dict[str, int]:

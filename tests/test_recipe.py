@@ -31,6 +31,7 @@ GOOD: dict[str, Any] = {
     "batch_size": 2,
     "true_sequential": True,
     "dense_target": 0.0,
+    "autocast": True,
     "deterministic": True,
     "include": ("lm_head.weight",),
     "exclude": ("*.0.*",),

@@ -56,6 +56,9 @@ what = options(
         metavar="SHARE",
         help="Share of the dense model's outputs to fit to, 0 to 1  [default: 0]",
     ),
+    click.option(
+        "--autocast", is_flag=True, default=None, help="Calibrate float32 models in bfloat16 where that is faster."
+    ),
     click.option("--deterministic", is_flag=True, default=None, help="Use only operations that repeat to the bit."),
     click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'."),
