@@ -52,7 +52,7 @@ SHAPES = ((4096, 4096), (11008, 4096))
 PATTERNS = ("50%", "70%", "2:4")
 TOKENS = (1, 8, 64, 512)
 COPIES_BYTES = 192 << 20
-LOADS = 5  # of each model, in processes of their own
+LOADS = 3  # of each model, in processes of their own
 LLAMA: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 14, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 16384, "max_position_embeddings": 1024, "tie_word_embeddings": False,

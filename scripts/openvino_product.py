@@ -28,15 +28,17 @@ def compiled(core: Any, weight: Any, threads: int) -> Any:
     return core.compile_model(model, "CPU", hints)
 
 
-def seconds(shape: tuple[int, int], threads: int, rounds: int) -> list[float]:
-    """Return the seconds of each call."""
+def seconds(shape: tuple[int, int], threads: int, rounds: int) -> tuple[list[float], str]:
+    """Return the seconds of each call, and the type that was computed in."""
     random = np.random.default_rng(0)
     copies = max(2, COPIES_BYTES // (2 * shape[0] * shape[1]))
     core = ov.Core()
-    requests = []
+    requests, computed = [], ""
     for _ in range(copies):
         weight = random.standard_normal(shape, np.float32) * np.float32(0.02)
-        requests.append(compiled(core, weight, threads).create_infer_request())
+        model = compiled(core, weight, threads)
+        requests.append(model.create_infer_request())
+        computed = str(model.get_property("INFERENCE_PRECISION_HINT"))
     x = random.standard_normal((1, shape[1]), np.float32)
     taken = []
     for number in range(copies * (rounds + 1)):
@@ -44,7 +46,7 @@ def seconds(shape: tuple[int, int], threads: int, rounds: int) -> list[float]:
         requests[number % copies].infer([x], share_inputs=True)
         if number >= copies:
             taken.append(time.perf_counter() - began)
-    return taken
+    return taken, computed
 
 
 def main() -> None:
@@ -56,10 +58,10 @@ def main() -> None:
     asked = parser.parse_args()
     for text in asked.shapes:
         outputs, inputs = map(int, text.split("x"))
-        taken = seconds((outputs, inputs), asked.threads, asked.rounds)
+        taken, computed = seconds((outputs, inputs), asked.threads, asked.rounds)
         figures = [float(value) for value in np.percentile(taken, (50, 20, 80))]
         row = {"row": "openvino", "threads": asked.threads, "shape": [outputs, inputs], "tokens": 1, "seconds": figures}
-        print(json.dumps({**row, "version": ov.__version__}), flush=True)
+        print(json.dumps({**row, "computed_in": computed, "version": ov.__version__}), flush=True)
 
 
 if __name__ == "__main__":

@@ -204,8 +204,12 @@ def test_what_lies_behind_the_last_value_does_not_matter(dtype: torch.dtype, lev
 
 def test_parts_of_a_long_product_are_of_about_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[int] = []
-    real = expand
-    monkeypatch.setattr(layout, "expand", lambda tiles, out: parts.append(tiles.outputs) or real(tiles, out))
+
+    def noted(tiles: Tiles, out: Tensor) -> Tensor:
+        parts.append(tiles.outputs)
+        return expand(tiles, out)
+
+    monkeypatch.setattr(layout, "expand", noted)
     monkeypatch.setattr(layout, "EXPANDED_BYTES", 1 << 14)
     weight_OI = sparse_weight(260, 128, torch.bfloat16, 0.5, 14)
     multiply_expanded(inputs_of(2, 128, torch.bfloat16), Tiles.pack(weight_OI))

@@ -12,9 +12,10 @@ import llmprune
 import tiny
 from llmprune.checkpoint.compressed import compress
 from llmprune.errors import UnsupportedModelError
-from llmprune.sparse import experts
+from llmprune.sparse import experts, stacks
 from llmprune.sparse.bench import linear_bytes, twin
-from llmprune.sparse.experts import SparseExperts, sparsify_experts
+from llmprune.sparse.experts import sparsify_experts
+from llmprune.sparse.stacks import SparseExperts
 from llmprune_kernels import native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
@@ -122,10 +123,10 @@ def test_where_dense_is_faster_or_another_result_comes_out_they_stay_dense(monke
     monkeypatch.setattr(experts, "_seconds", lambda *sides: (1.0, 2.0))
     (choice,) = sparsify_experts(made, 1)
     assert (choice.kernel, choice.reason, choice.seconds) == ("dense", "measured faster", (1.0, 2.0))
-    monkeypatch.setattr(experts, "bitmask_linear", lambda x, *rest: x.new_zeros(*x.shape[:-1], rest[3]))
+    monkeypatch.setattr(stacks, "bitmask_linear", lambda x, *rest: x.new_zeros(*x.shape[:-1], rest[3]))
     (choice,) = sparsify_experts(made, 1)
     assert "something else" in choice.reason
-    monkeypatch.setattr(experts.SparseMatrix, "__torch_function__", classmethod(lambda *a, **k: NotImplemented))
+    monkeypatch.setattr(stacks.SparseMatrix, "__torch_function__", classmethod(lambda *a, **k: NotImplemented))
     (choice,) = sparsify_experts(made, 1)
     assert "does not run sparse: TypeError" in choice.reason
     (choice,) = sparsify_experts(tiny.model("mixtral"), 1)

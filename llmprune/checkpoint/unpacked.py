@@ -48,7 +48,8 @@ class Unpacked(Source):
         dense = {name: _in_dense_terms(entry, fields[name]) for name, entry in source.entries.items()}
         packed = frozenset(name for name, entry in dense.items() if entry != source.entries[name])
         config = read_json(source.folder, DENSE_CONFIG)
-        return cls(source.folder, dense, config, source.shards, source.identities, packed)
+        known = source.identities, source.checksums
+        return cls(source.folder, dense, config, source.shards, *known, packed)
 
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:

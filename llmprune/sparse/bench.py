@@ -18,11 +18,11 @@ from llmprune.model.experts import stacks_of
 from llmprune.planning import context_length
 from llmprune.progress import Progress
 from llmprune.report import hardware, versions
-from llmprune.sparse.experts import SparseExperts
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.plot import Bar, picture
 from llmprune.sparse.running import load
 from llmprune.sparse.sparsify import Sparsified, sparsify
+from llmprune.sparse.stacks import SparseExperts
 
 _PROMPT = 512  # tokens, where nobody says
 _STREAMED_BYTES = 512 << 20  # read to find the bandwidth: more than a processor's cache holds

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmprune.progress import Progress
-from llmprune.sparse.experts import ExpertsChoice, SparseExperts, densify_experts, sparsify_experts
+from llmprune.sparse.experts import ExpertsChoice, densify_experts, sparsify_experts
 from llmprune.sparse.gate import TOKENS, Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
+from llmprune.sparse.stacks import SparseExperts
 from llmprune_kernels.bitmask.layout import TYPES, Tiles
 from llmprune_kernels.native import library
 
