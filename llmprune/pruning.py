@@ -1,31 +1,52 @@
 """Prune a model: check everything, set up the run, let it run, and let its result appear."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.compressed import least_sparsity
 from llmprune.checkpoint.place import require_place
 from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError
-from llmprune.locate import locate
+from llmprune.locate import locate, require_own_name
 from llmprune.model import Resident, Streamed, load_tokenizer
 from llmprune.model.memory import home_device, out_of_memory_in
 from llmprune.model.originals import require_in_memory
 from llmprune.model.sites import require_finite
 from llmprune.model.streamed import stored_dtype
-from llmprune.planning import Plan, draw_tokens, make_plan
+from llmprune.planning import draw_tokens, make_plan, warn_of_small_share
 from llmprune.recipe import Recipe
-from llmprune.report import Report, hardware, versions
+from llmprune.report import Report
 from llmprune.run import Run
-from llmprune.storing import InMemory, OnDisk
+from llmprune.several import prune_patterns
+from llmprune.storing import InMemory, OnDisk, fingerprint
 
-_DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
-_SMALL_SHARE = 0.5  # of the parameters beside embeddings; below it a run warns that most of the model stays dense
 
-_log = logging.getLogger(__name__)
+@overload
+def prune(
+    model: Any,
+    out: str | Path | None = None,
+    *,
+    pattern: str | float = ...,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    compressed: bool = False,
+    **options: Any,
+) -> Report: ...
+
+
+@overload
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    pattern: list[str] | tuple[str, ...],
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Any,
+) -> list[Report]: ...
 
 
 def prune(
@@ -37,7 +58,7 @@ def prune(
     resume: bool = False,
     compressed: bool = False,
     **options: Any,
-) -> Report:
+) -> Report | list[Report]:
     """Prune a causal language model.
 
     Args:
@@ -49,15 +70,23 @@ def prune(
         resume: continue an unfinished run at `out`, if there is one, where it was interrupted.
         compressed: write what `llmprune compress` would make of the output; transformers loads it after
             `import llmprune`.
-        options: the fields of `llmprune.Recipe`.
+        options: the fields of `llmprune.Recipe`. A list of several as `pattern` prunes a model on disk to each of them
+            in one calibration pass, which runs through the dense model, into folders below `out` that are named after
+            them: `50%` into `out/50%`, `2:4` into `out/2of4`. What has to see its own pruned inputs is refused then.
+
+    Returns:
+        the report, or a list of them for a list of patterns.
 
     Raises:
         LlmpruneError: one of its kinds, before any work wherever that is possible; `out` then does not exist. Once a
             block is done, what is done is kept for `resume`.
     """
+    output = Output(overwrite, resume, compressed)
+    if isinstance(options.get("pattern"), list | tuple):
+        return _prune_several(model, out, tokenizer, output, options)
     recipe = Recipe.of(options)
     with repeatable(recipe.deterministic):
-        return _prune(model, out, tokenizer, recipe, Output(overwrite, resume, compressed))
+        return _prune(model, out, tokenizer, recipe, output)
 
 
 @dataclass(frozen=True)
@@ -67,6 +96,19 @@ class Output:
     overwrite: bool = False
     resume: bool = False
     compressed: bool = False
+
+
+def _prune_several(
+    model: Any, out: str | Path | None, tokenizer: Any, output: Output, options: dict[str, Any]
+) -> list[Report]:
+    if not isinstance(model, str | Path) or out is None:
+        raise RecipeError("several patterns need a model on disk and an output folder: prune('org/model', 'out', ...)")
+    if tokenizer is not None:
+        raise RecipeError("a tokenizer goes with a loaded model: one on disk has its own")
+    if output.compressed:
+        raise RecipeError("several patterns are written dense: leave out --compressed, and compress each afterwards")
+    others = {name: value for name, value in options.items() if name != "pattern"}
+    return prune_patterns(model, Path(out), options["pattern"], output.overwrite, output.resume, others)
 
 
 def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output) -> Report:
@@ -80,6 +122,7 @@ def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, o
 
 
 def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Output) -> Report:
+    require_own_name(out)
     source = Source.open(locate(model, recipe.revision))
     require_place(source, out, output.overwrite, output.resume, output.compressed)
     recipe = recipe.for_model(model)
@@ -88,13 +131,13 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Outp
     if output.compressed:
         _require_zeros_enough(recipe, stored_dtype(source).itemsize)
     tokens = draw_tokens(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
-    _warn_of_small_share(plan, recipe)
+    warn_of_small_share(plan, recipe)
     report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
     rows = tokens.rows * (2 if recipe.dense_target else 1) if tokens else []
     home = home_device(recipe.place(), rows, host.config, host.dtype)
-    fingerprint = _fingerprint(source, report) | ({"compressed": True} if output.compressed else {})
-    with Sink(source, out, fingerprint, output.resume, output.compressed) as sink:
+    decisive = fingerprint(source, report) | ({"compressed": True} if output.compressed else {})
+    with Sink(source, out, decisive, output.resume, output.compressed) as sink:
         with report.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
         with report.clock.phase("copy"):
@@ -105,24 +148,12 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Outp
     return report
 
 
-def _fingerprint(source: Source, report: Report) -> dict[str, Any]:
-    """Return all that decides the bytes of a run's result."""
-    installed = versions()
-    return {
-        "recipe": report.recipe,
-        "source": source.fingerprint(),
-        "calibration": report.calibration,
-        "versions": {package: installed[package] for package in _DECISIVE if package in installed},
-        "hardware": hardware(),
-    }
-
-
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     recipe.require_in_place()
     host = Resident(model)
     plan = make_plan(host, recipe)
     tokens = draw_tokens(host, recipe, lambda: tokenizer)
-    _warn_of_small_share(plan, recipe)
+    warn_of_small_share(plan, recipe)
     if recipe.dense_target:
         require_in_memory(plan.all_sites())
     for site in plan.all_sites():
@@ -143,14 +174,4 @@ def _require_zeros_enough(recipe: Recipe, size: int) -> None:
         raise RecipeError(
             f"{recipe.pattern} leaves too few zeros for a compressed output to be smaller, which takes more than "
             f"{least_sparsity(size):.1%}: leave out --compressed"
-        )
-
-
-def _warn_of_small_share(plan: Plan, recipe: Recipe) -> None:
-    """A model of which most stays dense should not be called pruned without a word, unless that was asked for."""
-    if plan.coverage < _SMALL_SHARE and not recipe.exclude:
-        _log.warning(
-            "only %.1f%% of the parameters beside embeddings are in matrices to prune: `left_dense` of the report "
-            "tells what stays dense and why",
-            100 * plan.coverage,
         )

@@ -71,7 +71,7 @@ class Run:
             CheckpointError: a stage cannot be read or stored.
         """
         with out_of_memory_in("the model's weights"):
-            patterns = self._patterns()
+            patterns = self.patterns()
         store = self.store
         if self.recipe.dense_target and any(site.expert is not None for site in self.plan.all_sites()):
             self.report.notes.append(
@@ -127,8 +127,9 @@ class Run:
             self._solve(_unfed(sites), patterns)
         else:
             with closing(collector.groups(index, sites)) as groups:
-                self._solve(self._timed(groups), patterns)
+                self._solve(self._timed(stage, groups), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
+        self.report.note_memory(stage.name)
         with clock.phase("write"):
             self.store.keep(stage, sites)
 
@@ -141,31 +142,27 @@ class Run:
 
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
         for group in groups:
-            method = self.recipe.solver()
-            if group.statistic is None and method.needs is not None:
-                method = Magnitude()  # experts that no token reached; the group's notes say so
             for site in group.sites:
-                with self.report.clock.phase("solve"), out_of_memory_in(site.name, SolvingError):
-                    outcome = prune_matrix(
-                        site.name,
-                        method,
-                        self.host.weight(site),
-                        group.statistic,
-                        patterns[site.name],
-                        self.recipe.seed,
-                        self.recipe.dense_target,
-                        self.thrift.on_host,
-                    )
-                pattern = patterns[site.name]
-                self.report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
+                self.solve_site(site, self.host.weight(site), group, patterns[site.name])
 
-    def _timed(self, groups: Iterator[Group]) -> Iterator[Group]:
+    def solve_site(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> None:
+        """Overwrite a site's weight with its solution, and report on it."""
+        method = self.recipe.solver()
+        if group.statistic is None and method.needs is not None:
+            method = Magnitude()  # experts that no token reached; the group's notes say so
+        seed, share, on_host = self.recipe.seed, self.recipe.dense_target, self.thrift.on_host
+        with self.report.clock.phase("solve"), out_of_memory_in(site.name, SolvingError):
+            outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, seed, share, on_host)
+        self.report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
+
+    def _timed(self, stage: Stage, groups: Iterator[Group]) -> Iterator[Group]:
         """Count the time it takes to come by each group, and let go of its statistic after use."""
         while True:
             with self.report.clock.phase("statistics"):
                 group = next(groups, None)
             if group is None:
                 return
+            self.report.note_memory(stage.name)
             yield group
             group.statistic = None
 
@@ -214,7 +211,7 @@ class Run:
         self.thrift.collector = Collector(lanes, statistic, budget, self.recipe.true_sequential, fits, twins)
         return self.thrift.collector
 
-    def _patterns(self) -> dict[str, Pattern]:
+    def patterns(self) -> dict[str, Pattern]:
         """Return every site's pattern; a budget over the whole model is split by one look at all weights."""
         sites, pattern = self.plan.all_sites(), self.plan.pattern
         if isinstance(pattern, Unstructured) and pattern.group == "model":

@@ -17,6 +17,7 @@ from llmprune.errors import NumericalError
 from llmprune.patterns import column_blocks
 
 _GRAM_TILE = 256  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
+_GPU_TILE = 2048  # the same on a GPU, which small products leave idle
 _DAMPING_STEPS = 6  # each ten times the one before
 _LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
 
@@ -129,7 +130,7 @@ class Gram:
     """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
 
     In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
-    of bfloat16 are exact in fp32 and are summed in whatever order is fastest.
+    of 16-bit inputs are exact in fp32 and are summed in whatever order is fastest.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -156,7 +157,7 @@ class Gram:
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
         total = self.sequences + sequences
-        if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
+        if kernels.multiplies(x_TI):
             kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
         else:
             self._add_as_the_paper(x_TI.float(), total)
@@ -196,6 +197,11 @@ class Gram:
             self._mirrored = True
         return self._mean_II
 
+    @property
+    def norm_I(self) -> Tensor:
+        """As `ColumnNorm.norm_I`, from the diagonal: a Gram serves methods that need column norms too."""
+        return (self._mean_II.diagonal() / 2).sqrt()
+
     def factor(self, damp: float, kind: FactorKind = "inverse") -> "Factor":
         """Return a factor of the damped Hessian; sites that share this Gram share the work.
 
@@ -216,11 +222,12 @@ class Gram:
         return _damped(self.hessian_II, damp)
 
     def energy(self, weight_OI: Tensor) -> float:
-        weight_OI, energy = weight_OI.float(), 0.0
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # what lies above the diagonal counts twice
-            product = (weight_OI[:, start:stop] @ self._mean_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
-            energy += float(product[:, :start].sum()) + float(product[:, start:].sum()) / 2
-        return energy
+        weight_OI, parts = weight_OI.float(), list[Tensor]()
+        tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
+        for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal counts twice
+            product = (weight_OI[:, start:stop] @ self.hessian_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
+            parts += [product[:, :start].sum(), product[:, start:].sum() / 2]
+        return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
 
     def move(self, device: torch.device) -> None:
         self._mean_II = self._mean_II.to(device)
@@ -255,7 +262,7 @@ class CrossGram(Gram):
             self._mixture = None
             total = self.sequences + sequences
             scale, before = 2 / total, self.sequences / total
-            if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
+            if kernels.multiplies(x_TI):
                 kernels.add_product(self._cross_II, dense_TI, x_TI, scale, before)
             else:
                 self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), beta=before, alpha=scale)
@@ -283,7 +290,7 @@ class CrossGram(Gram):
             return weight_OI
         factor = self.factor(damp, "root")
         ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = torch.addmm(weight_OI, weight_OI, self._mixed(share), beta=ridge)
+        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(share))
         half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
         return torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
 
@@ -358,6 +365,11 @@ _DECOMPOSITIONS: dict[FactorKind, Callable[[Tensor], Tensor | None]] = {
     "inverse": _inverse_factor,
     "root": _root_factor,
 }
+
+
+def _values(sums: Tensor) -> list[float]:
+    values: list[float] = sums.tolist()
+    return values
 
 
 def _require_finite(sums: Tensor, name: str) -> None:

@@ -1,13 +1,15 @@
 """What becomes of a stage once it is pruned: it stays in memory, or it is written, and recalled by a resumed run."""
 
 from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
-from llmprune.checkpoint import Sink
+from llmprune.checkpoint import Sink, Source
 from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
-from llmprune.report import Report, SiteReport
+from llmprune.report import Report, SiteReport, hardware, versions
+
+_DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
 
 
 class Store(Protocol):
@@ -84,6 +86,7 @@ class OnDisk:
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
             report.clock.seconds.update(record["seconds"])
+            report.memory.update(record["memory"])
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
             report.retries = record["retries"]
         self._reported = len(report.sites)
@@ -105,9 +108,14 @@ class OnDisk:
         if self._host.rounds(stage):  # the run goes on with what was solved, and so must one that resumes it
             parameters = {site.tensor: self._host.model.get_parameter(site.tensor) for site in sites}
             self._sink.set_aside(stage.name, {name: parameter.data for name, parameter in parameters.items()})
+        self._finish(stage)
+
+    def _finish(self, stage: Stage) -> None:
+        """Note that a stage is written, with what a resumed run has to know of it."""
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
         report = self._report
         run = {"runs": report.most_runs, "retries": report.retries, "seconds": report.clock.seconds}
+        run["memory"] = {name: used for name, used in report.memory.items() if name == stage.name}
         self._sink.finish(stage.name, {"sites": reports, "batch_size": self.batch_size, **run})
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
@@ -116,3 +124,15 @@ class OnDisk:
         self._backup.restore()
         del self._report.sites[self._reported :]
         return True
+
+
+def fingerprint(source: Source, report: Report) -> dict[str, Any]:
+    """Return all that decides the bytes of a run's result."""
+    installed = versions()
+    return {
+        "recipe": report.recipe,
+        "source": source.fingerprint(),
+        "calibration": report.calibration,
+        "versions": {package: installed[package] for package in _DECISIVE if package in installed},
+        "hardware": hardware(),
+    }

@@ -123,6 +123,16 @@ def test_rows_expand_as_in_the_reference(columns: int, dtype: torch.dtype) -> No
     assert torch.equal(reference.expand_rows(masks, values, columns), expected)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 1000])
+def test_bits_are_counted(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    expected = sum(int(number).bit_count() for number in masks.tolist())
+    assert reference.count_bits(masks) == expected
+    for level in LEVELS:
+        monkeypatch.setattr(layout, "cpu_level", lambda level=level: level)
+        assert layout.count_bits(masks) == expected
+
+
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 3, 5])
 def test_any_number_of_threads_gives_the_same_bits(tokens: int, threads: int) -> None:

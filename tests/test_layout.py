@@ -32,6 +32,8 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.storing", "llmprune.forecast"},
     {"llmprune.thrift"},
     {"llmprune.run", "llmprune.sparse"},
+    {"llmprune.branches"},
+    {"llmprune.several"},
     {"llmprune.pruning", "llmprune.preview"},
     {"llmprune_eval"},
     {"llmprune.commands"},
@@ -48,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.kernels": {"llmprune_kernels"},
     "llmprune.patterns": {"llmprune.errors", "llmprune.kernels"},
     "llmprune.statistics": {"llmprune.errors", "llmprune.kernels", "llmprune.patterns"},
-    "llmprune.refit": set(),
+    "llmprune.refit": {"llmprune.kernels"},
     "llmprune.methods": {
         "llmprune.errors",
         "llmprune.kernels",
@@ -65,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.data": {"llmprune.errors", "llmprune.hub", "llmprune.documents", "llmprune.datafiles"},
     "llmprune.calibration": {"llmprune.errors", "llmprune.documents", "llmprune.progress"},
     "llmprune.locate": {"llmprune.errors", "llmprune.hub", "llmprune.checkpoint"},
-    "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.statistics"},
+    "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.kernels", "llmprune.statistics"},
     "llmprune.presets": {"llmprune.errors"},
     "llmprune.recipe": {
         "llmprune.presets",

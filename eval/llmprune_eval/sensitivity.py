@@ -19,6 +19,7 @@ from llmprune.errors import RecipeError
 from llmprune.locate import DEMO
 from llmprune.model import Resident
 from llmprune.model.sites import Site, is_router, sites_of
+from llmprune.page import html
 from llmprune.page.facts import kind_of
 from llmprune.planning import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
@@ -129,7 +130,7 @@ def sensitivity(
     result = Sensitivity(settings, perplexity_of(str(model), loss), cells)
     if folder is not None:
         (folder / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-        (folder / PAGE).write_text(sensitivity_page(result), "utf-8")
+        html.write(folder / PAGE, sensitivity_page(result))
     return result
 
 

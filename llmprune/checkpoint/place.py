@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,24 @@ def require_place(source: Source, out: Path, overwrite: bool, resume: bool = Fal
             that is not a model, cannot be created, does not fit on the disk, is being written by another run, or an
             unfinished run is there that is neither to be resumed nor to be overwritten.
     """
+    held = _require_free(source, out, overwrite, resume)
+    twice = max(shard.stat().st_size for shard in source.shards) if compressed else 0
+    _require_space(Place.of(out), source.output_bytes() + twice, held)
+
+
+def require_places(source: Source, outs: Sequence[Path], overwrite: bool, resume: bool = False) -> None:
+    """As `require_place`, for several outputs that all have to fit on the disk.
+
+    Raises:
+        CheckpointError: as `require_place`.
+    """
+    held = sum(_require_free(source, out, overwrite, resume) for out in outs)
+    if outs:
+        _require_space(Place.of(outs[0]), len(outs) * source.output_bytes(), held)  # they lie side by side
+
+
+def _require_free(source: Source, out: Path, overwrite: bool, resume: bool) -> int:
+    """Return the bytes that an unfinished run has left there."""
     inside, place = source.folder.resolve(), Place.of(out)
     if place.out == inside or inside in place.out.parents or place.out in inside.parents:
         raise CheckpointError(f"output {out} and source {source.folder} must not lie inside each other")
@@ -135,8 +154,7 @@ def require_place(source: Source, out: Path, overwrite: bool, resume: bool = Fal
             f"{place.partial} holds an unfinished run ({found.stages} blocks done): "
             "continue it with --resume, or start anew with --overwrite"
         )
-    twice = max(shard.stat().st_size for shard in source.shards) if compressed else 0
-    _require_space(place, source.output_bytes() + twice, found.size)
+    return found.size
 
 
 def _require_space(place: Place, size: int, held: int) -> None:

@@ -103,7 +103,7 @@ class Sink:
         entry = self.copy.entries[name]
         if tuple(tensor.shape) != entry.shape:
             raise AssertionError(f"{name}: shape {tuple(tensor.shape)} written over {entry.shape}")
-        data = tensor.detach().to("cpu", entry.torch_dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        data = _on_host(tensor.detach().to(entry.torch_dtype).contiguous()).view(-1).view(torch.uint8).numpy()
         with _writing(entry.file, f"write {name} to"):
             durable.overwrite(entry.file, entry.start, data.data)
         self._written[self.copy.place_of(entry)] = xxhash.xxh3_64(data.data).intdigest()
@@ -220,6 +220,13 @@ class Sink:
 
     def _target(self, path: Path) -> Path:
         return self.place.model / path.relative_to(self._source.folder)
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in host memory; from a GPU through pinned memory, which is several times as fast."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 @contextmanager

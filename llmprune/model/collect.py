@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.groups import (
     Group,
@@ -222,7 +223,8 @@ class Collector:
             group.statistic = self.needs(x.shape[-1], x.device)
         sequences = self.lanes.sequences(lane)
         both = [self.lanes.as_multiplied(one) for one in (x, dense) if one is not None]
-        parts = [_sequences(one, sequences) for one in both]
+        split = _whole if issubclass(self.needs, Gram) and kernels.takes_batches(both[0]) else _sequences
+        parts = [split(one, sequences) for one in both]
         with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
             for of_sequence, *of_dense in zip(*parts, strict=True):
                 group.statistic.add(of_sequence, sequences // len(parts[0]), *of_dense)
@@ -234,6 +236,10 @@ def _sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
     So the papers' scripts see them: masks then do not depend on the batch size.
     """
     return x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
+
+
+def _whole(x: Tensor, sequences: int) -> Sequence[Tensor]:
+    return [x.reshape(-1, x.shape[-1])]
 
 
 def _require_finite(groups: Sequence[Group]) -> None:

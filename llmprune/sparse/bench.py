@@ -86,7 +86,7 @@ class Benchmark:
 
     def __str__(self) -> str:
         sides = [self.dense, self.sparse] if self.sparse else [self.dense]
-        rows = {
+        rows: dict[str, list[tuple[str, float | None]]] = {
             "prefill tokens/s": [(str(side.prefill), side.prefill.median) for side in sides],
             "decode tokens/s": [(str(side.decode), side.decode.median) for side in sides],
             "  of the roofline": [(f"{side.decode.median / side.roofline:.0%}", None) for side in sides],
@@ -249,8 +249,7 @@ def linear_bytes(model: nn.Module) -> int:
 
 
 def _sparse_bytes(model: nn.Module) -> int:
-    layers = sum(layer.tiles.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear))
-    return layers + sum(module.nbytes() for module in model.modules() if isinstance(module, SparseExperts))
+    return sum(layer.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear | SparseExperts))
 
 
 def _prompt(model: Any, batch: int, tokens: int) -> Tensor:

@@ -93,7 +93,8 @@ class SparseExperts(nn.Module):
     @classmethod
     def of(cls, experts: nn.Module) -> "SparseExperts":
         """Return sparse experts in the place of dense ones, which stay as they are."""
-        made: SparseExperts = _with_class(experts, _sparse_class(type(experts)))
+        kind: Any = type(experts)
+        made: SparseExperts = _with_class(experts, _sparse_class(kind))
         made.sparse_stacks = {}
         for stack in stacks_of(experts):
             del made._parameters[stack.parameter]

@@ -449,15 +449,39 @@ void linear_bf16_avx512(const Tiles& tiles, const uint16_t* x, int64_t tokens, f
 
 uint32_t bits_of(const uint8_t* mask, int64_t column, int64_t count) {
   uint32_t bits = 0;
+  if (count == COLUMNS) {
+    std::memcpy(&bits, mask + column / 8, 4);  // of a known size, which is one instruction
+    return bits;
+  }
   std::memcpy(&bits, mask + column / 8, (count + 7) / 8);
-  return count < 32 ? bits & ((1u << count) - 1) : bits;
+  return bits & ((1u << count) - 1);
 }
 
-int64_t marked_in(const uint8_t* mask, int64_t columns) {
-  int64_t marked = 0;
-  for (int64_t column = 0; column < columns; column += COLUMNS)
-    marked += __builtin_popcount(bits_of(mask, column, columns - column < COLUMNS ? columns - column : COLUMNS));
-  return marked;
+int64_t ones_any(const uint8_t* masks, int64_t bytes) {
+  int64_t count = 0;
+  for (int64_t at = 0; at < bytes; at++) count += __builtin_popcount(masks[at]);
+  return count;
+}
+
+#ifdef LLMPRUNE_X86
+
+AVX2 int64_t ones_avx2(const uint8_t* masks, int64_t bytes) {
+  int64_t count = 0, at = 0;
+  for (uint64_t word; at + 8 <= bytes; at += 8) {
+    std::memcpy(&word, masks + at, 8);
+    count += _mm_popcnt_u64(word);
+  }
+  for (; at < bytes; at++) count += _mm_popcnt_u32(masks[at]);
+  return count;
+}
+
+#endif
+
+int64_t ones(const uint8_t* masks, int64_t bytes, int level) {
+#ifdef LLMPRUNE_X86
+  if (level >= 1) return ones_avx2(masks, bytes);
+#endif
+  return ones_any(masks, bytes);
 }
 
 template <typename T> void expand_row(const uint8_t* mask, const T* values, int64_t columns, T* out) {
@@ -515,7 +539,7 @@ template <typename T>
 void expand_rows(const uint8_t* masks, const T* values, int64_t rows, int64_t columns, T* out, int threads, int level) {
   int64_t bytes = (columns + 7) / 8;
   std::vector<int64_t> first(rows + 1, 0);
-  for (int64_t row = 0; row < rows; row++) first[row + 1] = first[row] + marked_in(masks + row * bytes, columns);
+  for (int64_t row = 0; row < rows; row++) first[row + 1] = first[row] + ones(masks + row * bytes, bytes, level);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
 #ifdef LLMPRUNE_X86
@@ -582,6 +606,9 @@ int llmprune_cpu_level() {
   return 0;
 #endif
 }
+
+// How many bits are set; the unused ones at the end of rows must not be. `count` takes the number.
+void bitmask_count(const uint8_t* masks, int64_t bytes, int64_t* count, int level) { *count = ones(masks, bytes, level); }
 
 // Rows to dense. `size` is the bytes of an element: 1, 2, 4 or 8.
 void bitmask_expand_rows(const uint8_t* masks, const void* values, int64_t rows, int64_t columns, int size, void* out,

@@ -26,6 +26,7 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {  # as in bitmask.cpp
     "bitmask_pack": (_P, _L, _L, _I, _P, _P, _P, _I),
     "bitmask_expand": (_P, _P, _P, _L, _L, _I, _P, _I, _I),
+    "bitmask_count": (_P, _L, _P, _I),
     "bitmask_expand_rows": (_P, _P, _L, _L, _I, _P, _I, _I),
     "bitmask_linear": (_P, _P, _P, _L, _L, _I, _P, _L, _P, _I, _I),
 }
@@ -135,6 +136,16 @@ def expand_rows(masks: Tensor, values: Tensor, columns: int) -> Tensor:
         dense.data_ptr(), torch.get_num_threads(), cpu_level(),
     )  # fmt: skip
     return dense
+
+
+def count_bits(masks: Tensor) -> int:
+    """Return how many bits of the bytes in a contiguous tensor are set."""
+    native = compiled()
+    if native is None:
+        return reference.count_bits(masks)
+    count = torch.zeros(1, dtype=torch.int64)
+    native.bitmask_count(masks.data_ptr(), masks.numel(), count.data_ptr(), cpu_level())
+    return int(count)
 
 
 def _stream(count: int, dtype: torch.dtype) -> Tensor:
