@@ -11,8 +11,8 @@ Prints one JSON row a line, for 1 thread and for `--threads`:
     openvino  the dense product of one token by OpenVINO, in an environment of its own
     model     a random Llama of about 0.7 B parameters at 50 %: what `llmprune bench` reports
     files     the demo model and the same Llama at 50 % and 2:4: bytes of the pruned matrices and of all files,
-              compressed over dense; bytes in memory of the same matrices, sparse over dense; seconds to load the dense
-              files, the compressed ones to dense, and those kept sparse, and the memory that the process gained
+              compressed over dense; bytes in memory of the same matrices, sparse over dense; seconds to load, and to load and read one token, from the
+              dense files, from the compressed ones to dense, and kept sparse, and the memory that the process gained
 
 Progress goes to stderr.
 """
@@ -191,6 +191,9 @@ def file_figures(dense: Path) -> dict[str, Any]:
         "files_on_disk": sizes["compressed_file_bytes"] / sizes["dense_file_bytes"],
         "matrices_in_memory": packed / sum(2 * entry.count for entry in matrices),
         "load_seconds": {name: float(np.median([run["seconds"] for run in runs])) for name, runs in loaded.items()},
+        "first_token_seconds": {
+            name: float(np.median([run["first_token"] for run in runs])) for name, runs in loaded.items()
+        },
         "resident_bytes": {name: float(np.median([run["resident"] for run in runs])) for name, runs in loaded.items()},
         "bytes_of_weights": {name: runs[0]["weights"] for name, runs in loaded.items()},
     }
@@ -222,9 +225,12 @@ def load_once(path: str, runtime: str) -> dict[str, float]:
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
     seconds = time.perf_counter() - began
+    with torch.inference_mode():  # dense files are mapped, and only read now
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    first_token = time.perf_counter() - began
     gc.collect()
     resident = psutil.Process().memory_info().rss - before
-    return {"seconds": seconds, "resident": resident, "weights": weight_bytes(model)}
+    return {"seconds": seconds, "first_token": first_token, "resident": resident, "weights": weight_bytes(model)}
 
 
 def main() -> None:
