@@ -142,6 +142,7 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 
     Raises:
         DataError: the calibration data cannot be read or does not fit the model.
+        RecipeError: it is too little to hold some of it out from block tuning.
     """
     if recipe.solver().needs is None:
         return None
@@ -150,6 +151,8 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
     documents = data.read(DEFAULT_CALIBRATION if recipe.calibration is None else recipe.calibration, "calibration")
     reader = None if documents.kind == "input_ids" else tokenizer()
     tokens = calibration.sample(documents, reader, samples=recipe.samples, length=length, seed=recipe.seed)
+    if recipe.tune_epochs and len(calibration.batches(tokens, recipe.batch_size or 1)) < 2:
+        raise RecipeError("tune_epochs holds out a tenth of the batches: ask for more samples or a smaller batch_size")
     calibration.check(tokens, vocabulary=host.embedding.module.get_parameter("weight").shape[0], context=context)
     return tokens
 
@@ -157,7 +160,8 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
     solver, pattern = recipe.solver(), recipe.target()
     if not sites:
-        raise RecipeError("nothing is left to prune: --exclude takes every matrix away")
+        cause = "--exclude takes every matrix away" if recipe.exclude else "the model's blocks hold no matrix"
+        raise RecipeError(f"nothing is left to prune: {cause}")
     if host.embedding.name in chosen and solver.needs is not None:
         raise RecipeError(
             f"{chosen[host.embedding.name][0].name} is an embedding, for which {methods.name_of(solver)} has no "

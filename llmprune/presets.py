@@ -12,8 +12,12 @@ _TOWARDS_DENSE = {"true_sequential": True, "dense_target": 0.5}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "method_options": {"arithmetic": "fast"}, **_TOWARDS_DENSE},
-    "balanced": {"method": "admm", "method_options": {"iterations": 20, "stages": 5}, **_TOWARDS_DENSE},
-    "best": {"method": "admm", **_TOWARDS_DENSE},
+    "balanced": {
+        "method": "admm",
+        "method_options": {"iterations": 24, "stages": 5, "first_rho": 0.2, "refit": 5},
+        **_TOWARDS_DENSE,
+    },
+    "best": {"method": "admm", **_TOWARDS_DENSE, "tune_epochs": 10},
 }
 
 

@@ -1,5 +1,7 @@
 """Prune a model: check everything, set up the run, let it run, and let its result appear."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -7,8 +9,9 @@ from typing import Any, overload
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.compressed import least_sparsity
 from llmprune.checkpoint.place import require_place
+from llmprune.checkpoint.sink import difference
 from llmprune.determinism import repeatable
-from llmprune.errors import RecipeError
+from llmprune.errors import RankError, RecipeError
 from llmprune.locate import locate, require_own_name
 from llmprune.model import Resident, Streamed, load_tokenizer
 from llmprune.model.memory import home_device, out_of_memory_in
@@ -20,7 +23,9 @@ from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.run import Run
 from llmprune.several import prune_patterns
-from llmprune.storing import InMemory, OnDisk, fingerprint
+from llmprune.storing import Beside, InMemory, OnDisk, fingerprint
+from llmprune.team.joining import joined
+from llmprune.team.team import Team
 
 
 @overload
@@ -85,8 +90,8 @@ def prune(
     if isinstance(options.get("pattern"), list | tuple):
         return _prune_several(model, out, tokenizer, output, options)
     recipe = Recipe.of(options)
-    with repeatable(recipe.deterministic):
-        return _prune(model, out, tokenizer, recipe, output)
+    with joined() as team, repeatable(recipe.deterministic):
+        return _prune(model, out, tokenizer, recipe, output, team)
 
 
 @dataclass(frozen=True)
@@ -108,23 +113,31 @@ def _prune_several(
     if output.compressed:
         raise RecipeError("several patterns are written dense: leave out --compressed, and compress each afterwards")
     others = {name: value for name, value in options.items() if name != "pattern"}
-    return prune_patterns(model, Path(out), options["pattern"], output.overwrite, output.resume, others)
+    with joined() as team:
+        if team.size > 1:
+            raise RecipeError("several patterns share a pass in one process: start no ranks, or give one pattern")
+        return prune_patterns(model, Path(out), options["pattern"], output.overwrite, output.resume, others)
 
 
-def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output) -> Report:
+def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output, team: Team) -> Report:
     if not isinstance(model, str | Path):
+        if team.size > 1:
+            raise RecipeError("a loaded model is pruned by one process: save it, and prune its folder")
         if out is not None or output != Output():
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
         return _prune_in_place(model, tokenizer, recipe)
     if out is None:
         raise RecipeError("an output folder is needed: prune(model, out, ...)")
-    return _prune_checkpoint(model, Path(out), recipe, output)
+    return _prune_checkpoint(model, Path(out), recipe, output, team)
 
 
-def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Output) -> Report:
+def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Output, team: Team) -> Report:
     require_own_name(out)
+    if team.size > 1 and recipe.tune_epochs:
+        raise RecipeError("blocks are tuned by one process: with torchrun leave out tune_epochs, and presets with it")
     source = Source.open(locate(model, recipe.revision))
-    require_place(source, out, output.overwrite, output.resume, output.compressed)
+    if team.leads:
+        require_place(source, out, output.overwrite, output.resume, output.compressed)
     recipe = recipe.for_model(model)
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe)
@@ -134,18 +147,37 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Outp
     warn_of_small_share(plan, recipe)
     report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
-    rows = tokens.rows * (2 if recipe.dense_target else 1) if tokens else []
+    rows = team.share(tokens.rows) * (2 if recipe.dense_stream else 1) if tokens else []
     home = home_device(recipe.place(), rows, host.config, host.dtype)
     decisive = fingerprint(source, report) | ({"compressed": True} if output.compressed else {})
-    with Sink(source, out, decisive, output.resume, output.compressed) as sink:
+    _require_alike(team, decisive)
+    sink = Sink(source, out, decisive, output.resume, output.compressed)
+    with sink if team.leads else nullcontext():  # the lock, and all that is written, is the first rank's
+        sink.done = team.tell(sink.done)
         with report.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
-        with report.clock.phase("copy"):
-            sink.copy_source()
-        Run(host, plan, tokens, recipe, home, report, OnDisk(host, sink, report)).prune()
-        sink.commit(report.to_json())
+        if team.leads:
+            with report.clock.phase("copy"):
+                sink.copy_source()
+        store = (OnDisk if team.leads else Beside)(host, sink, report)
+        Run(host, plan, tokens, recipe, home, report, store, team=team).prune()
+        report.peak = _most(team.gather(report.peak))
+        if team.leads:
+            sink.commit(report.to_json())
     report.out = out
     return report
+
+
+def _require_alike(team: Team, decisive: dict[str, Any]) -> None:
+    """Raise RankError if a rank would work on something else, or otherwise; copies of the source may differ in age."""
+    mine = {name: value for name, value in decisive.items() if name != "source"}
+    mine["source"] = decisive["source"]["headers"]
+    if found := difference(team.tell(mine), mine):
+        raise RankError(f"rank {team.rank} has another {found} than rank 0: start all ranks alike")
+
+
+def _most(peaks: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {on: max(peak[on] for peak in peaks) for on in peaks[0]}
 
 
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
@@ -154,12 +186,12 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     plan = make_plan(host, recipe)
     tokens = draw_tokens(host, recipe, lambda: tokenizer)
     warn_of_small_share(plan, recipe)
-    if recipe.dense_target:
+    if recipe.dense_stream:
         require_in_memory(plan.all_sites())
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
-    store = InMemory(host, report, once=bool(recipe.dense_target))
+    store = InMemory(host, report, once=recipe.dense_stream)
     try:
         Run(host, plan, tokens, recipe, host.home, report, store).prune()
     except BaseException:

@@ -1,6 +1,7 @@
 """What the user asked for, checked as far as that is possible without a model."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,9 @@ class Recipe:
         true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
         dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
             outputs that the dense matrix has on the pruned model's inputs. Needs `true_sequential`.
+        tune_epochs: how often the calibration sequences pass through each pruned block to tune what survives in it
+            towards the dense block's output; 0 tunes nothing.
+        tune_rate: first step size of that, relative to the weights; see `llmprune.tuning`.
         autocast: in a float32 model, multiply in bfloat16 during calibration, with sums in float32, where the hardware
             is faster at that; weights and solving stay float32.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
@@ -59,6 +63,8 @@ class Recipe:
     batch_size: int | None = None
     true_sequential: bool = False
     dense_target: float = 0.0
+    tune_epochs: int = 0
+    tune_rate: float = 0.2
     autocast: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -85,7 +91,7 @@ class Recipe:
 
     def require_valid(self) -> None:
         """Raise RecipeError or PatternError for what is wrong whatever the model is."""
-        for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0), ("tune_epochs", 0)):
             require_whole(name, getattr(self, name), least)
         for name in ("true_sequential", "autocast", "deterministic", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
@@ -95,6 +101,18 @@ class Recipe:
         self.target()
         self.place()
         self._require_dense_target()
+        self._require_tuning()
+
+    @property
+    def dense_stream(self) -> bool:
+        """Whether the dense model is to run beside the pruned one."""
+        return bool(self.dense_target or self.tune_epochs)
+
+    def _require_tuning(self) -> None:
+        if not isinstance(self.tune_rate, int | float) or not 0 < self.tune_rate < math.inf:
+            raise RecipeError(f"tune_rate must be a number above 0, not {self.tune_rate!r}")
+        if self.tune_epochs and self.solver().needs is None:
+            raise RecipeError(f"{methods.name_of(self.solver())} needs no calibration: leave out tune_epochs")
 
     def _require_dense_target(self) -> None:
         if not isinstance(self.dense_target, int | float) or not 0 <= self.dense_target <= 1:

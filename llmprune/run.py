@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 
@@ -22,16 +23,20 @@ from llmprune.model.memory import (
     out_of_memory_in,
     statistics_budget,
 )
+from llmprune.model.sharing import SharedCollector
 from llmprune.model.sites import Site, Stage
 from llmprune.patterns import Pattern, Unstructured
 from llmprune.planning import Host, Plan
+from llmprune.portions import Portions
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.report import Report, SiteReport
 from llmprune.solving import prune_matrix
 from llmprune.statistics import CrossGram
 from llmprune.storing import Store
+from llmprune.team.team import Team
 from llmprune.thrift import SolvingError, Thrift
+from llmprune.tuning import sequences_at_once, tunable, tune
 
 _AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
 
@@ -51,6 +56,7 @@ class Run:
         report: filled on the way.
         store: takes pruned stages, and knows those of an earlier run that was interrupted.
         thrift: what is given up where memory runs out.
+        team: the processes that share the work.
     """
 
     host: Host
@@ -61,6 +67,7 @@ class Run:
     report: Report
     store: Store
     thrift: Thrift = field(default_factory=Thrift)
+    team: Team = field(default_factory=Team, kw_only=True)
 
     def prune(self) -> None:
         """Prune the embedding if that is asked for, then stream the stages; with less at once if memory runs out.
@@ -84,12 +91,12 @@ class Run:
             store.begin(embedding)
             self._solve(_unfed(embedding), patterns)
             store.keep(self.host.embedding, embedding)
-        store.batch_size = store.batch_size or self._batch_size()
+        store.batch_size = store.batch_size or self.team.tell(self._batch_size())
         while not all(store.has(stage) for stage in self.plan.stages):
             try:
                 self._stream(patterns)
             except ResourceError as error:
-                step = self.thrift.give_up(error, store, self.host.place.type != "cpu") if store.go_back() else None
+                step = self.thrift.give_up(error, store, self.host.place.type != "cpu") if self._may_retry() else None
                 if step is None:
                     raise
                 said = str(error)  # not the error itself, from whose traceback all that took the memory hangs
@@ -108,6 +115,7 @@ class Run:
         ):
             collector = self._collector(lanes)
             for index, stage in enumerate(stages):
+                self.team.at(stage.name)
                 with out_of_memory_in(stage.name), self._freed(stage):
                     if self.store.has(stage):
                         self._recall(stage, index, collector)
@@ -129,9 +137,20 @@ class Run:
             with closing(collector.groups(index, sites)) as groups:
                 self._solve(self._timed(stage, groups), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
+            if self.recipe.tune_epochs and sites and stage is not self.host.head:
+                self._tune(stage, index, collector.lanes, sites)
         self.report.note_memory(stage.name)
         with clock.phase("write"):
             self.store.keep(stage, sites)
+
+    def _tune(self, stage: Stage, index: int, lanes: Lanes, sites: list[Site]) -> None:
+        recipe, tied = self.recipe, self.host.model.all_tied_weights_keys
+        inputs_of = tunable(stage, sites, {*tied, *tied.values()})
+        with self.report.clock.phase("tune"):
+            tuning = tune(lanes, index, inputs_of, recipe.tune_epochs, recipe.tune_rate, recipe.seed)
+        self.report.tuning.append(tuning)
+        if tuning.kept:
+            lanes.retract(range(len(lanes) // 2))
 
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
         with self.report.clock.phase("recall"):
@@ -143,17 +162,27 @@ class Run:
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
         for group in groups:
             for site in group.sites:
-                self.solve_site(site, self.host.weight(site), group, patterns[site.name])
+                job = partial(self._solved, site, self.host.weight(site), group, patterns[site.name])
+                self._portions.take(site, job)
+        with self.report.clock.phase("exchange"):
+            self._portions.settle()
 
     def solve_site(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> None:
         """Overwrite a site's weight with its solution, and report on it."""
+        self.report.sites.append(self._solved(site, weight_OI, group, pattern))
+
+    @cached_property
+    def _portions(self) -> Portions:
+        return Portions(self.team, self.host, self.plan, self.recipe.solver(), self.report)
+
+    def _solved(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> SiteReport:
         method = self.recipe.solver()
         if group.statistic is None and method.needs is not None:
             method = Magnitude()  # experts that no token reached; the group's notes say so
         seed, share, on_host = self.recipe.seed, self.recipe.dense_target, self.thrift.on_host
         with self.report.clock.phase("solve"), out_of_memory_in(site.name, SolvingError):
             outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, seed, share, on_host)
-        self.report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
+        return SiteReport.of(site, outcome, pattern, group.statistic, group.notes)
 
     def _timed(self, stage: Stage, groups: Iterator[Group]) -> Iterator[Group]:
         """Count the time it takes to come by each group, and let go of its statistic after use."""
@@ -174,41 +203,50 @@ class Run:
         finally:
             self.host.free(stage)
 
+    def _may_retry(self) -> bool:
+        """Forget what was done of the stage at work, if that is possible; with several ranks only one of them knows."""
+        return self.team.size == 1 and self.store.go_back()
+
     def _autocast(self) -> torch.dtype | None:
         """Return the dtype that the forward multiplies in, if not that of the weights."""
         asked = self.recipe.autocast and self.host.dtype == torch.float32
         return torch.bfloat16 if asked and kernels.multiplies_bfloat16(self.host.place) else None
 
     def _batch_size(self) -> int:
-        longest = max((len(row) for row in self.tokens.rows), default=1) if self.tokens else 1
-        if self._autocast() and self.host.place.type == "cpu" and not self.recipe.batch_size:
-            return max(1, _AUTOCAST_TOKENS // longest)
-        return self.recipe.batch_size or batch_size(longest, self.host.config, self.host.dtype, self.host.place)
+        rows = self.tokens.rows if self.tokens else []
+        longest = max((len(row) for row in rows), default=1)
+        most = batch_size(longest, self.host.config, self.host.dtype, self.host.place)
+        if self._autocast() and self.host.place.type == "cpu":
+            most = max(1, _AUTOCAST_TOKENS // longest)
+        return self.recipe.batch_size or (sequences_at_once(most, len(rows)) if self.recipe.tune_epochs else most)
 
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
         if self.tokens is None:
             return nullcontext()
-        rows = batches(self.tokens, self.store.batch_size)
-        rows = [*rows, *rows] if self.recipe.dense_target else rows
+        rows = self.team.share(batches(self.tokens, self.store.batch_size))
+        rows = [*rows, *rows] if self.recipe.dense_stream else rows
         stops = [*self.host.blocks, self.host.head]
         return Lanes(self.host.model, stops, rows, self.home, self.host.device_of, self._autocast())
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
-        needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)
+        needs, twins = self.recipe.solver().needs, self.recipe.dense_stream
         if lanes is None or needs is None or self.tokens is None:
             return None
         room = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
         budget = room if self.thrift.budget is None else min(room, self.thrift.budget)
-        tokens = sum(len(row) for row in self.tokens.rows) * (2 if twins else 1)
+        tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
         fits = self.thrift.side_by_side and fits_side_by_side(
-            tokens, self.host.config, self.host.dtype, self.host.place
+            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
         )
-        if twins and not fits:
+        budget, fits = self.team.tell((budget, fits))
+        if self.recipe.dense_target and not fits:
             raise RecipeError(
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
-        statistic = CrossGram if twins else needs
-        self.thrift.collector = Collector(lanes, statistic, budget, self.recipe.true_sequential, fits, twins)
+        statistic = CrossGram if self.recipe.dense_target else needs
+        how = lanes, statistic, budget, self.recipe.true_sequential, fits, twins
+        shared = partial(SharedCollector, team=self.team, settle=self._portions.settle)
+        self.thrift.collector = Collector(*how) if self.team.size == 1 else shared(*how)
         return self.thrift.collector
 
     def patterns(self) -> dict[str, Pattern]:

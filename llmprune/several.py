@@ -29,9 +29,14 @@ from llmprune.run import Run
 from llmprune.runs import read_run
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storing import fingerprint
+from llmprune.team.launch import launch
 from llmprune.thrift import Thrift
 
-_OF_ONE_RESULT = {"true_sequential": False, "dense_target": 0.0}  # what needs a pass for each, and its default
+_OF_ONE_RESULT = {
+    "true_sequential": False,
+    "dense_target": 0.0,
+    "tune_epochs": 0,
+}  # what needs a pass for each, and its default
 _NEEDS: list[Any] = [None, ColumnNorm, Gram]  # a later one serves methods that need an earlier one
 
 
@@ -74,7 +79,9 @@ def prune_together(
         LlmpruneError: as `prune`, before any work for any result that cannot be had.
         RecipeError: an option needs a pass for each result.
     """
-    recipes = {out: Recipe.of(options | result).for_model(model) for out, result in results.items()}
+    if launch().size > 1:
+        raise RecipeError("several results from one pass are the work of one process: with torchrun give one pattern")
+    recipes = {out: Recipe.of({**options, **result}).for_model(model) for out, result in results.items()}
     for recipe in recipes.values():
         require_shared_inputs(recipe)
     done = {out: _finished(out, model, recipe) for out, recipe in recipes.items() if resume and _is_complete(out)}
@@ -112,8 +119,8 @@ def require_shared_inputs(recipe: Recipe) -> None:
             )
     if recipe.solver().needs not in _NEEDS:
         raise RecipeError(
-            f"{methods.name_of(recipe.solver())} does not learn from inputs alone, and several results share what is "
-            "known of these: give one pattern at a time (a sweep: --separate)"
+            f"{methods.name_of(recipe.solver())} needs to know more than norms or the Gram of inputs, and several "
+            "results share these: give one pattern at a time (a sweep: --separate)"
         )
 
 

@@ -14,7 +14,7 @@ from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.recipe import Recipe
 from llmprune.retrying import Retry, reliefs
-from llmprune.statistics import ColumnNorm, CrossGram, Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 512  # of a matrix, from which the error of magnitude is taken
@@ -47,7 +47,7 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, *
     if why := pattern.misfit(*weight.shape):
         raise PatternError(f"the matrix {why}")
     require_finite("the matrix", weight)
-    generator = _generator(recipe.seed, "the matrix")
+    generator = seeded(recipe.seed, "the matrix")
     return checked_solution(
         "the matrix", method, weight, _fed(method, statistic, weight), pattern, generator, weight.dtype
     )
@@ -90,8 +90,9 @@ def prune_matrix(
     Where memory runs out the same is tried again with less; `on_host` allows that to be on the host in place of a GPU,
     where sums are rounded otherwise.
     """
-    generator, rows_apart = _generator(seed, name), method.row_wise and pattern.row_wise
-    yardstick = magnitude_error(weight_OI, statistic, pattern, dense_target)
+    generator, rows_apart = seeded(seed, name), method.row_wise and pattern.row_wise
+    measured = Retry(name, False, generator, reliefs(statistic, on_host))
+    (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, dense_target))
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
@@ -106,7 +107,7 @@ def prune_matrix(
     chunks = _chunks(weight_OI) if rows_apart else (weight_OI,)
     parts = [part for rows_OI in chunks for part in retry.solved(rows_OI, solve_rows)]
     change, whole = (sum(part.energy[which] for part in parts) for which in (0, 1))
-    notes = dict.fromkeys([*retry.notes, *(note for part in parts for note in part.notes)])
+    notes = dict.fromkeys([*measured.notes, *retry.notes, *(note for part in parts for note in part.notes)])
     error = change / whole if whole else 0.0
     return Outcome(sum(part.zeros for part in parts), error, tuple(notes), yardstick)
 
@@ -187,15 +188,16 @@ def _from_tensor(needs: type[ColumnNorm] | type[Gram], tensor: Tensor, inputs: i
     if tensor.ndim == 1 and len(tensor) == inputs and needs is ColumnNorm:
         return ColumnNorm.from_norms(tensor)
     if tensor.ndim != 2 or tensor.shape[1] != inputs:
-        raise RecipeError(f"the statistic must be inputs [tokens, {inputs}] or a Gram matrix, not {list(tensor.shape)}")
-    if tensor.shape[0] == inputs and torch.allclose(tensor, tensor.T):
+        other = "" if needs is ColumnMoments else " or a Gram matrix"
+        raise RecipeError(f"the statistic must be inputs [tokens, {inputs}]{other}, not {list(tensor.shape)}")
+    if tensor.shape[0] == inputs and needs is not ColumnMoments and torch.allclose(tensor, tensor.T):
         return Gram.from_matrix(tensor) if needs is Gram else ColumnNorm.from_norms(tensor.diagonal().sqrt())
     statistic = needs(inputs, tensor.device)
     statistic.add(tensor, 1)
     return statistic
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    """A stream of its own for each site, so that the result does not depend on the order of the sites."""
+def seeded(seed: int, name: str) -> torch.Generator:
+    """Return a stream of random numbers of its own for each part of a model, whatever the order in which parts come."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

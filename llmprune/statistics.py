@@ -1,11 +1,11 @@
-"""What is remembered of a site's calibration inputs: column norms (Wanda) or the Gram matrix (SparseGPT).
+"""What is remembered of a site's calibration inputs: column norms (Wanda), means too (DSnoT), or the Gram (SparseGPT).
 
 Shape suffixes: T tokens, I inputs, O outputs. Sums are fp32 whatever the dtype of the inputs.
 """
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -23,6 +23,7 @@ _LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked
 
 _log = logging.getLogger(__name__)
 
+Tile = tuple[int, int]
 FactorKind = Literal["inverse", "root"]
 
 S = TypeVar("S", bound="Statistic")
@@ -91,10 +92,20 @@ class ColumnNorm:
         return self.sum_I.device
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
+        self.add_squares(self.squares(x_TI), sequences, x_TI.shape[0])
+
+    @staticmethod
+    def squares(x_TI: Tensor) -> Tensor:
+        """Return the squared norm of every input [inputs], which is what `add` adds."""
         x_TI = x_TI.float() if x_TI.dtype == torch.float64 else x_TI  # vector_norm widens, but does not narrow
-        self.sum_I += torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+        squares_I: Tensor = torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+        return squares_I
+
+    def add_squares(self, squares_I: Tensor, sequences: int, tokens: int) -> None:
+        """Add inputs of which the squared norms are known."""
+        self.sum_I += squares_I
         self.sequences += sequences
-        self.tokens += x_TI.shape[0]
+        self.tokens += tokens
 
     def merge(self, other: "ColumnNorm") -> None:
         self.sum_I += other.sum_I
@@ -126,6 +137,53 @@ class ColumnNorm:
         _require_finite(self.sum_I, name)
 
 
+class ColumnMoments(ColumnNorm):
+    """The norms, and the mean and the variance of every input."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self._total_I = torch.zeros_like(self.sum_I)
+        self._shrunk = False  # sums are then means per token
+
+    def add(self, x_TI: Tensor, sequences: int) -> None:
+        super().add(x_TI, sequences)
+        self._total_I += x_TI.sum(0, dtype=torch.float32)
+
+    def merge(self, other: ColumnNorm) -> None:
+        super().merge(other)
+        self._total_I += _moments(other)._total_I
+
+    def shrink(self, other: ColumnNorm, share: float) -> None:
+        other_I = _moments(other)._total_I
+        self._total_I.mul_((1 - share) / max(self.tokens, 1)).add_(other_I, alpha=share / other.tokens)
+        super().shrink(other, share)
+        self._shrunk = True
+
+    @staticmethod
+    def nbytes(inputs: int) -> int:
+        return 2 * ColumnNorm.nbytes(inputs)
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Mean over tokens of each input."""
+        return self._total_I / self._count
+
+    @property
+    def variance_I(self) -> Tensor:
+        """Variance over tokens of each input."""
+        return (self.sum_I / self._count - self.mean_I.square()).clamp_min_(0)
+
+    @property
+    def _count(self) -> int:
+        return 1 if self._shrunk else max(self.tokens, 1)
+
+
+def _moments(statistic: ColumnNorm) -> ColumnMoments:
+    if not isinstance(statistic, ColumnMoments):
+        raise AssertionError("means cannot be had from norms alone")
+    return statistic
+
+
 class Gram:
     """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
 
@@ -155,19 +213,32 @@ class Gram:
     def device(self) -> torch.device:
         return self._mean_II.device
 
-    def add(self, x_TI: Tensor, sequences: int) -> None:
+    @staticmethod
+    def tiles(x_TI: Tensor) -> list[Tile]:
+        """Return the rows of each tile, which is what lies in them on and below the diagonal, for such inputs."""
+        inputs = x_TI.shape[1]
+        return [(0, inputs)] if kernels.multiplies(x_TI) else column_blocks(inputs, _GRAM_TILE)
+
+    def parts(self, tile: Tile) -> list[Tensor]:
+        """Return the sums of a tile, as views."""
+        start, stop = tile
+        return [self._mean_II[start:stop, :stop]]
+
+    def add(self, x_TI: Tensor, sequences: int, *, tiles: Sequence[Tile] | None = None) -> None:
+        """As `Statistic.add`; with `tiles` to these alone, where the others are summed elsewhere."""
         total = self.sequences + sequences
-        if kernels.multiplies(x_TI):
-            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
-        else:
-            self._add_as_the_paper(x_TI.float(), total)
+        if tiles != []:
+            self._add(x_TI, total, tiles)
         self._changed()
         self.sequences = total
         self.tokens += x_TI.shape[0]
 
-    def _add_as_the_paper(self, x_TI: Tensor, total: int) -> None:
-        x_IT = x_TI.T * math.sqrt(2 / total)
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
+    def _add(self, x_TI: Tensor, total: int, tiles: Sequence[Tile] | None) -> None:
+        if kernels.multiplies(x_TI):
+            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
+            return
+        x_IT = x_TI.float().T * math.sqrt(2 / total)
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE) if tiles is None else tiles:
             tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
             tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
 
@@ -254,19 +325,37 @@ class CrossGram(Gram):
         self._cross_II: Tensor | None = None
         self._mixture: tuple[float, Tensor] | None = None
 
-    def add(self, x_TI: Tensor, sequences: int, dense_TI: Tensor | None = None) -> None:
+    def parts(self, tile: Tile) -> list[Tensor]:
+        cross = [] if self._cross_II is None else [self._cross_II[slice(*tile)]]
+        return [*super().parts(tile), *cross]
+
+    def add(
+        self,
+        x_TI: Tensor,
+        sequences: int,
+        dense_TI: Tensor | None = None,
+        *,
+        tiles: Sequence[Tile] | None = None,
+    ) -> None:
         """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
             self._mixture = None
-            total = self.sequences + sequences
-            scale, before = 2 / total, self.sequences / total
-            if kernels.multiplies(x_TI):
-                kernels.add_product(self._cross_II, dense_TI, x_TI, scale, before)
-            else:
-                self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), beta=before, alpha=scale)
-        super().add(x_TI, sequences)
+            if tiles != []:
+                self._add_cross(self._cross_II, x_TI, dense_TI, self.sequences + sequences, tiles)
+        super().add(x_TI, sequences, tiles=tiles)
+
+    def _add_cross(
+        self, cross_II: Tensor, x_TI: Tensor, dense_TI: Tensor, total: int, tiles: Sequence[Tile] | None
+    ) -> None:
+        scale, before = 2 / total, self.sequences / total
+        if kernels.multiplies(x_TI):
+            kernels.add_product(cross_II, dense_TI, x_TI, scale, before)
+            return
+        x_TI, dense_IT = x_TI.float(), dense_TI.float().T
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE) if tiles is None else tiles:
+            cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
 
     def move(self, device: torch.device) -> None:
         super().move(device)

@@ -8,6 +8,7 @@ from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
 from llmprune.report import Report, SiteReport, hardware, versions
+from llmprune.tuning import BlockTuning
 
 _DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
 
@@ -71,6 +72,7 @@ class InMemory:
     def go_back(self) -> bool:
         self._backup.restore()
         del self._report.sites[self._reported :]
+        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
         return not (self._once and self._kept)
 
 
@@ -85,6 +87,7 @@ class OnDisk:
         self._kept = set(sink.done)
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
+            report.tuning.extend(BlockTuning.from_json(block) for block in record["tuning"])
             report.clock.seconds.update(record["seconds"])
             report.memory.update(record["memory"])
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
@@ -103,27 +106,37 @@ class OnDisk:
         self._backup = Backup(self._host.weight(site) for site in sites if self._host.outlives(site))
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
-        for name, tensor in self._host.stored(stage, sites):
+        names = list(dict.fromkeys([*(site.tensor for site in sites), *self._report.tuned_vectors(stage.name)]))
+        for name, tensor in self._host.stored(stage, names):
             self._sink.write(name, tensor)
         if self._host.rounds(stage):  # the run goes on with what was solved, and so must one that resumes it
-            parameters = {site.tensor: self._host.model.get_parameter(site.tensor) for site in sites}
-            self._sink.set_aside(stage.name, {name: parameter.data for name, parameter in parameters.items()})
+            self._sink.set_aside(stage.name, {name: self._host.model.get_parameter(name).data for name in names})
         self._finish(stage)
 
     def _finish(self, stage: Stage) -> None:
         """Note that a stage is written, with what a resumed run has to know of it."""
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
         report = self._report
+        tuning = [block.to_json() for block in report.tuning if block.block == stage.name]
         run = {"runs": report.most_runs, "retries": report.retries, "seconds": report.clock.seconds}
         run["memory"] = {name: used for name, used in report.memory.items() if name == stage.name}
-        self._sink.finish(stage.name, {"sites": reports, "batch_size": self.batch_size, **run})
+        self._sink.finish(stage.name, {"sites": reports, "tuning": tuning, "batch_size": self.batch_size, **run})
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
 
     def go_back(self) -> bool:
         self._backup.restore()
         del self._report.sites[self._reported :]
+        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
         return True
+
+
+class Beside(OnDisk):
+    """For the ranks of a team that do not write: the first one does, and a resumed run reads what it has written."""
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        self._kept.add(stage.name)
+        self._reported = len(self._report.sites)
 
 
 def fingerprint(source: Source, report: Report) -> dict[str, Any]:

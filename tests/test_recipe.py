@@ -31,6 +31,8 @@ GOOD: dict[str, Any] = {
     "batch_size": 2,
     "true_sequential": True,
     "dense_target": 0.0,
+    "tune_epochs": 2,
+    "tune_rate": 0.1,
     "autocast": True,
     "deterministic": True,
     "include": ("lm_head.weight",),

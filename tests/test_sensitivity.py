@@ -158,7 +158,11 @@ def test_a_sweep_measures_how_fast_each_decodes(folder: Path, tmp_path: Path) ->
     )
     for row in found.rows:
         saved = runs.read_run(row.out)["speed"]
-        assert row.decode == saved["sparse"]["decode"]["median"] > 0 and row.layers in ("sparse", "dense")
+        assert (
+            row.decode is not None
+            and row.decode == saved["sparse"]["decode"]["median"] > 0
+            and row.layers in ("sparse", "dense")
+        )
         faster = any((other.decode or 0) >= row.decode and other.perplexity < row.perplexity for other in found.rows)
         assert row.fastest is not faster
     assert found.dense_decode and "tokens/s: decoding on the CPU" in str(found)
@@ -185,11 +189,12 @@ def test_a_sweep_goes_on_where_it_was(
     shutil.rmtree(out / "wanda-2of4")
     solved = list[str]()
     solve_site = Run.solve_site
-    monkeypatch.setattr(
-        Run,
-        "solve_site",
-        lambda run, site, *rest: (solved.append(str(run.recipe.pattern)), solve_site(run, site, *rest)),
-    )
+
+    def counted_solve(run: Run, site: Any, *rest: Any) -> None:
+        solved.append(str(run.recipe.pattern))
+        solve_site(run, site, *rest)
+
+    monkeypatch.setattr(Run, "solve_site", counted_solve)
     found = llmprune.sweep(folder, out, **SWEEP)
     assert solved == ["2:4"] * tiny.BLOCKS * 7
     assert [row.perplexity for row in found.rows] == [row.perplexity for row in swept[0].rows]

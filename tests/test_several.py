@@ -85,12 +85,17 @@ def test_blocks_are_loaded_and_measured_once(
 ) -> None:
     loads, collected = list[str](), list[int]()
     load, groups = Streamed.load, Collector.groups
-    monkeypatch.setattr(
-        Streamed, "load", lambda host, stage, *rest: (loads.append(stage.name), load(host, stage, *rest))
-    )
-    monkeypatch.setattr(
-        Collector, "groups", lambda room, index, sites: (collected.append(index), groups(room, index, sites))[1]
-    )
+
+    def counted_load(host: Streamed, stage: Any, *rest: Any) -> None:
+        loads.append(stage.name)
+        load(host, stage, *rest)
+
+    def counted_groups(room: Collector, index: int, sites: Any) -> Any:
+        collected.append(index)
+        return groups(room, index, sites)
+
+    monkeypatch.setattr(Streamed, "load", counted_load)
+    monkeypatch.setattr(Collector, "groups", counted_groups)
     llmprune.prune(folders["llama"], tmp_path / "out", pattern=PATTERNS, **OPTIONS)
     assert loads == [f"model.layers.{block}" for block in range(tiny.BLOCKS)]
     assert collected == list(range(tiny.BLOCKS))
@@ -116,7 +121,7 @@ def test_methods_share_a_pass(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_budget_over_the_model_is_split_for_each(folders: dict[str, Path], tmp_path: Path) -> None:
-    options = {"method": "magnitude", "comparison_group": "model"}
+    options: dict[str, Any] = {"method": "magnitude", "comparison_group": "model"}
     reports = llmprune.prune(folders["llama"], tmp_path / "out", pattern=["50%", "70%"], **options)
     for report, share in zip(reports, (0.5, 0.7), strict=True):
         assert report.zeros == int(report.site_parameters * share)
@@ -190,6 +195,7 @@ def test_the_report_says_what_the_pass_ran_through(folders: dict[str, Path], tmp
         ({"pattern": ["50%", "0.5"]}, RecipeError, "none twice"),
         ({"pattern": []}, RecipeError, "at least one is needed"),
         ({"pattern": ["50%", "4:2"]}, PatternError, "keeps N of every M"),
+        ({"tune_epochs": 2}, RecipeError, "tune_epochs has each result see"),
         ({"true_sequential": True}, RecipeError, "true_sequential has each result see"),
         ({"preset": "balanced", "method": "admm"}, RecipeError, "give one pattern at a time"),
         ({"comparison_group": "row"}, LlmpruneError, "has no meaning for 2:4"),
@@ -207,7 +213,7 @@ def test_what_cannot_be_had_for_all_is_refused_before_any_work(
 def test_a_model_folder_or_a_loaded_model_takes_no_several_results(folders: dict[str, Path], tmp_path: Path) -> None:
     loaded: Any = tiny.load(folders["llama"])
     with pytest.raises(RecipeError, match="need a model on disk"):
-        llmprune.prune(loaded, pattern=["50%", "2:4"], **OPTIONS)  # type: ignore[call-overload]
+        llmprune.prune(loaded, pattern=["50%", "2:4"], **OPTIONS)
     llmprune.prune(folders["llama"], tmp_path / "out", pattern="50%", **OPTIONS)
     with pytest.raises(CheckpointError, match="is a model folder"):
         llmprune.prune(folders["llama"], tmp_path / "out", pattern=["50%", "2:4"], **OPTIONS)

@@ -61,7 +61,14 @@ class Sensitivity:
     cells: list[Cell]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as plain values."""
+        """Return the result as plain values, as `sensitivity.json` has them.
+
+        `{"settings": {"model", "data", "windows", "method", ..., "sparsities"}, "dense": perplexity, "cells": [...]}`,
+        each cell `{"axis": "block" or "kind", "part", "sparsity", "perplexity", "kl_divergence"}`: `part` is the number
+        of the block from 0 on, as text, or the last part of the module's name, such as `q_proj`; `sparsity` a share of
+        zeros in (0, 1); `kl_divergence` in nats a token. For every part there is one cell for each of
+        `settings.sparsities`, so that those of a part are a curve that an allocation can interpolate from 0 on.
+        """
         return {"settings": self.settings, "dense": self.dense, "cells": [asdict(cell) for cell in self.cells]}
 
     def parts(self, axis: str) -> dict[str, list[Cell]]:

@@ -23,13 +23,18 @@ from llmprune.recipe import Recipe
 from llmprune.runs import add_evaluations, add_speed, read_run, update_run
 from llmprune.several import prune_together, require_shared_inputs
 from llmprune.sparse.bench import Benchmark, bench
+from llmprune.team.joining import joined
 from llmprune_eval.pages import DECODING, sweep_page
 from llmprune_eval.perplexity import Evaluation, measure, read_text
 from llmprune_eval.subjects import Place, Subject
 from llmprune_eval.windows import Amount
 
 RESULT, PAGE = "sweep.json", "sweep.html"
-_SETTING = {"prompt_tokens": 16, "new_tokens": 24, "rounds": 3}  # of the benchmark: fits into every context
+_SETTING: dict[str, Any] = {
+    "prompt_tokens": 16,
+    "new_tokens": 24,
+    "rounds": 3,
+}  # of the benchmark: fits into every context
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,17 @@ class Sweep:
         return asdict(self)
 
     def __str__(self) -> str:
+        rates, width = ("tokens/s", 10) if self.dense_decode else ("", 0)
         lines = [
             f"{self.model}: perplexity {self.dense:.2f} dense, on {self.data}",
-            f"{'method':14}{'pattern':>8}{'left':>9}{'size':>11}{'perplexity':>12}{'KL':>9}{'top-1':>9}{'tokens/s':>10}  best",
+            f"{'method':14}{'pattern':>8}{'left':>9}{'size':>11}{'perplexity':>12}{'KL':>9}{'top-1':>9}{rates:>{width}}  best",
             f"{'dense':14}{'':8}{1:>9.2%}{self.dense_size / 1e6:>8.1f} MB{self.dense:>12.2f}{'':18}"
-            f"{_rate(self.dense_decode):>10}".rstrip(),
+            f"{_rate(self.dense_decode):>{width}}".rstrip(),
         ]
         for row in self.rows:
             lines.append(
                 f"{row.method:14}{row.pattern:>8}{row.left:>9.2%}{row.size / 1e6:>8.1f} MB{row.perplexity:>12.2f}"
-                f"{row.kl_divergence:>9.4f}{row.top1_agreement:>9.2%}{_rate(row.decode):>10}  {_marks(row)}".rstrip()
+                f"{row.kl_divergence:>9.4f}{row.top1_agreement:>9.2%}{_rate(row.decode):>{width}}  {_marks(row)}".rstrip()
             )
         return "\n".join([*lines, *self.legend()])
 
@@ -156,29 +162,36 @@ def sweep(
     if len(recipes) < len(methods) * len(patterns):
         raise RecipeError(f"a method or a pattern is there more than once: {', '.join([*methods, *patterns])}")
     _require_feasible(model, [options | recipe for recipe in recipes.values()], separate)
-    trusted = bool(options.get("trust_remote_code", False))
-    place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
-    text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
-    base = measure(dense, text, None, amount)
-    if separate:
-        for folder, recipe in recipes.items():
-            _prune_once(model, folder, options | recipe)
-    else:
-        prune_together(model, recipes, resume=True, **options)
-    rows, beside = [], list[float]()
-    for folder in recipes:
-        found = measure(Subject(folder, place), text, dense, amount)
-        add_evaluations(folder, [found.to_json()])
-        benchmark = bench(folder, **_SETTING, trust_remote_code=trusted) if speed and not dense.streamed else None
-        rows.append(_row(folder, found, benchmark, separate))
-        beside += [benchmark.dense.decode.median] if benchmark else []
-    size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
-    dense_decode = statistics.median(beside) if beside else None
-    found_all = _marked(rows)
-    result = Sweep(str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, found_all)
-    (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-    html.write(Path(out) / PAGE, sweep_page(result))
-    return result
+    with joined() as team:
+        if team.size > 1 and (speed or not separate):
+            raise RecipeError("several ranks sweep in separate passes and measure no speed: --separate --no-speed")
+        trusted = bool(options.get("trust_remote_code", False))
+        place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
+        text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
+        base = measure(dense, text, None, amount)
+        if separate:
+            for folder, recipe in recipes.items():
+                _prune_once(model, folder, options | recipe, there=team.tell(folder.exists()))
+        else:
+            prune_together(model, recipes, resume=True, **options)
+        rows, beside = [], list[float]()
+        for folder in recipes:
+            found = measure(Subject(folder, place), text, dense, amount)
+            if team.leads:
+                add_evaluations(folder, [found.to_json()])
+            benchmark = bench(folder, **_SETTING, trust_remote_code=trusted) if speed and not dense.streamed else None
+            rows.append(_row(folder, found, benchmark, separate))
+            beside += [benchmark.dense.decode.median] if benchmark else []
+        size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
+        dense_decode = statistics.median(beside) if beside else None
+        found_all = _marked(rows)
+        result = Sweep(
+            str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, found_all
+        )
+        if team.leads:
+            (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            html.write(Path(out) / PAGE, sweep_page(result))
+        return result
 
 
 def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]], separate: bool) -> None:
@@ -192,9 +205,9 @@ def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]], sepa
             require_shared_inputs(recipe)
 
 
-def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any]) -> None:
-    """Prune into `folder`, unless a run with this recipe has finished there."""
-    if not folder.exists():
+def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any], there: bool) -> None:
+    """Prune into `folder`, unless it is there: then of a run with this recipe that has finished."""
+    if not there:
         prune(model, folder, resume=True, **recipe)
         return
     done = read_run(folder)

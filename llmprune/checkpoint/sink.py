@@ -180,9 +180,9 @@ class Sink:
 
     def _require_same(self) -> None:
         found = self._journal.records[0].get("run")
-        if difference := _difference(found, self._fingerprint):
+        if other := difference(found, self._fingerprint):
             raise CheckpointError(
-                f"{self.place.partial} was begun with another {difference}: continue with what it was, "
+                f"{self.place.partial} was begun with another {other}: continue with what it was, "
                 "or start anew with --overwrite"
             )
         there = self.place.model.is_dir() and announced(self._journal) in (None, folder_id(self.place.model))
@@ -233,8 +233,9 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 def _writing(path: Path, action: str = "write") -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(f"cannot {action} {path}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot {action} {path}: {cause}") from None
 
 
 def _explain(error: BaseException, kept: str) -> None:
@@ -246,11 +247,11 @@ def _explain(error: BaseException, kept: str) -> None:
     _log.warning("%s", kept)
 
 
-def _difference(old: Any, new: Any, name: str = "") -> str | None:
+def difference(old: Any, new: Any, name: str = "") -> str | None:
     """Return the first value in which two nestings of plain values differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new | old:
-            if found := _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
+            if found := difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
                 return found
         return None
     return None if old == new else f"{name} ({old}, now {new})"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from llmprune.forecast.parts import Part, Workload
+from llmprune.forecast.ranks import handed_memory
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
 from llmprune.model import Outline
 from llmprune.model.memory import give_back_freed_memory
@@ -44,7 +45,16 @@ def _steps(
         if sites:
             yield [weights, *_statistics(trial, on), solving_memory(host, sites, recipe, on)]
         if sites and trial and workload:
-            yield [weights, statistics_memory(trial, on), *collecting_memory(host, trial, workload, recipe, on)]
+            needs = recipe.solver().needs
+            handed = handed_memory(trial, workload, needs, host, on) if workload.ranks > 1 and needs else []
+            yield [
+                weights,
+                statistics_memory(trial, on),
+                *collecting_memory(host, trial, workload, recipe, on),
+                *handed,
+            ]
+        if sites and trial and workload and recipe.tune_epochs and stage is not host.head:
+            yield [weights, *tuning_memory(host, sites, trial, workload, on)]
 
 
 def _different(host: Outline, plan: Plan) -> list[tuple[Stage, list[Site]]]:
@@ -120,6 +130,17 @@ def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, on: str
     needed = {shape: solving_bytes(method, pattern, shape, host.dtype, host.place) for shape in shapes}
     shape = max(shapes, key=lambda shape: (needed[shape], shape))
     return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
+
+
+def tuning_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: Workload, on: str) -> list[Part]:
+    """Return what tuning a block takes beside it: four copies in fp32, a step's gradients, and three in its own dtype."""
+    each = 5 * 4 + 3 * host.dtype.itemsize
+    state = each * sum(site.shape[0] * site.shape[1] for site in sites)
+    forward = workload.tokens_at_once * trial.forward_bytes
+    return [
+        Part("weights while tuned", state, "in fp32 with gradients and Adam's means, and the best ones seen", on),
+        Part("one forward", forward, "measured on a few tokens of one block without gradients, which hold more", on),
+    ]
 
 
 def peak(parts: Sequence[Part]) -> dict[str, int]:

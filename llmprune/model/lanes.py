@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.sites import Stage
@@ -92,6 +93,10 @@ class Lanes:
         """Return the stage at which lanes park `index`-th."""
         return self._stages[index]
 
+    def device(self, index: int) -> torch.device:
+        """Return the device of the weights of stage `index`."""
+        return self._device_of(self._stages[index])
+
     def sequences(self, lane: int) -> int:
         """Return the number of sequences in a lane's batch."""
         return len(self._batches[lane])
@@ -125,15 +130,21 @@ class Lanes:
         """Return what a site is fed in the precision in which the forward multiplies it."""
         return x if self._autocast is None else x.to(self._autocast)
 
-    def run(self, index: int, lane: int) -> Any:
+    def provided(self, lane: int) -> Any:
+        """Return the output that the lane was given for the stage at which it waits."""
+        return self._provided[lane]
+
+    def run(self, index: int, lane: int, weights: dict[str, Tensor] | None = None) -> Any:
         """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.
+
+        `weights`, by their names in the stage, take the place of its own; gradients flow to them where they are wanted.
 
         A lane that the model's forward has led past the stage, as past cross-attention without an image, runs nothing.
         """
         with self.forward_precision(index):
-            return self.walk(index, lane)
+            return self.walk(index, lane, weights)
 
-    def walk(self, index: int, lane: int) -> Any:
+    def walk(self, index: int, lane: int, weights: dict[str, Tensor] | None = None) -> Any:
         """As `run`, for a greenlet of its own that is switched into within `forward_precision`."""
         arrival = self._arrivals[lane]
         if arrival is None or arrival.stage != index:
@@ -143,7 +154,8 @@ class Lanes:
             args, kwargs = send_to_device((args, kwargs), device)
         self._passing.add(getcurrent())
         try:
-            return self._stages[index].module(*args, **kwargs)
+            module = self._stages[index].module
+            return functional_call(module, weights, args, kwargs) if weights else module(*args, **kwargs)
         finally:
             self._passing.discard(getcurrent())
 

@@ -1,7 +1,7 @@
 """A model on disk of which one block at a time is in memory."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.unpacked import open_dense
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, one_line
 from llmprune.model.blocks import find_stages
 from llmprune.model.configuration import read_config, require_not_quantized, unknown_fields
 from llmprune.model.lanes import Lanes
@@ -113,7 +113,7 @@ class Streamed:
             notes.append(f"{len(unused)} stored tensors are no part of the model and were copied, such as {unused[0]}")
         if ignored := unknown_fields(self.source.config, self.config):
             notes.append(f"config.json has fields that transformers does not know and ignores: {', '.join(ignored)}")
-        return notes
+        return [one_line(note) for note in notes]
 
     def weight(self, site: Site) -> Tensor:
         """Return the site's matrix [outputs, inputs], a view: writing to it changes what `stored` returns."""
@@ -127,12 +127,12 @@ class Streamed:
         """Return the parameter under whose name a tied parameter is stored; its own name where it is not tied."""
         return self._loader.ties.stored_name(parameter)
 
-    def stored(self, stage: Stage, sites: Sequence[Site]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the source's tensors, with their names and dtypes there, that hold these sites of a loaded stage."""
+    def stored(self, stage: Stage, parameters: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the source's tensors, names and dtypes as there, that hold these parameters of a loaded stage."""
         state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
         ties = self._loader.ties
         state |= {twin: state[name] for name in list(state) for twin in ties.names(name)}
-        wanted = {twin for site in sites for twin in ties.names(site.tensor)}
+        wanted = {twin for name in parameters for twin in ties.names(name)}
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
                 yield key, _cast(key, tensor, self.source.entries[key].torch_dtype)
