@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from llmprune.checkpoint import Source
-from llmprune.checkpoint.compressed import is_compressed, require_version
 from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import CheckpointError, DataError
 from llmprune.locate import locate
@@ -86,17 +85,14 @@ def _room(given: int, context: int | None, asked: int) -> int:
 
 
 def load(source: Source, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:
-    """Return the model of a checkpoint, dense or compressed, with dense layers on the CPU.
+    """Return the model of a checkpoint that `open_dense` has opened, with dense layers on the CPU.
 
     Raises:
         CheckpointError, UnsupportedModelError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    if is_compressed(source.config):
-        require_version(source.config["quantization_config"], str(source.folder))
-    else:
-        read_config(source.folder, source.config, trust_remote_code)
+    read_config(source.folder, source.config, trust_remote_code)
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(
