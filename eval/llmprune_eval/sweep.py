@@ -225,7 +225,7 @@ def _row(folder: Path, found: Evaluation, benchmark: Benchmark | None, separate:
         add_speed(folder, benchmark.to_json())
     run = read_run(folder)
     errors, seconds = [site["error"] for site in run["sites"]], run["timings"]
-    sparse = benchmark is not None and any(choice.kernel != "dense" for choice in benchmark.sparsified.choices)
+    ran = (benchmark.sparse or benchmark.dense) if benchmark else None
     return Row(
         method=run["recipe"]["method"],
         pattern=run["recipe"]["pattern"],
@@ -237,8 +237,8 @@ def _row(folder: Path, found: Evaluation, benchmark: Benchmark | None, separate:
         output_error=sum(errors) / len(errors),
         seconds=sum(seconds.values()) if separate else seconds["solve"],
         out=str(folder),
-        decode=benchmark.sparse.decode.median if benchmark else None,
-        layers=("sparse" if sparse else "dense") if benchmark else None,
+        decode=ran.decode.median if ran else None,
+        layers=("sparse" if benchmark.sparse else "dense") if benchmark else None,
     )
 
 

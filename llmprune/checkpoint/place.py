@@ -115,15 +115,17 @@ def folder_id(folder: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-def require_place(source: Source, out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Check, before any work, that the output can be written.
+def require_place(source: Source, out: Path, overwrite: bool, resume: bool = False, compressed: bool = False) -> None:
+    """Check, before any work, that the output can be written; `compressed` needs room for one file of weights more.
 
     Raises:
         CheckpointError: the output exists, lies inside the source (or the source inside it), would replace something
             that is not a model, cannot be created, does not fit on the disk, is being written by another run, or an
             unfinished run is there that is neither to be resumed nor to be overwritten.
     """
-    require_places(source, [out], overwrite, resume)
+    held = _require_free(source, out, overwrite, resume)
+    twice = max(shard.stat().st_size for shard in source.shards) if compressed else 0
+    _require_space(Place.of(out), source.output_bytes() + twice, held)
 
 
 def require_places(source: Source, outs: Sequence[Path], overwrite: bool, resume: bool = False) -> None:
@@ -134,7 +136,7 @@ def require_places(source: Source, outs: Sequence[Path], overwrite: bool, resume
     """
     held = sum(_require_free(source, out, overwrite, resume) for out in outs)
     if outs:
-        _require_space(source, [Place.of(out) for out in outs], held)
+        _require_space(Place.of(outs[0]), len(outs) * source.output_bytes(), held)  # they lie side by side
 
 
 def _require_free(source: Source, out: Path, overwrite: bool, resume: bool) -> int:
@@ -155,14 +157,13 @@ def _require_free(source: Source, out: Path, overwrite: bool, resume: bool) -> i
     return found.size
 
 
-def _require_space(source: Source, places: Sequence[Place], held: int) -> None:
-    place = places[0]  # all of them lie side by side
+def _require_space(place: Place, size: int, held: int) -> None:
     parent = next(folder for folder in place.out.parents if folder.exists())
     if not parent.is_dir():
         raise CheckpointError(f"output {place.out} cannot be created: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"output {place.out} cannot be created: no permission to write in {parent}")
-    needed, free = len(places) * source.output_bytes() / 1e9, (shutil.disk_usage(parent).free + held) / 1e9
+    needed, free = size / 1e9, (shutil.disk_usage(parent).free + held) / 1e9
     if needed > free:
         raise CheckpointError(f"too little disk for {place.out}: needs {needed:.2f} GB, {free:.2f} GB are free")
 
