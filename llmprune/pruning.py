@@ -94,10 +94,7 @@ def _prune_several(
     if tokenizer is not None:
         raise RecipeError("a tokenizer goes with a loaded model: one on disk has its own")
     others = {name: value for name, value in options.items() if name != "pattern"}
-    with joined() as team:
-        if team.size > 1:
-            raise RecipeError("several patterns share a pass in one process: start no ranks, or give one pattern")
-        return prune_patterns(model, Path(out), options["pattern"], overwrite, resume, others)
+    return prune_patterns(model, Path(out), options["pattern"], overwrite, resume, others)
 
 
 def _prune(
