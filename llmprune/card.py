@@ -142,7 +142,7 @@ def _summary(run: dict[str, Any], base: str | None) -> str:
 
 
 def _training(run: dict[str, Any]) -> str:
-    tuned = sum(bool(block["kept"]) for block in run.get("tuning") or [])
+    tuned = sum(bool(block.get("kept")) for block in run.get("tuning") or [])
     if not tuned:
         return "Nothing was trained again."
     return f"In {tuned} blocks, what survived was tuned towards the outputs of the dense block on the calibration data."

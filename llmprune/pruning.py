@@ -113,10 +113,7 @@ def _prune_several(
     if output.compressed:
         raise RecipeError("several patterns are written dense: leave out --compressed, and compress each afterwards")
     others = {name: value for name, value in options.items() if name != "pattern"}
-    with joined() as team:
-        if team.size > 1:
-            raise RecipeError("several patterns share a pass in one process: start no ranks, or give one pattern")
-        return prune_patterns(model, Path(out), options["pattern"], output.overwrite, output.resume, others)
+    return prune_patterns(model, Path(out), options["pattern"], output.overwrite, output.resume, others)
 
 
 def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output, team: Team) -> Report:

@@ -379,14 +379,15 @@ class CrossGram(Gram):
             return weight_OI
         factor = self.factor(damp, "root")
         ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(share))
+        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(self._cross_II, share))
         half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
-        return torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
+        target_OI: Tensor = torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
+        return target_OI
 
-    def _mixed(self, share: float) -> Tensor:
+    def _mixed(self, cross_II: Tensor, share: float) -> Tensor:
         """Return C = `share`·DᵀP + (1-share)·PᵀP, once for all sites that read these inputs."""
         if self._mixture is None or self._mixture[0] != share:
-            self._mixture = share, torch.lerp(self.hessian_II, self._cross_II, share)
+            self._mixture = share, torch.lerp(self.hessian_II, cross_II, share)
         return self._mixture[1]
 
 
