@@ -247,9 +247,11 @@ def test_admm_beats_sparsegpt_on_correlated_inputs(pattern: Pattern) -> None:
     assert errors_of(methods.get("admm"), weight_OI, statistic, x_TI, pattern).sum() < 0.95 * greedy
 
 
-def test_admm_follows_a_count() -> None:
-    pattern = Count(1000, OUTPUTS * INPUTS)
-    pattern.check(solved(methods.get("admm"), weights(), inputs_with_dead_ones(), pattern).keep_OI)
+@pytest.mark.parametrize(("name", "group"), GROUPED)
+@pytest.mark.parametrize("removed", [0, 1000, 1535, OUTPUTS * INPUTS])
+def test_every_method_follows_a_count(name: str, group: patterns.ComparisonGroup, removed: int) -> None:
+    pattern = Count(removed, OUTPUTS * INPUTS, group)
+    pattern.check(solved(methods.get(name), weights(), inputs_with_dead_ones(), pattern).keep_OI)
 
 
 def test_admm_zeroes_the_weights_of_dead_inputs() -> None:
@@ -350,11 +352,6 @@ def test_a_note_tells_that_the_damping_was_raised() -> None:
     method = SparseGPT(damp=0.01)
     solution = checked_solution("a site", method, weights(inputs=4), Indefinite(4, CPU), NM(2, 4), torch.Generator())
     assert solution.notes == ("not positive definite at damping 0.01, raised to 0.1",)
-
-
-def test_sparsegpt_cannot_follow_a_count() -> None:
-    with pytest.raises(PatternError, match="sparsegpt chooses its masks block by block"):
-        solved(methods.get("sparsegpt"), weights(), correlated(300, INPUTS), Count(5, OUTPUTS * INPUTS))
 
 
 def test_the_files_are_the_methods() -> None:
