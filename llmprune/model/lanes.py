@@ -52,7 +52,7 @@ class Lanes:
         device_of: Callable[[Stage], torch.device],
     ) -> None:
         self._model, self._stages, self._batches = model, stages, batches
-        self._home, self._device_of = home, device_of
+        self._home, self.device_of = home, device_of
         self._passing: set[greenlet] = set()  # those that run a stage, and are not to park there
         self._arrivals: list[Arrival | None] = []
         self._provided: dict[int, Any] = {}  # outputs of the stage at which lanes wait that are there already
@@ -90,6 +90,10 @@ class Lanes:
         """Return the stage at which lanes park `index`-th."""
         return self._stages[index]
 
+    def batch(self, lane: int) -> Tensor:
+        """Return a lane's token ids [sequences, length]."""
+        return self._batches[lane]
+
     def sequences(self, lane: int) -> int:
         """Return the number of sequences in a lane's batch."""
         return len(self._batches[lane])
@@ -113,14 +117,21 @@ class Lanes:
         A lane that the model's forward has led past the stage, as past cross-attention without an image, runs nothing.
         """
         arrival = self._arrivals[lane]
-        if arrival is None or arrival.stage != index:
-            return None
-        args, kwargs, device = arrival.args, arrival.kwargs, self._device_of(self._stages[index])
+        return self.replay(arrival) if arrival is not None and arrival.stage == index else None
+
+    def arrival(self, lane: int) -> Arrival | None:
+        """Return what the lane waits with, and where; None for one that has reached its end."""
+        return self._arrivals[lane]
+
+    def replay(self, arrival: Arrival) -> Any:
+        """Run a stage on these arguments and return its output; lanes stay where they are."""
+        args, kwargs, stage = arrival.args, arrival.kwargs, self._stages[arrival.stage]
+        device = self.device_of(stage)
         if device != self._home:  # sending rebuilds dictionaries, in which some models hand keys from block to block
             args, kwargs = send_to_device((args, kwargs), device)
         self._passing.add(getcurrent())
         try:
-            return self._stages[index].module(*args, **kwargs)
+            return stage.module(*args, **kwargs)
         finally:
             self._passing.discard(getcurrent())
 
@@ -135,9 +146,14 @@ class Lanes:
             UnsupportedModelError: a lane goes back.
         """
         for lane in self.waiting_at(index)[:at_most]:
-            output = self._provided.pop(lane) if lane in self._provided else self.run(index, lane)
-            self._arrivals[lane] = None
-            self._arrivals[lane] = self._onward(self._resume(lane, self._send_home(output)), index)
+            self.step(index, lane)
+
+    def step(self, index: int, lane: int) -> Any:
+        """As `advance`, for one lane that waits there; return the stage's output as the lane was given it."""
+        output = self._send_home(self._provided.pop(lane) if lane in self._provided else self.run(index, lane))
+        self._arrivals[lane] = None
+        self._arrivals[lane] = self._onward(self._resume(lane, output), index)
+        return output
 
     def outputs(self) -> list[Any]:
         """Return what the model's forward returned for each batch, once all stages are behind."""
