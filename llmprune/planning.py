@@ -11,7 +11,6 @@ from llmprune import calibration, data, methods
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
 from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
-from llmprune.patterns import NM, Unstructured
 from llmprune.recipe import Recipe
 
 DEFAULT_CALIBRATION = "c4"
@@ -43,7 +42,6 @@ class Plan:
     embedding: str
     head: str
     sites: dict[str, list[Site]]
-    pattern: Unstructured | NM
     left_dense: dict[str, str]
     parameters: int  # of the whole model
     inner_parameters: int  # beside embeddings and head
@@ -92,7 +90,7 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     sites = [site for chosen_here in chosen.values() for site in chosen_here]
     _require_sense(host, recipe, chosen, sites)
     stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)
-    return Plan(stages, host.embedding.name, host.head.name, chosen, recipe.target(), left_dense, *_parameters(host))
+    return Plan(stages, host.embedding.name, host.head.name, chosen, left_dense, *_parameters(host))
 
 
 def _twins(tied: dict[str, str]) -> dict[str, set[str]]:
@@ -139,7 +137,7 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
     Raises:
         DataError: the calibration data cannot be read or does not fit the model.
     """
-    if recipe.solver().needs is None:
+    if not recipe.calibrates:
         return None
     context = context_length(host.config)
     length = window_length(recipe.length, context)
@@ -151,14 +149,16 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 
 
 def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
-    solver, pattern = recipe.solver(), recipe.target()
     if not sites:
         raise RecipeError("nothing is left to prune: --exclude takes every matrix away")
-    if host.embedding.name in chosen and solver.needs is not None:
-        raise RecipeError(
-            f"{chosen[host.embedding.name][0].name} is an embedding, for which {methods.name_of(solver)} has no "
-            "inputs to see: use --method magnitude, or do not include it"
-        )
+    recipe.require_matches([site.tensor for site in sites])
+    for site in chosen.get(host.embedding.name, ()):
+        solver = recipe.at(site.tensor).solver()
+        if solver.needs is not None:
+            raise RecipeError(
+                f"{site.name} is an embedding, for which {methods.name_of(solver)} has no inputs to see: use --method "
+                "magnitude, or do not include it"
+            )
     for site in sites:
-        if why := pattern.misfit(*site.shape):
+        if why := recipe.at(site.tensor).target().misfit(*site.shape):
             raise PatternError(f"{site.name} {why}: use a pattern such as 50%, or --exclude '{site.name}'")

@@ -1,21 +1,24 @@
 """What the user asked for, checked as far as that is possible without a model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmprune import methods, patterns
-from llmprune.errors import RecipeError, did_you_mean
+from llmprune.errors import PatternError, RecipeError, did_you_mean
 from llmprune.locate import DEMO
 from llmprune.methods import Method
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
 from llmprune.presets import expanded
-from llmprune.statistics import Gram
+from llmprune.statistics import ColumnNorm, Gradient, Gram
 
+ALLOCATIONS = ("uniform", "owl", "error", "fisher")
+OVERRIDABLE = ("method", "pattern", "method_options", "comparison_group")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -38,6 +41,13 @@ class Recipe:
         true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
         dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
             outputs that the dense matrix has on the pruned model's inputs. Needs `true_sequential`.
+        allocation: how a sparsity is shared out over the sites: `uniform`; by cost, `error` (of a site's outputs) or
+            `fisher` (of the loss, by one backward pass); `owl` by the outliers of blocks. In all the sites it is exact.
+        allocation_range: how far a site's sparsity may then be from the pattern's.
+        sparsities: sparsities of sites by glob, as `pattern` has them. The first glob that matches counts; all other
+            sites have the pattern's own sparsity, in their sum if that is shared out.
+        overrides: by glob, another `method`, `pattern`, `method_options` or `comparison_group`; the first glob that
+            matches counts. A pattern stated here is kept exactly, as a sparsity stated in `sparsities` is.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
         deterministic: use only operations that repeat themselves to the bit; where a GPU has none, refuse.
         revision: branch, tag or commit of a Hub model.
@@ -57,6 +67,10 @@ class Recipe:
     batch_size: int | None = None
     true_sequential: bool = False
     dense_target: float = 0.0
+    allocation: str = "uniform"
+    allocation_range: float = 0.15
+    sparsities: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     deterministic: bool = False
@@ -92,6 +106,8 @@ class Recipe:
         self.target()
         self.place()
         self._require_dense_target()
+        self._require_allocation()
+        self._require_parts()
 
     def _require_dense_target(self) -> None:
         if not isinstance(self.dense_target, int | float) or not 0 <= self.dense_target <= 1:
@@ -100,6 +116,83 @@ class Recipe:
             raise RecipeError(f"{methods.name_of(self.solver())} fits no outputs: leave out dense_target")
         if self.dense_target and not self.true_sequential:
             raise RecipeError("dense_target needs true_sequential, so that a block is solved as its inputs change")
+
+    def _require_allocation(self) -> None:
+        if self.allocation not in ALLOCATIONS:
+            hint = did_you_mean(str(self.allocation), ALLOCATIONS)
+            raise RecipeError(f"unknown allocation '{self.allocation}': {hint}")
+        if not isinstance(self.allocation_range, int | float) or not 0 < self.allocation_range < 1:
+            raise RecipeError(f"allocation_range must be a number between 0 and 1, not {self.allocation_range!r}")
+        pattern = self.target()
+        stated = [name for name in ("sparsities", "overrides") if getattr(self, name)]
+        stated += [f"allocation '{self.allocation}'"] if self.allocation != "uniform" else []
+        for name in stated:
+            if isinstance(pattern, Unstructured) and pattern.group == "model":
+                raise RecipeError(f"comparison_group 'model' already shares out the sparsity: leave out {name}")
+            if isinstance(pattern, NM) and name != "overrides":
+                raise RecipeError(f"{name} shares out a sparsity, {pattern} is the same everywhere: use 50% or the like")
+
+    def _require_parts(self) -> None:
+        """Check what is stated for some of the sites as if it were for all."""
+        for name in ("sparsities", "overrides"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise RecipeError(f"{name} must map globs to values, not {getattr(self, name)!r}")
+        for glob, value in self.sparsities.items():
+            if isinstance(patterns.parse(value), NM):
+                raise RecipeError(f"sparsities '{glob}' must be such as 60%, not {value}: use overrides for N:M")
+        for glob, changes in self.overrides.items():
+            if not isinstance(changes, Mapping):
+                raise RecipeError(f"overrides '{glob}' must map options to values, not {changes!r}")
+            for option in changes:
+                if option not in OVERRIDABLE:
+                    raise RecipeError(f"overrides '{glob}': cannot set '{option}': {did_you_mean(option, OVERRIDABLE)}")
+            try:
+                self._changed(changes).target()
+            except (RecipeError, PatternError) as error:
+                raise type(error)(f"overrides '{glob}': {error}") from None
+
+    def at(self, name: str) -> "Recipe":
+        """Return the recipe of one site, by its tensor's name: the same for all, where nothing is stated for it."""
+        changes = dict(next((changes for glob, changes in self.overrides.items() if fnmatchcase(name, glob)), {}))
+        stated = next((value for glob, value in self.sparsities.items() if fnmatchcase(name, glob)), None)
+        if stated is not None:
+            changes.setdefault("pattern", stated)
+        return self._changed(changes) if changes else self
+
+    def require_matches(self, names: Collection[str]) -> None:
+        """Raise RecipeError for a glob of `sparsities` or `overrides` that matches none of the sites."""
+        for option in ("sparsities", "overrides"):
+            for glob in getattr(self, option):
+                if not any(fnmatchcase(name, glob) for name in names):
+                    raise RecipeError(f"{option} '{glob}' matches nothing to prune: {did_you_mean(glob, names)}")
+
+    def states_pattern(self, name: str) -> bool:
+        """Say whether a site's pattern is stated for it, by its tensor's name."""
+        override = next((changes for glob, changes in self.overrides.items() if fnmatchcase(name, glob)), {})
+        return "pattern" in override or any(fnmatchcase(name, glob) for glob in self.sparsities)
+
+    def _changed(self, changes: Mapping[str, Any]) -> "Recipe":
+        """Return a recipe with changes; options of a method do not pass on to another."""
+        fresh: dict[str, Any] = {"overrides": {}, "sparsities": {}}
+        if changes.get("method", self.method) != self.method:
+            fresh |= {"method_options": {}, "comparison_group": None}
+        elif isinstance(changes.get("method_options"), Mapping):
+            changes = {**changes, "method_options": {**self.method_options, **changes["method_options"]}}
+        if ":" in str(changes.get("pattern", "")):
+            fresh["comparison_group"] = None
+        return dataclasses.replace(self, **fresh | dict(changes))
+
+    @property
+    def needs(self) -> type[Any] | None:
+        """The statistic that serves all methods of the recipe: a Gram matrix where one needs it."""
+        parts = [self, *map(self._changed, self.overrides.values())]
+        needed = [part.solver().needs for part in parts]
+        return next((kind for kind in (Gradient, Gram, ColumnNorm) if kind in needed), None)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration data is needed."""
+        return self.needs is not None or self.allocation != "uniform"
 
     def solver(self) -> Method:
         """Return the method with its hyper-parameters set."""
@@ -154,6 +247,8 @@ class Recipe:
         fields: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         fields["method"] = methods.name_of(solver)
         fields["method_options"] = {item.name: getattr(solver, item.name) for item in dataclasses.fields(solver)}  # type: ignore[arg-type]
+        fields["sparsities"] = {glob: str(value) for glob, value in self.sparsities.items()}
+        fields["overrides"] = {glob: dict(changes) for glob, changes in self.overrides.items()}
         fields["pattern"], fields["device"] = str(self.pattern), str(self.device)
         pattern = self.target()
         fields["comparison_group"] = pattern.group if isinstance(pattern, Unstructured) else None

@@ -101,6 +101,7 @@ class Report:
     sites: list[SiteReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    allocation: dict[str, Any] | None = None  # how a sparsity was shared out over the sites, see `budget.Choice`
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
     most_runs: int = 0  # how often a block was run to collect its statistics, at most
@@ -155,6 +156,7 @@ class Report:
             "parameters": {"sites": self.site_parameters, "all": self.parameters, "blocks": self.blocks},
             "coverage": {"all_parameters": self.site_parameters / self.parameters, "inner_parameters": self.coverage},
             "sites": [asdict(site) for site in self.sites],
+            "allocation": self.allocation,
             "left_dense": self.left_dense,
             "notes": self.notes,
             "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},

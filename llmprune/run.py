@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmprune.allocation import global_magnitude
+from llmprune.budget import choose
 from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError, ResourceError
 from llmprune.methods.magnitude import Magnitude
@@ -22,7 +22,7 @@ from llmprune.model.memory import (
     statistics_budget,
 )
 from llmprune.model.sites import Site, Stage
-from llmprune.patterns import Pattern, Unstructured
+from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
@@ -65,7 +65,7 @@ class Run:
             CheckpointError: a stage cannot be read or stored.
         """
         with out_of_memory_in("the model's weights"):
-            patterns = self._patterns()
+            patterns = self._choose()
         store = self.store
         if self.recipe.dense_target and any(site.expert is not None for site in self.plan.all_sites()):
             self.report.notes.append(
@@ -86,6 +86,15 @@ class Run:
                 _log.warning("%s; going on with %d sequences a forward", error, store.batch_size)
             give_back_freed_memory()
         self.report.close(self.plan)
+
+    def _choose(self) -> dict[str, Pattern]:
+        with self.report.clock.phase("allocation") if self.recipe.allocation != "uniform" else nullcontext():
+            known = self.store.allocation
+            choice = choose(self.host, self.plan, self.recipe, self.tokens, self.home, known)
+        self.report.allocation = choice.allocation
+        if choice.allocation and not known:
+            self.store.keep_allocation(choice.allocation)
+        return choice.patterns
 
     def _stream(self, patterns: dict[str, Pattern]) -> None:
         """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
@@ -129,10 +138,10 @@ class Run:
 
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
         for group in groups:
-            method = self.recipe.solver()
-            if group.statistic is None and method.needs is not None:
-                method = Magnitude()  # experts that no token reached; the group's notes say so
             for site in group.sites:
+                method = self.recipe.at(site.tensor).solver()
+                if group.statistic is None and method.needs is not None:
+                    method = Magnitude()  # experts that no token reached; the group's notes say so
                 with self.report.clock.phase("solve"), out_of_memory_in(site.name):
                     outcome = prune_matrix(
                         site.name,
@@ -177,7 +186,7 @@ class Run:
         return Lanes(self.host.model, stops, rows, self.home, self.host.device_of)
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
-        needs, twins = self.recipe.solver().needs, bool(self.recipe.dense_target)
+        needs, twins = self.recipe.needs, bool(self.recipe.dense_target)
         if lanes is None or needs is None or self.tokens is None:
             return None
         budget = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
@@ -188,20 +197,6 @@ class Run:
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
         return Collector(lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins)
-
-    def _patterns(self) -> dict[str, Pattern]:
-        """Return every site's pattern; a budget over the whole model is split by one look at all weights."""
-        sites, pattern = self.plan.all_sites(), self.plan.pattern
-        if isinstance(pattern, Unstructured) and pattern.group == "model":
-            return dict(global_magnitude(self._weights, pattern.sparsity))
-        return {site.name: pattern for site in sites}
-
-    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for stage in [self.host.embedding, *self.plan.stages]:
-            if stage.name in self.plan.sites:
-                self.host.load(stage)
-                yield from ((site.name, self.host.weight(site)) for site in self.plan.sites[stage.name])
-                self.host.free(stage)
 
 
 def _unfed(sites: Iterable[Site]) -> Iterator[Group]:

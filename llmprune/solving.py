@@ -70,16 +70,25 @@ def prune_matrix(
     """Overwrite a matrix with its solution, a few rows at a time where rows are independent."""
     generator = _generator(seed, name)
     zeros, error, scale, notes = 0, 0.0, 0.0, dict[str, None]()
+    given = statistic_for(method, statistic)
     for rows in _chunks(weight_OI) if method.row_wise and pattern.row_wise else (weight_OI,):
         here = rows.to(statistic.device) if statistic else rows  # accelerate may keep weights off the GPU
-        goal = statistic.target(here, dense_target, _TARGET_DAMP) if isinstance(statistic, CrossGram) else here
-        solution = checked_solution(name, method, goal, statistic, pattern, generator, rows.dtype)
+        fits = method.needs is Gram and isinstance(statistic, CrossGram)
+        goal = statistic.target(here, dense_target, _TARGET_DAMP) if fits else here
+        solution = checked_solution(name, method, goal, given, pattern, generator, rows.dtype)
         change, whole = energies(goal, solution.weight_OI, statistic)
         error, scale = error + change, scale + whole
         zeros += here.numel() - int(solution.weight_OI.count_nonzero())
         notes |= dict.fromkeys(solution.notes)
         rows.copy_(solution.weight_OI)
     return Outcome(zeros, error / scale if scale else 0.0, tuple(notes))
+
+
+def statistic_for(method: Method, statistic: Any) -> Any:
+    """Return what a method needs of a statistic that may tell more, as sites of other methods share it."""
+    if method.needs is ColumnNorm and isinstance(statistic, Gram):
+        return ColumnNorm.from_gram(statistic)
+    return statistic
 
 
 def checked_solution(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _STEPS = 64  # in which a site's range is gone through; the last step of all is cut to the weight
+_PINNED = 1e100
 _LEAST = 1e-30  # of a cost, whose logarithm is taken
 
 Floats = NDArray[np.float64]
@@ -41,6 +42,11 @@ def wish(share: float, weights: int) -> Cost:
     return lambda at_E: weights * (at_E - share) ** 2
 
 
+def pinned(share: float) -> Cost:
+    """Return the cost of a site that is to have exactly this share, by weight of which no measured cost comes near."""
+    return lambda at_E: _PINNED * np.abs(at_E - share)
+
+
 def bounds(sparsity: float, span: float) -> tuple[float, float]:
     """Return the least and the largest share of a site: `span` away, but never past half the way to nothing or all."""
     return max(sparsity - span, sparsity / 2), min(sparsity + span, (1 + sparsity) / 2)
@@ -64,7 +70,8 @@ def split(costs: Mapping[str, Cost], sizes: Mapping[str, int], sparsity: float, 
     removed = {name: int(size * low) for name, size in sizes.items()}
     steps: list[tuple[float, int, str]] = []
     for name, size in sizes.items():
-        steps += _steps(name, costs[name], size, removed[name], min(size, math.ceil(size * high)))
+        middle, last = int(size * sparsity), min(size, math.ceil(size * high))
+        steps += _steps(name, costs[name], size, removed[name], middle, last)
     left = budget - sum(removed.values())
     for _, width, name in sorted(steps, key=lambda step: step[0]):  # stable: a site's own steps stay in order
         taken = min(left, width)
@@ -73,9 +80,12 @@ def split(costs: Mapping[str, Cost], sizes: Mapping[str, int], sparsity: float, 
     return removed
 
 
-def _steps(name: str, cost: Cost, size: int, first: int, last: int) -> list[tuple[float, int, str]]:
-    """Return a site's steps from `first` to `last` removed weights: cost per weight, never falling, and width."""
-    edge_E = np.unique(np.linspace(first, last, min(_STEPS, last - first) + 1).round().astype(np.int64))
+def _steps(name: str, cost: Cost, size: int, first: int, middle: int, last: int) -> list[tuple[float, int, str]]:
+    """Return a site's steps from `first` through `middle` to `last` removed weights: cost of each weight, never
+    falling, and width.
+    """
+    edges = np.linspace(first, last, min(_STEPS, last - first) + 1).round().tolist()
+    edge_E = np.unique(np.array([*edges, middle], dtype=np.int64))
     width_S, rise_S = np.diff(edge_E), np.diff(cost(edge_E / size))
     pools: list[tuple[float, int]] = []  # of cost and width
     for rise, width in zip(rise_S.tolist(), width_S.tolist(), strict=True):

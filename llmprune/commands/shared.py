@@ -56,6 +56,13 @@ what = options(
         metavar="SHARE",
         help="Share of the dense model's outputs to fit to, 0 to 1  [default: 0]",
     ),
+    click.option(
+        "--allocation",
+        metavar="WAY",
+        help="Share a sparsity out over matrices: uniform, owl, error or fisher (best)  [default: uniform]",
+    ),
+    click.option("--allocation-range", type=float, metavar="SHARE", help="How far a matrix may deviate  [default: 0.15]"),
+    click.option("--sparsity", multiple=True, metavar="GLOB=SHARE", help="Of these matrices, e.g. '*.down_proj.*=40%'."),
     click.option("--deterministic", is_flag=True, default=None, help="Use only operations that repeat to the bit."),
     click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'."),
@@ -75,17 +82,19 @@ def recipe_options(recipe: str | None, values: dict[str, Any]) -> dict[str, Any]
 
     asked = given(values)
     if "method_option" in asked:
-        asked["method_options"] = dict(_name_and_value(text) for text in asked.pop("method_option"))
+        asked["method_options"] = dict(_pair("method-option", text, "damp=0.1") for text in asked.pop("method_option"))
+    if "sparsity" in asked:
+        asked["sparsities"] = dict(_pair("sparsity", text, "*.down_proj.*=40%") for text in asked.pop("sparsity"))
     in_file = read_recipe(recipe) if recipe else {}
     if "method_options" in asked:
         asked["method_options"] = (in_file.get("method_options") or {}) | asked["method_options"]
     return in_file | asked
 
 
-def _name_and_value(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
+def _pair(option: str, text: str, example: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=") if option == "sparsity" else text.partition("=")
     if not equals:
-        raise RecipeError(f"--method-option '{text}' must read NAME=VALUE, for example damp=0.1")
+        raise RecipeError(f"--{option} '{text}' must read NAME=VALUE, for example {example}")
     return name, value
 
 

@@ -55,10 +55,19 @@ class Tape:
         of_weights: whether gradients of the weights are wanted, beside those of the outputs.
         labels: `sampled` from the model's own predictions (the gradients of the true Fisher matrix), or the `text`.
         seed: of the sampling.
+        shelf: device on which the hidden states of all blocks are kept; None is where the lanes' glue runs.
     """
 
-    def __init__(self, lanes: Lanes, of_weights: bool, labels: Labels, seed: int = 0) -> None:
+    def __init__(
+        self,
+        lanes: Lanes,
+        of_weights: bool,
+        labels: Labels,
+        seed: int = 0,
+        shelf: torch.device | None = None,
+    ) -> None:
         self._lanes, self._of_weights, self._labels, self._seed = lanes, of_weights, labels, seed
+        self._shelf = shelf or lanes.home
         self._visits = [[self._first_visit(lane)] for lane in range(len(lanes))]
         self._gradients: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(lanes))]  # of the last visit's outputs
 
@@ -121,7 +130,8 @@ class Tape:
 
     def _visit(self, stage: int, given: list[Any], spec: TreeSpec, links: list[tuple[int, int]]) -> _Visit:
         for _, place in links:
-            given[place] = given[place].detach().clone()  # some models go on to change it in place
+            kept = given[place].detach().to(self._shelf, copy=True)  # some models go on to change it in place
+            given[place] = kept
         return _Visit(stage, given, spec, links)
 
     def _arrival(self, lane: int) -> Arrival:
@@ -174,7 +184,7 @@ class Tape:
 
     def _back(self, lane: int, visit: _Visit, stage: Stage, found: Found) -> None:
         given = list(visit.given)
-        leaves = {source: given[place].requires_grad_() for source, place in visit.links}
+        leaves = {source: given[place].to(self._lanes.home).requires_grad_() for source, place in visit.links}
         with torch.enable_grad(), observing(stage, list(found), _ignore, _adding(found)):
             for source, place in visit.links:
                 given[place] = leaves[source].clone()  # no leaf, so that a block may change it in place

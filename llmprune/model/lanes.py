@@ -52,7 +52,7 @@ class Lanes:
         device_of: Callable[[Stage], torch.device],
     ) -> None:
         self._model, self._stages, self._batches = model, stages, batches
-        self._home, self.device_of = home, device_of
+        self.home, self.device_of = home, device_of
         self._passing: set[greenlet] = set()  # those that run a stage, and are not to park there
         self._arrivals: list[Arrival | None] = []
         self._provided: dict[int, Any] = {}  # outputs of the stage at which lanes wait that are there already
@@ -65,7 +65,7 @@ class Lanes:
     def __enter__(self) -> "Lanes":
         self._modes.enter_context(torch.inference_mode(False))  # inputs' versions tell which sites share one
         self._modes.enter_context(torch.no_grad())
-        self._modes.enter_context(torch.autocast(self._home.type, enabled=False))
+        self._modes.enter_context(torch.autocast(self.home.type, enabled=False))
         self._coordinator = getcurrent()
         self._model.eval()  # no dropout
         for index, stage in enumerate(self._stages):
@@ -127,7 +127,7 @@ class Lanes:
         """Run a stage on these arguments and return its output; lanes stay where they are."""
         args, kwargs, stage = arrival.args, arrival.kwargs, self._stages[arrival.stage]
         device = self.device_of(stage)
-        if device != self._home:  # sending rebuilds dictionaries, in which some models hand keys from block to block
+        if device != self.home:  # sending rebuilds dictionaries, in which some models hand keys from block to block
             args, kwargs = send_to_device((args, kwargs), device)
         self._passing.add(getcurrent())
         try:
@@ -161,12 +161,12 @@ class Lanes:
 
     def _send_home(self, output: Any) -> Any:
         """Move a stage's output to where lanes wait; from a GPU to the host through pinned memory."""
-        if self._home.type == "cpu":
+        if self.home.type == "cpu":
             return recursively_apply(_to_pinned, output)
-        return send_to_device(output, self._home)
+        return send_to_device(output, self.home)
 
     def _start(self, batch: Tensor) -> None:
-        ids = batch.to(self._home)
+        ids = batch.to(self.home)
         lane = greenlet(lambda: self._model(input_ids=ids, use_cache=False))
         lane.gr_context = contextvars.copy_context()
         self._lanes.append(lane)
