@@ -138,7 +138,7 @@ class Count:
 
     def check(self, keep_OI: Tensor) -> None:
         found_O = (~keep_OI).sum(1).tolist()
-        if self.group == "row" and found_O != self._of_rows(len(found_O)) or sum(found_O) != self.removed:
+        if (self.group == "row" and found_O != self._of_rows(len(found_O))) or sum(found_O) != self.removed:
             raise PatternError(f"asked for {self.removed} zeros, the mask has {sum(found_O)} or shares them unequally")
 
     def _of_rows(self, rows: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmprune import calibration, data, methods
+from llmprune import calibration, data, methods, overrides
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
 from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
@@ -151,7 +151,7 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
     if not sites:
         raise RecipeError("nothing is left to prune: --exclude takes every matrix away")
-    recipe.require_matches([site.tensor for site in sites])
+    overrides.require_matches([site.tensor for site in sites], recipe.overrides, recipe.sparsities)
     for site in chosen.get(host.embedding.name, ()):
         solver = recipe.at(site.tensor).solver()
         if solver.needs is not None:

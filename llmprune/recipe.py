@@ -1,16 +1,15 @@
 """What the user asked for, checked as far as that is possible without a model."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmprune import methods, patterns
-from llmprune.errors import PatternError, RecipeError, did_you_mean
+from llmprune import methods, overrides, patterns
+from llmprune.errors import RecipeError, did_you_mean
 from llmprune.locate import DEMO
 from llmprune.methods import Method
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
@@ -18,7 +17,6 @@ from llmprune.presets import expanded
 from llmprune.statistics import ColumnNorm, Gradient, Gram
 
 ALLOCATIONS = ("uniform", "owl", "error", "fisher")
-OVERRIDABLE = ("method", "pattern", "method_options", "comparison_group")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -106,8 +104,8 @@ class Recipe:
         self.target()
         self.place()
         self._require_dense_target()
+        overrides.require_valid(self, self.overrides, self.sparsities)
         self._require_allocation()
-        self._require_parts()
 
     def _require_dense_target(self) -> None:
         if not isinstance(self.dense_target, int | float) or not 0 <= self.dense_target <= 1:
@@ -123,6 +121,8 @@ class Recipe:
             raise RecipeError(f"unknown allocation '{self.allocation}': {hint}")
         if not isinstance(self.allocation_range, int | float) or not 0 < self.allocation_range < 1:
             raise RecipeError(f"allocation_range must be a number between 0 and 1, not {self.allocation_range!r}")
+        if self.needs is Gradient:
+            self._require_gradients()
         pattern = self.target()
         stated = [name for name in ("sparsities", "overrides") if getattr(self, name)]
         stated += [f"allocation '{self.allocation}'"] if self.allocation != "uniform" else []
@@ -130,62 +130,35 @@ class Recipe:
             if isinstance(pattern, Unstructured) and pattern.group == "model":
                 raise RecipeError(f"comparison_group 'model' already shares out the sparsity: leave out {name}")
             if isinstance(pattern, NM) and name != "overrides":
-                raise RecipeError(f"{name} shares out a sparsity, {pattern} is the same everywhere: use 50% or the like")
+                raise RecipeError(
+                    f"{name} shares out a sparsity, {pattern} is the same everywhere: use 50% or the like"
+                )
 
-    def _require_parts(self) -> None:
-        """Check what is stated for some of the sites as if it were for all."""
-        for name in ("sparsities", "overrides"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise RecipeError(f"{name} must map globs to values, not {getattr(self, name)!r}")
-        for glob, value in self.sparsities.items():
-            if isinstance(patterns.parse(value), NM):
-                raise RecipeError(f"sparsities '{glob}' must be such as 60%, not {value}: use overrides for N:M")
-        for glob, changes in self.overrides.items():
-            if not isinstance(changes, Mapping):
-                raise RecipeError(f"overrides '{glob}' must map options to values, not {changes!r}")
-            for option in changes:
-                if option not in OVERRIDABLE:
-                    raise RecipeError(f"overrides '{glob}': cannot set '{option}': {did_you_mean(option, OVERRIDABLE)}")
-            try:
-                self._changed(changes).target()
-            except (RecipeError, PatternError) as error:
-                raise type(error)(f"overrides '{glob}': {error}") from None
+    def _require_gradients(self) -> None:
+        """Gradients are those of the dense model, and come in the reverse order of blocks."""
+        parts = [self, *(overrides.changed(self, changes) for changes in self.overrides.values())]
+        solvers = [part.solver() for part in parts]
+        name = next(methods.name_of(solver) for solver in solvers if solver.needs is Gradient)
+        if self.true_sequential:
+            raise RecipeError(f"{name} takes the dense model's gradients: leave out true_sequential")
+        if any(solver.needs not in (Gradient, None) for solver in solvers):
+            raise RecipeError(f"{name} prunes from the last block to the first: no overrides with methods that see inputs")
+        if self.allocation in ("error", "fisher"):
+            raise RecipeError(f"allocation '{self.allocation}' solves from inputs, {name} from gradients: use owl")
 
     def at(self, name: str) -> "Recipe":
         """Return the recipe of one site, by its tensor's name: the same for all, where nothing is stated for it."""
-        changes = dict(next((changes for glob, changes in self.overrides.items() if fnmatchcase(name, glob)), {}))
-        stated = next((value for glob, value in self.sparsities.items() if fnmatchcase(name, glob)), None)
-        if stated is not None:
-            changes.setdefault("pattern", stated)
-        return self._changed(changes) if changes else self
-
-    def require_matches(self, names: Collection[str]) -> None:
-        """Raise RecipeError for a glob of `sparsities` or `overrides` that matches none of the sites."""
-        for option in ("sparsities", "overrides"):
-            for glob in getattr(self, option):
-                if not any(fnmatchcase(name, glob) for name in names):
-                    raise RecipeError(f"{option} '{glob}' matches nothing to prune: {did_you_mean(glob, names)}")
+        changes = overrides.changes_for(name, self.overrides, self.sparsities)
+        return overrides.changed(self, changes) if changes else self
 
     def states_pattern(self, name: str) -> bool:
         """Say whether a site's pattern is stated for it, by its tensor's name."""
-        override = next((changes for glob, changes in self.overrides.items() if fnmatchcase(name, glob)), {})
-        return "pattern" in override or any(fnmatchcase(name, glob) for glob in self.sparsities)
-
-    def _changed(self, changes: Mapping[str, Any]) -> "Recipe":
-        """Return a recipe with changes; options of a method do not pass on to another."""
-        fresh: dict[str, Any] = {"overrides": {}, "sparsities": {}}
-        if changes.get("method", self.method) != self.method:
-            fresh |= {"method_options": {}, "comparison_group": None}
-        elif isinstance(changes.get("method_options"), Mapping):
-            changes = {**changes, "method_options": {**self.method_options, **changes["method_options"]}}
-        if ":" in str(changes.get("pattern", "")):
-            fresh["comparison_group"] = None
-        return dataclasses.replace(self, **fresh | dict(changes))
+        return "pattern" in overrides.changes_for(name, self.overrides, self.sparsities)
 
     @property
     def needs(self) -> type[Any] | None:
         """The statistic that serves all methods of the recipe: a Gram matrix where one needs it."""
-        parts = [self, *map(self._changed, self.overrides.values())]
+        parts = [self, *(overrides.changed(self, changes) for changes in self.overrides.values())]
         needed = [part.solver().needs for part in parts]
         return next((kind for kind in (Gradient, Gram, ColumnNorm) if kind in needed), None)
 

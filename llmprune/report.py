@@ -20,7 +20,7 @@ from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
 from llmprune.solving import Outcome
-from llmprune.statistics import ColumnNorm, CrossGram, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
 
 if TYPE_CHECKING:
     from llmprune.uploading import Published
@@ -37,7 +37,7 @@ class SiteReport:
         error: squared change of the outputs relative to the squared outputs, summed over the calibration tokens; with a
             dense target, both are of the weights that meet it best without a pattern.
         error_norm: what `error` was measured with: `gram` (the true outputs), `column_norm` (inputs taken as
-            uncorrelated) or `weights` (all inputs taken as equal).
+            uncorrelated), `gradient` (Σ (Δw · dL/dw)², no output) or `weights` (all inputs taken as equal).
     """
 
     name: str
@@ -61,7 +61,7 @@ class SiteReport:
     ) -> "SiteReport":
         """Return the report on a solved site."""
         sparsity = outcome.zeros / (site.shape[0] * site.shape[1])
-        norm = {ColumnNorm: "column_norm", Gram: "gram", CrossGram: "gram"}.get(type(statistic), "weights")
+        norm = {ColumnNorm: "column_norm", Gram: "gram", CrossGram: "gram", Gradient: "gradient"}.get(type(statistic), "weights")
         tokens = statistic.tokens if statistic else 0
         notes = notes + outcome.notes
         return cls(site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, notes)

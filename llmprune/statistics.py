@@ -284,6 +284,14 @@ class Gradient:
         self._sequence_OI = torch.zeros_like(self.square_OI) if self.square_OI is not None else None
         self.sequences = self.tokens = 0
 
+    @classmethod
+    def from_gradient(cls, gradient_OI: Tensor) -> "Gradient":
+        """Return the statistic of weights whose gradient over one sequence is known."""
+        statistic = cls(*gradient_OI.shape, gradient_OI.device)
+        statistic.square_OI = gradient_OI.float().square()
+        statistic.sequences = statistic.tokens = 1
+        return statistic
+
     @property
     def device(self) -> torch.device:
         return self.square_O.device

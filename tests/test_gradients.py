@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 import tiny
 from llmprune.checkpoint import Source
-from llmprune.errors import NumericalError, UnsupportedModelError
-from llmprune.model import Lanes, Resident, Streamed
+from llmprune.model import Lanes, Streamed
 from llmprune.model.gradients import Labels, Tape
 from llmprune.model.sites import Site, Stage, is_router, sites_of
 from llmprune.statistics import Gradient

@@ -63,9 +63,7 @@ def _allocate(
 ) -> dict[str, Any]:
     assert tokens is not None
     ends = {site for name in (plan.embedding, plan.head) for site in plan.sites.get(name, ())}
-    measured = {
-        name: [site for site in sites if site in set(shared) - ends] for name, sites in plan.sites.items()
-    }
+    measured = {name: [site for site in sites if site in set(shared) - ends] for name, sites in plan.sites.items()}
     measured = {name: sites for name, sites in measured.items() if sites}
     sparsity = recipe.target().sparsity
 
@@ -89,7 +87,10 @@ def _entry(removed: int, size: int, cost: Cost | None) -> dict[str, Any]:
     """Return what the report says of a site; sites that were not measured have no cost and no curve."""
     entry: dict[str, Any] = {"removed": removed, "sparsity": removed / size}
     if isinstance(cost, Curve):
-        entry |= {"cost": float(cost(np.array([removed / size]))[0]), "curve": [list(point) for point in zip(cost.shares, cost.costs, strict=True)]}
+        entry |= {
+            "cost": float(cost(np.array([removed / size]))[0]),
+            "curve": [list(point) for point in zip(cost.shares, cost.costs, strict=True)],
+        }
     return entry
 
 

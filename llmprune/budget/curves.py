@@ -59,7 +59,7 @@ def losses(
         solver: the method of a site, and what makes its pattern from the number of removed weights and of all.
         shares: the points.
     """
-    found = {}
+    found = dict[str, Loss]()
     for group in groups:
         if isinstance(group.statistic, Gram):
             found |= _of_group(group, group.statistic, weight, solver, shares, seed)
@@ -78,16 +78,16 @@ def _of_group(
     jobs, energies = [], {}
     scale = (gram.tokens if is_starved(group) else gram.sequences) / 2  # of the mean that a Gram is, to a sum
     for site in group.sites:
-        method, pattern = solver(site)
+        method, pattern_of = solver(site)
         weight_OI = weight(site).to(gram.device).float()
         energies[site] = scale * gram.energy(weight_OI)
         size = weight_OI.numel()
-        jobs += [_Job(site, weight_OI, pattern(int(size * share), size), cut_short(method)) for share in shares]
+        jobs += [_Job(site, weight_OI, pattern_of(int(size * share), size), cut_short(method)) for share in shares]
     errors: dict[Site, list[Tensor]] = {site: [] for site in group.sites}
     for batch in _batches(jobs):
         weight_SI = torch.cat([job.weight_OI for job in batch])
         heights = tuple(len(job.weight_OI) for job in batch)
-        pattern = Stacked(tuple(job.pattern for job in batch), heights) if len(batch) > 1 else batch[0].pattern
+        pattern = Stacked(tuple(job.pattern for job in batch), heights)
         method, generator = batch[0].method, torch.Generator().manual_seed(seed)
         solution = method.solve(weight_SI, statistic_for(method, gram), pattern, generator)
         require_finite(f"a trial solution of {batch[0].site.name}", solution.weight_OI)

@@ -84,7 +84,9 @@ class DensePass:
                 return self._owl(lanes)
             if self.recipe.allocation == "error":
                 found = self._forward(lanes, None)
-                return {name: self._curve(loss.error_PO.sum(1) / max(loss.energy, _TINY)) for name, loss in found.items()}
+                return {
+                    name: self._curve(loss.error_PO.sum(1) / max(loss.energy, _TINY)) for name, loss in found.items()
+                }
             shelf = home_device(self.host.place, rows * len(self.host.blocks), self.host.config, self.host.dtype)
             tape = Tape(lanes, of_weights=False, labels="sampled", seed=self.recipe.seed, shelf=shelf)
             return self._fisher(tape, self._forward(lanes, tape), sum(map(len, rows)))

@@ -34,7 +34,9 @@ def outlier_share(groups: Iterable[Group], weight: Callable[[Site], Tensor]) -> 
     return above / max(count, 1)
 
 
-def block_shares(outliers: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, span: float) -> dict[str, float]:
+def block_shares(
+    outliers: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, span: float
+) -> dict[str, float]:
     """Return the sparsity of each block; weighted by size their mean is `sparsity`, and none is further than `span`."""
     least, most = min(outliers.values()), max(outliers.values())
     density = {name: span * (share - least) / max(most - least, 1e-30) for name, share in outliers.items()}

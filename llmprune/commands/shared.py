@@ -8,7 +8,7 @@ import click
 
 from llmprune.errors import RecipeError
 
-METHODS = "admm, magnitude, magnitude_l2, obd, random, ria, sparsegpt, sparseswaps, wanda"  # a test compares the files
+METHODS = "admm, magnitude, magnitude_l2, obd, random, ria, sparsegpt, sparseswaps, taylor, wanda"  # a test compares the files
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,8 +61,12 @@ what = options(
         metavar="WAY",
         help="Share a sparsity out over matrices: uniform, owl, error or fisher (best)  [default: uniform]",
     ),
-    click.option("--allocation-range", type=float, metavar="SHARE", help="How far a matrix may deviate  [default: 0.15]"),
-    click.option("--sparsity", multiple=True, metavar="GLOB=SHARE", help="Of these matrices, e.g. '*.down_proj.*=40%'."),
+    click.option(
+        "--allocation-range", type=float, metavar="SHARE", help="How far a matrix may deviate  [default: 0.15]"
+    ),
+    click.option(
+        "--sparsity", multiple=True, metavar="GLOB=SHARE", help="Of these matrices, e.g. '*.down_proj.*=40%'."
+    ),
     click.option("--deterministic", is_flag=True, default=None, help="Use only operations that repeat to the bit."),
     click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these tensors dense, e.g. '*.0.mlp.*'."),

@@ -25,9 +25,7 @@ _SUMS_WITH_PRODUCTS = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
 
 
 @contextmanager
-def observing(
-    stage: Stage, sites: Sequence[Site], see: See, see_gradient: SeeGradient | None = None
-) -> Iterator[None]:
+def observing(stage: Stage, sites: Sequence[Site], see: See, see_gradient: SeeGradient | None = None) -> Iterator[None]:
     """During one forward of `stage`, call `see(site, x)` with each input [..., inputs] that a site is given.
 
     In a backward through what this forward has computed, `see_gradient(site, x, g)` is called with the gradient
