@@ -9,11 +9,12 @@ from typing import Any
 from llmprune.errors import RecipeError, did_you_mean
 
 _TOWARDS_DENSE = {"true_sequential": True, "dense_target": 0.5}
+_BY_LOSS = {"allocation": "fisher"}  # of unstructured patterns; N:M is the same everywhere
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "method_options": {"arithmetic": "fast"}, **_TOWARDS_DENSE},
-    "balanced": {"method": "admm", "method_options": {"iterations": 20, "stages": 5}, **_TOWARDS_DENSE},
-    "best": {"method": "admm", **_TOWARDS_DENSE},
+    "balanced": {"method": "admm", "method_options": {"iterations": 20, "stages": 5}, **_TOWARDS_DENSE, **_BY_LOSS},
+    "best": {"method": "admm", **_TOWARDS_DENSE, **_BY_LOSS},
 }
 
 
@@ -30,6 +31,8 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise RecipeError(f"unknown preset '{name}': {did_you_mean(str(name), PRESETS)}")
     preset = dict(PRESETS[name])
+    if ":" in str(given.get("pattern", "")) or given.get("comparison_group") == "model":
+        preset.pop("allocation", None)  # nothing is to be shared out
     if given.get("method", preset["method"]) != preset["method"]:
         preset.pop("method_options", None)  # those of another method
     elif isinstance(given.get("method_options"), Mapping):

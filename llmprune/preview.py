@@ -125,7 +125,7 @@ def plan(model: str | Path, **options: Any) -> Preview:
 
 
 def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recipe: Recipe) -> Preview:
-    workload = Workload.of(recipe, host) if recipe.solver().needs else None
+    workload = Workload.of(recipe, host) if forecast.collected(recipe) else None
     trials = _trials(host, plan, recipe, workload) if workload else {}
     pruned = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
     return Preview(
@@ -146,7 +146,7 @@ def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recip
 
 def _trials(host: Outline, plan: Plan, recipe: Recipe, workload: Workload) -> dict[str, Trial]:
     """Try out the stages that calibration visits."""
-    needs = recipe.solver().needs
+    needs = forecast.collected(recipe)
     assert needs is not None
     host.open(workload.home)
     budget = statistics_budget(max(host.bytes_of(block) for block in host.blocks), host.place)

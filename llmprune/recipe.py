@@ -142,7 +142,9 @@ class Recipe:
         if self.true_sequential:
             raise RecipeError(f"{name} takes the dense model's gradients: leave out true_sequential")
         if any(solver.needs not in (Gradient, None) for solver in solvers):
-            raise RecipeError(f"{name} prunes from the last block to the first: no overrides with methods that see inputs")
+            raise RecipeError(
+                f"{name} prunes from the last block to the first: no overrides with methods that see inputs"
+            )
         if self.allocation in ("error", "fisher"):
             raise RecipeError(f"allocation '{self.allocation}' solves from inputs, {name} from gradients: use owl")
 
@@ -221,7 +223,12 @@ class Recipe:
         fields["method"] = methods.name_of(solver)
         fields["method_options"] = {item.name: getattr(solver, item.name) for item in dataclasses.fields(solver)}  # type: ignore[arg-type]
         fields["sparsities"] = {glob: str(value) for glob, value in self.sparsities.items()}
-        fields["overrides"] = {glob: dict(changes) for glob, changes in self.overrides.items()}
+        parts = {glob: overrides.changed(self, changes).to_json() for glob, changes in self.overrides.items()}
+        told = {"method": ("method", "method_options")}  # a method is told with all its options
+        fields["overrides"] = {
+            glob: {name: parts[glob][name] for option in changes for name in told.get(option, (option,))}
+            for glob, changes in self.overrides.items()
+        }
         fields["pattern"], fields["device"] = str(self.pattern), str(self.device)
         pattern = self.target()
         fields["comparison_group"] = pattern.group if isinstance(pattern, Unstructured) else None

@@ -61,7 +61,9 @@ class SiteReport:
     ) -> "SiteReport":
         """Return the report on a solved site."""
         sparsity = outcome.zeros / (site.shape[0] * site.shape[1])
-        norm = {ColumnNorm: "column_norm", Gram: "gram", CrossGram: "gram", Gradient: "gradient"}.get(type(statistic), "weights")
+        norm = {ColumnNorm: "column_norm", Gram: "gram", CrossGram: "gram", Gradient: "gradient"}.get(
+            type(statistic), "weights"
+        )
         tokens = statistic.tokens if statistic else 0
         notes = notes + outcome.notes
         return cls(site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, notes)

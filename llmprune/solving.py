@@ -109,7 +109,9 @@ def checked_solution(
     return Solution(pruned_OI, solution.keep_OI, solution.notes)
 
 
-def energies(weight_OI: Tensor, pruned_OI: Tensor, statistic: ColumnNorm | Gram | Gradient | None) -> tuple[float, float]:
+def energies(
+    weight_OI: Tensor, pruned_OI: Tensor, statistic: ColumnNorm | Gram | Gradient | None
+) -> tuple[float, float]:
     """Return the squared change of the outputs, and the squared outputs, as far as the statistic can tell."""
     energy = statistic.energy if statistic else _square
     change = whole = 0.0
@@ -153,7 +155,11 @@ def _fed(method: Method, statistic: Any, weight: Tensor) -> ColumnNorm | Gram | 
 def _gradient_of(statistic: Any, weight_OI: Tensor) -> Gradient:
     if isinstance(statistic, Tensor) and statistic.shape == weight_OI.shape:
         statistic = Gradient.from_gradient(statistic.to(weight_OI.device))
-    if not isinstance(statistic, Gradient) or statistic.square_OI is None or statistic.square_OI.shape != weight_OI.shape:
+    if (
+        not isinstance(statistic, Gradient)
+        or statistic.square_OI is None
+        or statistic.square_OI.shape != weight_OI.shape
+    ):
         raise RecipeError(f"a gradient of the loss {list(weight_OI.shape)}, or a Gradient with its squares, is needed")
     statistic.require_finite("the matrix")
     return statistic

@@ -66,7 +66,12 @@ def gradient_of(weight_OI: Tensor, x_TI: Tensor) -> Gradient:
 
 def solved(method: Method, weight_OI: Tensor, x_TI: Tensor, pattern: Pattern, seed: int = 0) -> Solution:
     return checked_solution(
-        "a site", method, weight_OI, statistic_for(method, x_TI, weight_OI), pattern, torch.Generator().manual_seed(seed)
+        "a site",
+        method,
+        weight_OI,
+        statistic_for(method, x_TI, weight_OI),
+        pattern,
+        torch.Generator().manual_seed(seed),
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 _STEPS = 64  # in which a site's range is gone through; the last step of all is cut to the weight
 _PINNED = 1e100
+_MOST = 200.0  # of a cost's logarithm
 _LEAST = 1e-30  # of a cost, whose logarithm is taken
 
 Floats = NDArray[np.float64]
@@ -33,7 +34,8 @@ class Curve:
         shares = np.asarray(self.shares)
         segment = np.clip(np.searchsorted(shares, at_E) - 1, 0, len(shares) - 2)
         slope = np.diff(log) / np.diff(shares)
-        cost_E: Floats = np.exp(log[segment] + slope[segment] * (at_E - shares[segment]))
+        log_E = log[segment] + slope[segment] * (at_E - shares[segment])
+        cost_E: Floats = np.exp(np.minimum(log_E, _MOST))
         return cost_E
 
 
@@ -43,8 +45,11 @@ def wish(share: float, weights: int) -> Cost:
 
 
 def pinned(share: float) -> Cost:
-    """Return the cost of a site that is to have exactly this share, by weight of which no measured cost comes near."""
-    return lambda at_E: _PINNED * np.abs(at_E - share)
+    """Return the cost of a site that is to have exactly this share, rounded down to whole weights.
+
+    No measured cost comes near it, and going over is far worse than going under.
+    """
+    return lambda at_E: _PINNED * np.where(at_E > share, 1e6 * (at_E - share), share - at_E)
 
 
 def bounds(sparsity: float, span: float) -> tuple[float, float]:

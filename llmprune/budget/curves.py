@@ -80,7 +80,7 @@ def _of_group(
     for site in group.sites:
         method, pattern_of = solver(site)
         weight_OI = weight(site).to(gram.device).float()
-        energies[site] = scale * gram.energy(weight_OI)
+        energies[site] = 2 * scale * gram.energy(weight_OI)
         size = weight_OI.numel()
         jobs += [_Job(site, weight_OI, pattern_of(int(size * share), size), cut_short(method)) for share in shares]
     errors: dict[Site, list[Tensor]] = {site: [] for site in group.sites}

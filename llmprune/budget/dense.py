@@ -33,7 +33,7 @@ from llmprune.recipe import Recipe
 from llmprune.statistics import Gram
 
 MOST_SEQUENCES = 32  # of the calibration; curves and gradients do not need more
-_POINTS = 3  # of a curve: the ends of the range, and the middle
+POINTS = 3  # of a curve: the ends of the range, and the middle
 _TINY = 1e-30
 
 
@@ -68,7 +68,7 @@ class DensePass:
     def shares(self) -> tuple[float, ...]:
         """The points of the curves."""
         low, high = bounds(self.sparsity, self.recipe.allocation_range)
-        return tuple(low + (high - low) * point / (_POINTS - 1) for point in range(_POINTS))
+        return tuple(low + (high - low) * point / (POINTS - 1) for point in range(POINTS))
 
     def costs(self) -> dict[str, Cost]:
         """Return the cost of every site that inputs have reached, by its name.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from llmprune.forecast.dense import collected, dense_seconds
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
@@ -17,13 +18,15 @@ def duration(
     """Return the parts of a run's time; see `memory` for the arguments."""
     method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
     times = solving_time(method, recipe.target(), host.dtype, host.place)
-    if workload is None or method.needs is None:
+    needs = collected(recipe)
+    if workload is None or needs is None:
         return [solving_seconds([Group([site]) for site in plan.all_sites()], times)]
     widest = max(site.shape[1] for site in plan.all_sites())
-    each = statistic_time(method.needs, widest, host.dtype, host.place)
+    each = statistic_time(needs, widest, host.dtype, host.place)
     return [
+        *dense_seconds(host, recipe, workload, stages, widest),
         forward_seconds(stages, workload),
-        statistics_seconds(stages, workload, method.needs, each),
+        statistics_seconds(stages, workload, needs, each),
         solving_seconds([group for trial in stages for group in trial.groups], times),
     ]
 
