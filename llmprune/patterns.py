@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import PatternError
 
 ComparisonGroup = Literal["row", "layer", "block", "model"]
@@ -285,6 +286,8 @@ def _break_ties(score_RC: Tensor, kth_R1: Tensor, count: int) -> Tensor:
 
 
 def _kth_smallest(score_RC: Tensor, count: int) -> Tensor:
+    if len(score_RC) == 1 and kernels.selects(score_RC):
+        return torch.full((1, 1), kernels.kth_smallest(score_RC, count))
     if score_RC.device.type == "cpu":  # numpy's vectorised partition: three times torch's kthvalue here
         rows = np.partition(_exact(score_RC).numpy(), count - 1, axis=1)
         return torch.from_numpy(rows[:, count - 1 : count].copy())

@@ -17,6 +17,7 @@ from llmprune.planning import Plan, draw_tokens, make_plan
 from llmprune.recipe import Recipe
 from llmprune.report import Report, hardware, versions
 from llmprune.run import Run
+from llmprune.statistics import Gradient
 from llmprune.storing import InMemory, OnDisk
 
 _DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
@@ -110,7 +111,12 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
-    Run(host, plan, tokens, recipe, host.home, report, InMemory()).prune()
+    store = InMemory(host, report, once=bool(recipe.dense_target) or recipe.needs is Gradient)
+    try:
+        Run(host, plan, tokens, recipe, host.home, report, store).prune()
+    except BaseException:
+        store.go_back()  # every block is as it was, or pruned
+        raise
     return report
 
 

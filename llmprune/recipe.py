@@ -46,6 +46,8 @@ class Recipe:
             sites have the pattern's own sparsity, in their sum if that is shared out.
         overrides: by glob, another `method`, `pattern`, `method_options` or `comparison_group`; the first glob that
             matches counts. A pattern stated here is kept exactly, as a sparsity stated in `sparsities` is.
+        autocast: in a float32 model, multiply in bfloat16 during calibration, with sums in float32, where the hardware
+            is faster at that; weights and solving stay float32.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
         deterministic: use only operations that repeat themselves to the bit; where a GPU has none, refuse.
         revision: branch, tag or commit of a Hub model.
@@ -69,6 +71,7 @@ class Recipe:
     allocation_range: float = 0.15
     sparsities: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    autocast: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     deterministic: bool = False
@@ -96,7 +99,7 @@ class Recipe:
         """Raise RecipeError or PatternError for what is wrong whatever the model is."""
         for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0)):
             require_whole(name, getattr(self, name), least)
-        for name in ("true_sequential", "deterministic", "trust_remote_code"):
+        for name in ("true_sequential", "autocast", "deterministic", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name} must be true or false, not {getattr(self, name)!r}")
         require_dtype(self.dtype)

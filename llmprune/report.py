@@ -104,6 +104,7 @@ class Report:
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     allocation: dict[str, Any] | None = None  # how a sparsity was shared out over the sites, see `budget.Choice`
+    retries: list[str] = field(default_factory=list)  # what was given up where memory ran out
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
     most_runs: int = 0  # how often a block was run to collect its statistics, at most
@@ -160,7 +161,7 @@ class Report:
             "sites": [asdict(site) for site in self.sites],
             "allocation": self.allocation,
             "left_dense": self.left_dense,
-            "notes": self.notes,
+            "notes": self.notes + self.retries,
             "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},
             "peak_memory_bytes": self.peak,
             "versions": versions(),
@@ -212,7 +213,7 @@ class Report:
 
     def all_notes(self) -> list[str]:
         """Return the run's notes, then the sites'."""
-        return self.notes + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
+        return self.notes + self.retries + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
 
 
 def peak_memory() -> dict[str, int]:

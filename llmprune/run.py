@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from llmprune import kernels
 from llmprune.budget import choose
 from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError, ResourceError
@@ -17,7 +18,7 @@ from llmprune.model.groups import Group
 from llmprune.model.memory import (
     batch_size,
     fits_side_by_side,
-    give_back_freed_memory,
+    make_room,
     out_of_memory_in,
     statistics_budget,
 )
@@ -31,6 +32,9 @@ from llmprune.reverse import fitting_rows, reversed_stages
 from llmprune.solving import prune_matrix
 from llmprune.statistics import CrossGram, Gradient
 from llmprune.storing import Store
+from llmprune.thrift import SolvingError, Thrift
+
+_AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ class Run:
         home: device on which hidden states wait between stages.
         report: filled on the way.
         store: takes pruned stages, and knows those of an earlier run that was interrupted.
+        thrift: what is given up where memory runs out.
     """
 
     host: Host
@@ -56,12 +61,13 @@ class Run:
     home: torch.device
     report: Report
     store: Store
+    thrift: Thrift = field(default_factory=Thrift)
 
     def prune(self) -> None:
-        """Prune the embedding if that is asked for, then stream the stages; with half the batch if memory runs out.
+        """Prune the embedding if that is asked for, then stream the stages; with less at once if memory runs out.
 
         Raises:
-            ResourceError: memory runs out with one sequence a forward, or for a model that cannot be loaded again.
+            ResourceError: memory runs out, and nothing more can be given up.
             NumericalError: an activation, a weight or a solution is not finite.
             CheckpointError: a stage cannot be read or stored.
         """
@@ -72,8 +78,11 @@ class Run:
             self.report.notes.append(
                 "blocks with experts are fitted to their own outputs: no dense target follows tokens"
             )
+        if self.recipe.autocast and self.host.dtype == torch.float32 and not self._autocast():
+            self.report.notes.append("autocast: bfloat16 is not faster here, so the calibration ran in float32")
         embedding = self.plan.sites.get(self.host.embedding.name)
         if embedding and not store.has(self.host.embedding):
+            store.begin(embedding)
             self._solve(_unfed(embedding), patterns)
             store.keep(self.host.embedding, embedding)
         store.batch_size = store.batch_size or self._batch_size()
@@ -81,11 +90,13 @@ class Run:
             try:
                 self._stream(patterns)
             except ResourceError as error:
-                if store.batch_size == 1 or not store.go_back():
+                step = self.thrift.give_up(error, store, self.host.place.type != "cpu") if store.go_back() else None
+                if step is None:
                     raise
-                store.batch_size //= 2
-                _log.warning("%s; going on with %d sequences a forward", error, store.batch_size)
-            give_back_freed_memory()
+                said = str(error)  # not the error itself, from whose traceback all that took the memory hangs
+                self.report.retries.append(f"{said.partition(': ')[0]}: {step}")
+                _log.warning("%s; %s", said, step)
+            make_room()
         self.report.close(self.plan)
 
     def _choose(self) -> dict[str, Pattern]:
@@ -114,9 +125,11 @@ class Run:
                 if stage is None:
                     break
                 if stage in self.plan.stages and not self.store.has(stage):
+                    sites = self.plan.sites.get(stage.name, [])
+                    self.store.begin(sites)
                     self._solve(groups, patterns)
                     with self.report.clock.phase("write"):
-                        self.store.keep(stage, self.plan.sites.get(stage.name, []))
+                        self.store.keep(stage, sites)
         if len(rows) < len(self.tokens.rows):
             self.report.notes.append(f"gradients are those of {len(rows)} sequences, to bound their memory")
 
@@ -144,6 +157,7 @@ class Run:
         clock, sites = self.report.clock, self.plan.sites.get(stage.name, [])
         with clock.phase("load"):
             self.host.load(stage)
+            self.store.begin(sites)
         if collector is None:
             self._solve(_unfed(sites), patterns)
         else:
@@ -166,7 +180,7 @@ class Run:
                 method = self.recipe.at(site.tensor).solver()
                 if group.statistic is None and method.needs is not None:
                     method = Magnitude()  # experts that no token reached; the group's notes say so
-                with self.report.clock.phase("solve"), out_of_memory_in(site.name):
+                with self.report.clock.phase("solve"), out_of_memory_in(site.name, SolvingError):
                     outcome = prune_matrix(
                         site.name,
                         method,
@@ -175,6 +189,7 @@ class Run:
                         patterns[site.name],
                         self.recipe.seed,
                         self.recipe.dense_target,
+                        self.thrift.on_host,
                     )
                 pattern = patterns[site.name]
                 self.report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
@@ -197,30 +212,42 @@ class Run:
         finally:
             self.host.free(stage)
 
+    def _autocast(self) -> torch.dtype | None:
+        """Return the dtype that the forward multiplies in, if not that of the weights."""
+        asked = self.recipe.autocast and self.host.dtype == torch.float32
+        return torch.bfloat16 if asked and kernels.multiplies_bfloat16(self.host.place) else None
+
     def _batch_size(self) -> int:
         longest = max((len(row) for row in self.tokens.rows), default=1) if self.tokens else 1
+        if self._autocast() and self.host.place.type == "cpu" and not self.recipe.batch_size:
+            return max(1, _AUTOCAST_TOKENS // longest)
         return self.recipe.batch_size or batch_size(longest, self.host.config, self.host.dtype, self.host.place)
 
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
-        if self.tokens is None:
+        if self.tokens is None or self.recipe.needs is None:
             return nullcontext()
         rows = batches(self.tokens, self.store.batch_size)
         rows = [*rows, *rows] if self.recipe.dense_target else rows
         stops = [*self.host.blocks, self.host.head]
-        return Lanes(self.host.model, stops, rows, self.home, self.host.device_of)
+        return Lanes(self.host.model, stops, rows, self.home, self.host.device_of, self._autocast())
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
         needs, twins = self.recipe.needs, bool(self.recipe.dense_target)
         if lanes is None or needs is None or self.tokens is None:
             return None
-        budget = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
+        room = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
+        budget = room if self.thrift.budget is None else min(room, self.thrift.budget)
         tokens = sum(len(row) for row in self.tokens.rows) * (2 if twins else 1)
-        fits = fits_side_by_side(tokens, self.host.config, self.host.dtype, self.host.place)
+        fits = self.thrift.side_by_side and fits_side_by_side(
+            tokens, self.host.config, self.host.dtype, self.host.place
+        )
         if twins and not fits:
             raise RecipeError(
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
-        return Collector(lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins)
+        statistic = CrossGram if twins else needs
+        self.thrift.collector = Collector(lanes, statistic, budget, self.recipe.true_sequential, fits, twins)
+        return self.thrift.collector
 
 
 def _unfed(sites: Iterable[Site]) -> Iterator[Group]:

@@ -12,6 +12,7 @@ from llmprune.methods import Method, Solution
 from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import Pattern
 from llmprune.recipe import Recipe
+from llmprune.retrying import Retry, reliefs
 from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
@@ -58,6 +59,15 @@ class Outcome:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What some rows came to: zeros, the squared change of their outputs and their squared outputs, notes."""
+
+    zeros: int
+    energy: tuple[float, float]
+    notes: tuple[str, ...]
+
+
 def prune_matrix(
     name: str,
     method: Method,
@@ -66,22 +76,32 @@ def prune_matrix(
     pattern: Pattern,
     seed: int,
     dense_target: float = 0.0,
+    on_host: bool = False,
 ) -> Outcome:
-    """Overwrite a matrix with its solution, a few rows at a time where rows are independent."""
-    generator = _generator(seed, name)
-    zeros, error, scale, notes = 0, 0.0, 0.0, dict[str, None]()
-    given = statistic_for(method, statistic)
-    for rows in _chunks(weight_OI) if method.row_wise and pattern.row_wise else (weight_OI,):
-        here = rows.to(statistic.device) if statistic else rows  # accelerate may keep weights off the GPU
-        fits = method.needs is Gram and isinstance(statistic, CrossGram)
-        goal = statistic.target(here, dense_target, _TARGET_DAMP) if fits else here
-        solution = checked_solution(name, method, goal, given, pattern, generator, rows.dtype)
-        change, whole = energies(goal, solution.weight_OI, statistic)
-        error, scale = error + change, scale + whole
-        zeros += here.numel() - int(solution.weight_OI.count_nonzero())
-        notes |= dict.fromkeys(solution.notes)
-        rows.copy_(solution.weight_OI)
-    return Outcome(zeros, error / scale if scale else 0.0, tuple(notes))
+    """Overwrite a matrix with its solution, a few rows at a time where rows are independent.
+
+    Where memory runs out the same is tried again with less; `on_host` allows that to be on the host in place of a GPU,
+    where sums are rounded otherwise.
+    """
+    generator, rows_apart = _generator(seed, name), method.row_wise and pattern.row_wise
+    crossed = method.needs is Gram and isinstance(statistic, CrossGram)
+
+    def solve_rows(rows_OI: Tensor) -> _Part:
+        here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
+        goal_OI = statistic.target(here_OI, dense_target, _TARGET_DAMP) if crossed else here_OI
+        given = statistic_for(method, statistic)
+        solution = checked_solution(name, method, goal_OI, given, pattern, generator, rows_OI.dtype)
+        zeros = rows_OI.numel() - int(solution.weight_OI.count_nonzero())
+        part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic), solution.notes)
+        rows_OI.copy_(solution.weight_OI)  # last, as what fails before is done again
+        return part
+
+    retry = Retry(name, rows_apart, generator, reliefs(statistic, on_host))
+    chunks = _chunks(weight_OI) if rows_apart else (weight_OI,)
+    parts = [part for rows_OI in chunks for part in retry.solved(rows_OI, solve_rows)]
+    change, whole = (sum(part.energy[which] for part in parts) for which in (0, 1))
+    notes = dict.fromkeys([*retry.notes, *(note for part in parts for note in part.notes)])
+    return Outcome(sum(part.zeros for part in parts), change / whole if whole else 0.0, tuple(notes))
 
 
 def statistic_for(method: Method, statistic: Any) -> Any:
@@ -140,7 +160,7 @@ def _fed(method: Method, statistic: Any, weight: Tensor) -> ColumnNorm | Gram | 
     needs = method.needs
     if needs is None:
         return None
-    if needs is Gradient:
+    if issubclass(needs, Gradient):
         return _gradient_of(statistic, weight)
     if isinstance(statistic, Tensor):
         statistic = _from_tensor(needs, statistic.to(weight.device), weight.shape[1])

@@ -12,6 +12,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import NumericalError
 from llmprune.patterns import column_blocks
 
@@ -57,6 +58,9 @@ class Statistic(Protocol):
 
     def energy(self, weight_OI: Tensor) -> float:
         """Return the summed square of the outputs of `weight_OI` on these inputs, per sequence."""
+
+    def move(self, device: torch.device) -> None:
+        """Go on on another device; what can be computed again is let go of."""
 
     def require_finite(self, name: str) -> None:
         """Raise NumericalError, naming the site, unless all sums are finite."""
@@ -122,6 +126,9 @@ class ColumnNorm:
         mean_I = self.sum_I / max(self.sequences, 1)
         return float((weight_OI.float().square() @ mean_I).sum())
 
+    def move(self, device: torch.device) -> None:
+        self.sum_I = self.sum_I.to(device)
+
     def require_finite(self, name: str) -> None:
         _require_finite(self.sum_I, name)
 
@@ -129,7 +136,8 @@ class ColumnNorm:
 class Gram:
     """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
 
-    The operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit.
+    In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
+    of bfloat16 are exact in fp32 and are summed in whatever order is fastest.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -156,13 +164,19 @@ class Gram:
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
         total = self.sequences + sequences
-        x_IT = x_TI.float().T * math.sqrt(2 / total)
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
-            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
-            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
+        if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
+            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
+        else:
+            self._add_as_the_paper(x_TI.float(), total)
         self._changed()
         self.sequences = total
         self.tokens += x_TI.shape[0]
+
+    def _add_as_the_paper(self, x_TI: Tensor, total: int) -> None:
+        x_IT = x_TI.T * math.sqrt(2 / total)
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
+            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
+            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
 
     def merge(self, other: "Gram") -> None:
         total = max(self.sequences + other.sequences, 1)
@@ -216,6 +230,10 @@ class Gram:
             energy += float(product[:, :start].sum()) + float(product[:, start:].sum()) / 2
         return energy
 
+    def move(self, device: torch.device) -> None:
+        self._mean_II = self._mean_II.to(device)
+        self.forget_factors()
+
     def require_finite(self, name: str) -> None:
         _require_finite(self._mean_II.diagonal(), name)
 
@@ -235,16 +253,26 @@ class CrossGram(Gram):
     def __init__(self, inputs: int, device: torch.device) -> None:
         super().__init__(inputs, device)
         self._cross_II: Tensor | None = None
+        self._mixture: tuple[float, Tensor] | None = None
 
     def add(self, x_TI: Tensor, sequences: int, dense_TI: Tensor | None = None) -> None:
         """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
+            self._mixture = None
             total = self.sequences + sequences
-            self._cross_II.mul_(self.sequences / total)
-            self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), alpha=2 / total)
+            scale, before = 2 / total, self.sequences / total
+            if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
+                kernels.add_product(self._cross_II, dense_TI, x_TI, scale, before)
+            else:
+                self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), beta=before, alpha=scale)
         super().add(x_TI, sequences)
+
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        if self._cross_II is not None:
+            self._cross_II = self._cross_II.to(device)
 
     @staticmethod
     def nbytes(inputs: int) -> int:
@@ -261,10 +289,17 @@ class CrossGram(Gram):
         weight_OI = weight_OI.float()
         if self._cross_II is None or not share:
             return weight_OI
-        factor = self.factor(damp)
+        factor = self.factor(damp, "root")
         ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = share * (weight_OI @ self._cross_II) + (1 - share) * (weight_OI @ self.hessian_II) + ridge * weight_OI
-        return (goal_OI @ factor.upper_II.T) @ factor.upper_II
+        goal_OI = torch.addmm(weight_OI, weight_OI, self._mixed(share), beta=ridge)
+        half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
+        return torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
+
+    def _mixed(self, share: float) -> Tensor:
+        """Return C = `share`·DᵀP + (1-share)·PᵀP, once for all sites that read these inputs."""
+        if self._mixture is None or self._mixture[0] != share:
+            self._mixture = share, torch.lerp(self.hessian_II, self._cross_II, share)
+        return self._mixture[1]
 
 
 class Gradient:
@@ -287,7 +322,8 @@ class Gradient:
     @classmethod
     def from_gradient(cls, gradient_OI: Tensor) -> "Gradient":
         """Return the statistic of weights whose gradient over one sequence is known."""
-        statistic = cls(*gradient_OI.shape, gradient_OI.device)
+        outputs, inputs = gradient_OI.shape
+        statistic = cls(outputs, inputs, gradient_OI.device)
         statistic.square_OI = gradient_OI.float().square()
         statistic.sequences = statistic.tokens = 1
         return statistic

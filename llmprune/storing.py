@@ -4,7 +4,8 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from llmprune.checkpoint import ALLOCATION, Sink
-from llmprune.model import Streamed
+from llmprune.model import Resident, Streamed
+from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
 from llmprune.report import Report, SiteReport
 
@@ -29,21 +30,33 @@ class Store(Protocol):
     def recall(self, stage: Stage) -> None:
         """Load a stage that was kept before, pruned as it is."""
 
+    def begin(self, sites: list[Site]) -> None:
+        """Take note of the sites of a loaded stage that are about to be pruned."""
+
     def keep(self, stage: Stage, sites: list[Site]) -> None:
         """Take a pruned stage, which is loaded; the model runs on with it as it is."""
 
     def go_back(self) -> bool:
-        """Forget what was done of a stage that was not kept; False if that is not possible."""
+        """Undo what was done of a stage that was not kept; False if the model cannot be run from its start again."""
 
 
 class InMemory:
-    """For a loaded model: its stages stay where they are, and are never loaded again."""
+    """For a loaded model: its stages stay where they are; the one at work is dense again if it cannot be finished.
+
+    Args:
+        host: the model.
+        report: on the run.
+        once: the dense model is run beside the pruned one, so that no block can be run again once it is pruned.
+    """
 
     batch_size = 0
     allocation: dict[str, Any] | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, host: Resident, report: Report, once: bool) -> None:
+        self._host, self._report, self._once = host, report, once
         self._kept: set[str] = set()
+        self._backup = Backup(())
+        self._reported = 0
 
     def keep_allocation(self, allocation: dict[str, Any]) -> None:
         pass
@@ -54,11 +67,18 @@ class InMemory:
     def recall(self, stage: Stage) -> None:
         pass
 
+    def begin(self, sites: list[Site]) -> None:
+        self._backup = Backup(self._host.weight(site) for site in sites)
+
     def keep(self, stage: Stage, sites: list[Site]) -> None:
         self._kept.add(stage.name)
+        self._backup = Backup(())
+        self._reported = len(self._report.sites)
 
     def go_back(self) -> bool:
-        return False
+        self._backup.restore()
+        del self._report.sites[self._reported :]
+        return not (self._once and self._kept)
 
 
 class OnDisk:
@@ -69,12 +89,14 @@ class OnDisk:
 
     def __init__(self, host: Streamed, sink: Sink, report: Report) -> None:
         self._host, self._sink, self._report = host, sink, report
+        self._backup = Backup(())
         self._kept = set(sink.done)
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
             report.clock.seconds.update(record["seconds"])
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
             self.allocation = record.get(ALLOCATION, self.allocation)
+            report.retries = record["retries"]
         self._reported = len(report.sites)
 
     def has(self, stage: Stage) -> bool:
@@ -84,6 +106,9 @@ class OnDisk:
         self._host.load(stage, self._sink.copy)
         for name, weight in self._sink.aside(stage.name).items():
             self._host.model.get_parameter(name).data.copy_(weight)
+
+    def begin(self, sites: list[Site]) -> None:
+        self._backup = Backup(self._host.weight(site) for site in sites if self._host.outlives(site))
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
         for name, tensor in self._host.stored(stage, sites):
@@ -100,9 +125,11 @@ class OnDisk:
 
     def _finish(self, name: str, record: dict[str, Any] | None = None) -> None:
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
-        run = {"batch_size": self.batch_size, "runs": self._report.most_runs, "seconds": self._report.clock.seconds}
-        self._sink.finish(name, {"sites": reports, **run, **(record or {})})
+        report = self._report
+        run = {"runs": report.most_runs, "retries": report.retries, "seconds": report.clock.seconds}
+        self._sink.finish(name, {"sites": reports, "batch_size": self.batch_size, **run, **(record or {})})
 
     def go_back(self) -> bool:
+        self._backup.restore()
         del self._report.sites[self._reported :]
         return True

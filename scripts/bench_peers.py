@@ -1,14 +1,18 @@
 """Time llmprune and llm-compressor on the same model and the same tokens, on the CPU.
 
     python scripts/bench_peers.py --make-peer-env peer_env          # first time: builds the peer's environment
-    python scripts/bench_peers.py --peer-python peer_env/bin/python --methods wanda sparsegpt --patterns 50% 2:4
+    python scripts/bench_peers.py --peer-python peer_env/bin/python --tasks wanda sparsegpt --patterns 50% 2:4
+
+A task is a method, in the order of the papers' scripts (two forwards a block, fp32), or one of llmprune's faster ways to
+the same end: `wanda-fast` and `sparsegpt-fast` run each block once and multiply in bfloat16, `balanced` is the preset.
+All tasks of a method are compared with the same runs of llm-compressor.
 
 The model is a randomly initialised 110 M-parameter Llama in float32 and the calibration set is random tokens, both
 seeded. Every run is a process of its own, llmprune's in the interpreter that runs this script, the peer's in its own
 environment; the tools take turns, `--repeat` times each. llm-compressor gets 8 sequences a forward pass, which is
 faster than its default of 1 and takes more memory: compare memory with `--peer-batch-size 1`.
 
-Prints JSON rows. One for each tool, method and pattern:
+Prints JSON rows. One for each tool, task and pattern:
 
     wall_s          seconds of the whole process, one for each run, and `wall_median_s`
     work_s          the same without interpreter start and imports, from the tool's own clock, and `work_median_s`
@@ -54,6 +58,19 @@ Row = dict[str, Any]
 
 PEER_REQUIREMENTS = ("llmcompressor==0.14.0.1", "torch==2.13.0")
 PEER_COMMAND = "run-llmcompressor"
+PEER = "llm-compressor"
+ONE_FORWARD = ("--true-sequential", "--autocast")
+# What llmprune is asked for, and the peer's method that it is compared with.
+TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "wanda": ("wanda", ("--method", "wanda")),
+    "wanda-fast": ("wanda", ("--method", "wanda", *ONE_FORWARD)),
+    "sparsegpt": ("sparsegpt", ("--method", "sparsegpt")),
+    "sparsegpt-fast": (
+        "sparsegpt",
+        ("--method", "sparsegpt", "--method-option", "arithmetic=fast", *ONE_FORWARD),
+    ),
+    "balanced": ("sparsegpt", ("--preset", "balanced", "--autocast")),
+}
 VOCABULARY = 32000
 SEED = 0
 SPARSITY_TOLERANCE = 1e-3  # SparseGPT as published prunes up to a threshold, so a tie or two more than asked
@@ -74,7 +91,7 @@ class Series:
     """All runs of one tool on one task, and what the folder it wrote holds."""
 
     tool: str
-    method: str
+    task: str
     pattern: str
     out: Path
     runs: list[Run] = field(default_factory=list)
@@ -307,18 +324,18 @@ def compare_outputs(own: Path, peer: Path, pattern: str) -> Row:
 def command_of(series: Series, arguments: argparse.Namespace, work: Path) -> list[str]:
     """Return the command line of one run."""
     model, tokens, out = str(work / "model"), str(work / "tokens.jsonl"), str(series.out)
-    if series.tool == "llm-compressor":
+    if series.tool == PEER:
         script = str(Path(__file__).resolve())
-        task = [model, out, tokens, series.method, series.pattern, str(arguments.peer_batch_size)]
+        task = [model, out, tokens, series.task, series.pattern, str(arguments.peer_batch_size)]
         return [str(arguments.peer_python), script, PEER_COMMAND, *task]
-    task = ["--method", series.method, "--pattern", series.pattern, "--calibration", tokens, "--dtype", "float32"]
+    task = [*TASKS[series.task][1], "--pattern", series.pattern, "--calibration", tokens, "--dtype", "float32"]
     return [sys.executable, "-m", "llmprune", "prune", model, out, *task, "--json"]
 
 
-def run_pair(pair: list[Series], arguments: argparse.Namespace, work: Path) -> None:
-    """Run the two tools in turn, as often as asked."""
+def run_in_turns(all_series: list[Series], arguments: argparse.Namespace, work: Path) -> None:
+    """Run llmprune's tasks and the peer in turn, as often as asked."""
     for number in range(arguments.repeat):
-        for series in pair:
+        for series in all_series:
             shutil.rmtree(series.out, ignore_errors=True)
             log = work / f"{series.out.name}-{number}.log"
             series.runs.append(run_measured(command_of(series, arguments, work), log))
@@ -330,7 +347,7 @@ def row_of(series: Series, environment: Row, comparison: Row) -> Row:
     """Return the printed row of one tool on one task."""
     return {
         "tool": series.tool,
-        "method": series.method,
+        "task": series.task,
         "pattern": series.pattern,
         "wall_s": [round(run.wall_s, 3) for run in series.runs],
         "wall_median_s": round(series.wall_median(), 3),
@@ -349,12 +366,18 @@ def row_of(series: Series, environment: Row, comparison: Row) -> Row:
 def ratios_of(own: Series, peer: Series) -> Row:
     """Return by how much the peer takes more than llmprune."""
     return {
-        "method": own.method,
+        "task": own.task,
         "pattern": own.pattern,
         "wall": round(peer.wall_median() / own.wall_median(), 3),
         "work": round(peer.work_median() / own.work_median(), 3),
         "peak_rss": round(peer.peak_rss() / own.peak_rss(), 3),
     }
+
+
+def by_method(tasks: list[str]) -> dict[str, list[str]]:
+    """Sort tasks by the peer's method that they are compared with."""
+    methods = {TASKS[task][0] for task in tasks}
+    return {method: [task for task in tasks if TASKS[task][0] == method] for method in sorted(methods, reverse=True)}
 
 
 def compare(arguments: argparse.Namespace, work: Path) -> None:
@@ -365,17 +388,17 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
     environment = in_child(own_environment)
     shape = {"parameters": parameters, "sequences": arguments.sequences, "length": arguments.length}
     ratios = []
-    for method in arguments.methods:
-        for pattern in arguments.patterns:
-            stem = f"{method}-{pattern.replace('%', 'pct').replace(':', 'of')}"
-            tools = ("llmprune", "llm-compressor")
-            own, peer = (Series(tool, method, pattern, work / f"{tool}-{stem}") for tool in tools)
-            run_pair([own, peer], arguments, work)
-            comparison = in_child(compare_outputs, own.out, peer.out, pattern) | shape
+    for pattern, (method, tasks) in itertools.product(arguments.patterns, by_method(arguments.tasks).items()):
+        stem = pattern.replace("%", "pct").replace(":", "of")
+        peer = Series(PEER, method, pattern, work / f"{PEER}-{method}-{stem}")
+        ours = [Series("llmprune", task, pattern, work / f"llmprune-{task}-{stem}") for task in tasks]
+        run_in_turns([*ours, peer], arguments, work)
+        comparisons = [in_child(compare_outputs, own.out, peer.out, pattern) | shape for own in ours]
+        peer_environment = peer.runs[-1].answer["environment"] | {"batch_size": arguments.peer_batch_size}
+        for own, comparison in zip(ours, comparisons, strict=True):
             print(json.dumps(row_of(own, environment, comparison)), flush=True)
-            peer_environment = peer.runs[-1].answer["environment"] | {"batch_size": arguments.peer_batch_size}
-            print(json.dumps(row_of(peer, peer_environment, comparison)), flush=True)
             ratios.append(ratios_of(own, peer))
+        print(json.dumps(row_of(peer, peer_environment, comparisons[0])), flush=True)
     print(json.dumps({"ratios": ratios, "of": "llm-compressor / llmprune"}), flush=True)
 
 
@@ -386,7 +409,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     peer.add_argument("--peer-python", type=Path, help="interpreter of an environment that has llm-compressor")
     peer.add_argument("--make-peer-env", type=Path, metavar="DIR", help="create that environment here first")
     parser.add_argument("--peer-batch-size", type=int, default=8, help="sequences a forward pass in llm-compressor")
-    parser.add_argument("--methods", nargs="+", choices=("wanda", "sparsegpt"), default=["wanda", "sparsegpt"])
+    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--patterns", nargs="+", choices=("50%", "2:4"), default=["50%"])
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)

@@ -103,6 +103,10 @@ def change(path: Path, how: str) -> None:
         path.write_bytes(bytes(len(data)))
     elif how == "touched":
         os.utime(path, ns=(0, 0))
+    elif how == "edited":  # a bit of every tensor, with the size and the time that the file had
+        start, times = 8 + int.from_bytes(data[:8], "little"), path.stat()
+        path.write_bytes(data[:start] + bytes(byte ^ (at % 16 == 0) for at, byte in enumerate(data[start:])))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     else:
         path.unlink()
 

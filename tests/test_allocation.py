@@ -155,7 +155,11 @@ def test_an_expensive_site_keeps_more() -> None:
 
 
 def test_a_pinned_site_keeps_its_share_whatever_the_others_cost() -> None:
-    costs = {"pinned": pinned(0.5), "a": Curve((0.4, 0.6), (1.0, 9e9)), "b": Curve((0.4, 0.6), (1e-9, 2e-9))}
+    costs: dict[str, Cost] = {
+        "pinned": pinned(0.5),
+        "a": Curve((0.4, 0.6), (1.0, 9e9)),
+        "b": Curve((0.4, 0.6), (1e-9, 2e-9)),
+    }
     found = split(costs, {"pinned": 101, "a": 300, "b": 300}, 0.5, 0.1)
     assert found["pinned"] == 50 and sum(found.values()) == 350 and found["b"] > found["a"]
 

@@ -10,18 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import faults
-import llmprune
 import tiny
-from llmprune.errors import ResourceError
-from llmprune.methods.sparsegpt import SparseGPT
-from llmprune.model import Lanes
+from llmprune.checkpoint import Source
 
 IDS = tiny.ids(4, 16)
 QUICK: dict[str, Any] = {"method": "magnitude"}
@@ -242,69 +238,23 @@ def test_a_source_that_changes_is_one_line_and_the_run_goes_on_when_it_is_restor
     require_continued(source, out, run.whole, **QUICK)
 
 
-def run_out_of_memory(patch: pytest.MonkeyPatch, most: int, error: Exception) -> None:
-    """Let the second block take no batch of more than `most` sequences."""
-    plain = Lanes.run
-
-    def run(lanes: Lanes, index: int, lane: int) -> Any:
-        if index == 1 and lanes.sequences(lane) > most:
-            raise error
-        return plain(lanes, index, lane)
-
-    patch.setattr(Lanes, "run", run)
-
-
-OUT_OF_MEMORY = {
-    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
-    "python": MemoryError(),
-}
-
-
-@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_a_batch_that_does_not_fit_is_halved_until_it_does(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("moment", "tensor"),
+    [("after copyfile", "model.embed_tokens.weight"), ("before pwrite", "model.layers.2.mlp.down_proj.weight")],
+)
+def test_a_source_that_changes_and_keeps_its_size_and_time_is_one_line(
+    moment: str, tensor: str, run: Undisturbed, tmp_path: Path
 ) -> None:
-    source = tiny.save(tiny.model("llama"), tmp_path / "source")
-    options: dict[str, Any] = {"calibration": tiny.ids(8, 16), "batch_size": 8}
-    undisturbed = llmprune.prune(source, tmp_path / "whole", **options)
-    run_out_of_memory(monkeypatch, 3, OUT_OF_MEMORY[kind])
-    report = llmprune.prune(source, tmp_path / "out", **options)
-    said = [record.getMessage() for record in caplog.records]
-    assert all(line.startswith("out of memory in model.layers.1: ") for line in said)
-    assert [line.rpartition("; ")[2] for line in said] == [f"going on with {n} sequences a forward" for n in (4, 2)]
-    assert [(site.name, site.zeros) for site in report.sites] == [(s.name, s.zeros) for s in undisturbed.sites]
-    one, two = tiny.tensors(tmp_path / "whole"), tiny.tensors(tmp_path / "out")
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-
-
-def test_memory_that_does_not_suffice_for_one_sequence_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
-    run_out_of_memory(monkeypatch, 0, OUT_OF_MEMORY["gpu"])
-    with pytest.raises(ResourceError, match=r"^out of memory in model\.layers\.1: .*; 1 block kept in .*--resume"):
-        llmprune.prune(source, out, calibration=IDS, batch_size=2)
-    monkeypatch.undo()
-    llmprune.prune(source, out, resume=True, calibration=IDS, batch_size=2)
-    assert llmprune.inspect(out).verified
-
-
-def test_a_loaded_model_that_runs_out_of_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_out_of_memory(monkeypatch, 1, OUT_OF_MEMORY["gpu"])
-    with pytest.raises(ResourceError, match=r"out of memory in model\.layers\.1"):
-        llmprune.prune(tiny.model("llama"), calibration=IDS, batch_size=4)
-
-
-def test_a_solve_that_does_not_fit_names_its_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> NoReturn:
-        raise OUT_OF_MEMORY["gpu"]
-
-    source = tiny.save(tiny.model("llama"), tmp_path / "source")
-    monkeypatch.setattr(SparseGPT, "solve", fail)
-    with pytest.raises(ResourceError, match=r"out of memory in model\.layers\.0\.self_attn\.q_proj\.weight"):
-        llmprune.prune(source, tmp_path / "out", calibration=IDS)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    """The embedding is read before all is copied, the last block afterwards."""
+    source, out, kept = Path(shutil.copytree(run.source, tmp_path / "source")), tmp_path / "out", tmp_path / "kept"
+    changed = Source.open(source).entries[tensor].file
+    shutil.copy2(changed, kept)
+    point = run.events.index(moment, run.start if moment == "before pwrite" else 0)
+    line = struck(source, out, point, partial(faults.change, changed, "edited"))
+    assert re.search(rf"{changed.name} was changed while it was in use: restore it", line), line
+    require_whole_or_none(out, run.whole)
+    shutil.copy2(kept, changed)
+    require_continued(source, out, run.whole, **QUICK)
 
 
 def test_every_test_that_the_documentation_names_exists() -> None:

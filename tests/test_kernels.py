@@ -1,5 +1,7 @@
 """The optimal-brain-surgeon kernels against the paper's loop, one column at a time."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmprune import kernels
+from llmprune.patterns import Unstructured
+from llmprune_kernels.gram import native as gram_native
+from llmprune_kernels.native import cpu_level
+from llmprune_kernels.obs import native, recursive, reference
+from llmprune_kernels.select import native as select_native
+
+needs_native = pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+PAPER = [reference, pytest.param(native, marks=needs_native)]
+FAST = [recursive, pytest.param(native, marks=needs_native)]
 
 # N:M patterns whose groups are of many sizes, also such as do not divide the usual block of 128.
 NM_PATTERNS = [(2, 4), (1, 3), (4, 8), (3, 5), (8, 16), (5, 17), (8, 24), (16, 32), (64, 128)]
@@ -59,16 +70,18 @@ def assert_near(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
         torch.testing.assert_close(found_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("obs", PAPER)
 @settings(max_examples=60, deadline=None)
 @given(columns=st.integers(1, 80), outputs=st.integers(1, 12), sparsity=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
-def test_obs_masked_is_the_column_loop(columns: int, outputs: int, sparsity: float, seed: int) -> None:
+def test_obs_masked_is_the_column_loop(obs: ModuleType, columns: int, outputs: int, sparsity: float, seed: int) -> None:
     block_BO, upper_BB = problem(columns, outputs, seed)
     keep_BO = random_keep(columns, outputs, sparsity, seed)
     expected = slow_masked(block_BO, upper_BB, keep_BO)
-    error_BO = kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    error_BO = obs.obs_masked(block_BO, upper_BB, keep_BO)
     assert_near((block_BO, error_BO), expected)
 
 
+@pytest.mark.parametrize("obs", PAPER)
 @settings(max_examples=60, deadline=None)
 @given(
     nm=st.sampled_from(NM_PATTERNS),
@@ -76,12 +89,12 @@ def test_obs_masked_is_the_column_loop(columns: int, outputs: int, sparsity: flo
     outputs=st.integers(1, 12),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_obs_nm_is_the_column_loop(nm: tuple[int, int], groups: int, outputs: int, seed: int) -> None:
+def test_obs_nm_is_the_column_loop(obs: ModuleType, nm: tuple[int, int], groups: int, outputs: int, seed: int) -> None:
     n, m = nm
     columns = m * min(groups, max(1, 96 // m))
     block_BO, upper_BB = problem(columns, outputs, seed)
     expected_BO, expected_error_BO, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
-    error_BO, keep_BO = kernels.obs_nm(block_BO, upper_BB, n, m)
+    error_BO, keep_BO = obs.obs_nm(block_BO, upper_BB, n, m)
     assert keep_BO.reshape(-1, m, outputs).sum(1).eq(n).all()
     assert not block_BO[~keep_BO].any()
     same_O = (keep_BO == expected_keep_BO).all(0)  # two scores within rounding of each other may swap, once in many
@@ -90,64 +103,72 @@ def test_obs_nm_is_the_column_loop(nm: tuple[int, int], groups: int, outputs: in
     assert_near((block_BO[:, same_O], error_BO[:, same_O]), expected)
 
 
+@pytest.mark.parametrize("obs", PAPER)
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 33, 100, 127, 128])
-def test_obs_masked_at_ragged_widths(columns: int) -> None:
+def test_obs_masked_at_ragged_widths(obs: ModuleType, columns: int) -> None:
     block_BO, upper_BB = problem(columns, 5, 0)
     keep_BO = random_keep(columns, 5, 0.5, 1)
     expected = slow_masked(block_BO, upper_BB, keep_BO)
-    error_BO = kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    error_BO = obs.obs_masked(block_BO, upper_BB, keep_BO)
     assert_near((block_BO, error_BO), expected)
 
 
+@pytest.mark.parametrize("obs", PAPER)
 @pytest.mark.parametrize(("n", "m"), NM_PATTERNS)
-def test_obs_nm_finds_the_masks_of_the_column_loop(n: int, m: int) -> None:
+def test_obs_nm_finds_the_masks_of_the_column_loop(obs: ModuleType, n: int, m: int) -> None:
     block_BO, upper_BB = problem(m * max(1, 128 // m), 5, 0)
     expected_BO, expected_error_BO, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
-    error_BO, keep_BO = kernels.obs_nm(block_BO, upper_BB, n, m)
+    error_BO, keep_BO = obs.obs_nm(block_BO, upper_BB, n, m)
     assert torch.equal(keep_BO, expected_keep_BO)
     assert_near((block_BO, error_BO), (expected_BO, expected_error_BO))
 
 
-def test_the_factor_is_only_read() -> None:
+@pytest.mark.parametrize("obs", PAPER)
+def test_the_factor_is_only_read(obs: ModuleType) -> None:
     block_BO, upper_BB = problem(32, 5, 0)
     before_BB = upper_BB.clone()
-    kernels.obs_masked(block_BO, upper_BB, random_keep(32, 5, 0.5, 1))
-    kernels.obs_nm(block_BO, upper_BB, 2, 4)
+    obs.obs_masked(block_BO, upper_BB, random_keep(32, 5, 0.5, 1))
+    obs.obs_nm(block_BO, upper_BB, 2, 4)
     assert torch.equal(upper_BB, before_BB)
 
 
-def test_among_equal_scores_the_lowest_index_goes_first() -> None:
+@pytest.mark.parametrize("obs", PAPER)
+def test_among_equal_scores_the_lowest_index_goes_first(obs: ModuleType) -> None:
     block_BO = torch.ones(8, 3)
-    _, keep_BO = kernels.obs_nm(block_BO, torch.eye(8), 2, 4)
+    _, keep_BO = obs.obs_nm(block_BO, torch.eye(8), 2, 4)
     assert keep_BO.T.tolist() == [[False, False, True, True] * 2] * 3
 
 
-def test_nothing_removed_changes_nothing() -> None:
+@pytest.mark.parametrize("obs", PAPER)
+def test_nothing_removed_changes_nothing(obs: ModuleType) -> None:
     block_BO, upper_BB = problem(40, 3, 0)
     before_BO = block_BO.clone()
-    error_BO = kernels.obs_masked(block_BO, upper_BB, torch.ones_like(block_BO, dtype=torch.bool))
+    error_BO = obs.obs_masked(block_BO, upper_BB, torch.ones_like(block_BO, dtype=torch.bool))
     assert torch.equal(block_BO, before_BO) and not error_BO.any()
 
 
+@pytest.mark.parametrize("obs", FAST)
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 100, 128])
-def test_prune_masked_is_the_column_loop(columns: int) -> None:
+def test_prune_masked_is_the_column_loop(obs: ModuleType, columns: int) -> None:
     block_BO, upper_BB = problem(columns, 5, 0)
     keep_BO = random_keep(columns, 5, 0.5, 1)
     expected_BO, _ = slow_masked(block_BO, upper_BB, keep_BO)
-    kernels.prune_masked(block_BO, upper_BB, keep_BO)
+    obs.prune_masked(block_BO, upper_BB, keep_BO)
     torch.testing.assert_close(block_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("obs", FAST)
 @pytest.mark.parametrize(("n", "m"), NM_PATTERNS)
-def test_prune_nm_is_the_column_loop(n: int, m: int) -> None:
+def test_prune_nm_is_the_column_loop(obs: ModuleType, n: int, m: int) -> None:
     block_BO, upper_BB = problem(m * max(1, 128 // m), 5, 0)
     expected_BO, _, expected_keep_BO = slow_nm(block_BO, upper_BB, n, m)
-    keep_BO = kernels.prune_nm(block_BO, upper_BB, n, m)
+    keep_BO = obs.prune_nm(block_BO, upper_BB, n, m)
     assert torch.equal(keep_BO, expected_keep_BO)
     torch.testing.assert_close(block_BO.double(), expected_BO, rtol=1e-3, atol=1e-3)
 
 
-def test_the_reference_rounds_after_the_product_and_after_the_difference() -> None:
+@pytest.mark.parametrize("obs", PAPER)
+def test_each_rounds_after_the_product_and_after_the_difference(obs: ModuleType) -> None:
     block_BO, upper_BB = problem(64, 40, 0)
     keep_BO = random_keep(64, 40, 0.5, 1)
     expected_BO = block_BO.clone()
@@ -155,5 +176,104 @@ def test_the_reference_rounds_after_the_product_and_after_the_difference() -> No
         error_O = (expected_BO[column] / upper_BB[column, column]).masked_fill(keep_BO[column], 0)
         product_BO = upper_BB[column, column + 1 :, None] * error_O
         expected_BO[column + 1 :] -= product_BO
-    kernels.obs_masked(block_BO, upper_BB, keep_BO)
+    obs.obs_masked(block_BO, upper_BB, keep_BO)
     assert torch.equal(block_BO, expected_BO.masked_fill(~keep_BO, 0))
+
+
+@needs_native
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(("columns", "outputs"), [(1, 1), (7, 64), (128, 65), (128, 200), (200, 3)])
+def test_the_compiled_paper_arithmetic_is_the_reference_to_the_bit(
+    columns: int, outputs: int, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "cpu_level", lambda: min(level, cpu_level()))
+    block_BO, upper_BB = problem(columns, outputs + 9, 0)
+    keep_BO = random_keep(columns, outputs, 0.5, 1)
+    ours_BO, theirs_BO = block_BO.clone()[:, :outputs], block_BO.clone()[:, :outputs]  # rows further apart than wide
+    assert torch.equal(
+        native.obs_masked(ours_BO, upper_BB, keep_BO), reference.obs_masked(theirs_BO, upper_BB, keep_BO)
+    )
+    assert torch.equal(ours_BO, theirs_BO)
+
+
+@needs_native
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize(("n", "m"), NM_PATTERNS)
+def test_the_compiled_choice_of_n_of_m_is_the_reference_to_the_bit(
+    n: int, m: int, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "cpu_level", lambda: min(level, cpu_level()))
+    block_BO, upper_BB = problem(m * max(1, 128 // m), 70, 0)
+    ours_BO, theirs_BO = block_BO.clone(), block_BO.clone()
+    ours, theirs = native.obs_nm(ours_BO, upper_BB, n, m), reference.obs_nm(theirs_BO, upper_BB, n, m)
+    assert all(map(torch.equal, ours, theirs)) and torch.equal(ours_BO, theirs_BO)
+
+
+@needs_native
+def test_a_compiled_kernel_refuses_what_it_would_misread() -> None:
+    block_BO, upper_BB = problem(8, 6, 0)
+    with pytest.raises(ValueError, match="dense and float32"):
+        native.prune_masked(block_BO.double(), upper_BB, torch.ones(8, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match="dense and float32"):
+        native.prune_masked(block_BO.T.contiguous().T, upper_BB, torch.ones(8, 6, dtype=torch.bool))
+
+
+def test_without_a_library_the_gate_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    block_BO, upper_BB = problem(16, 5, 0)
+    expected_BO = block_BO.clone()
+    expected = reference.obs_nm(expected_BO, upper_BB, 2, 4)
+    assert all(map(torch.equal, kernels.obs_nm(block_BO, upper_BB, 2, 4), expected))
+    assert torch.equal(block_BO, expected_BO)
+
+
+@pytest.mark.skipif(not gram_native.available(), reason="this CPU does not multiply bfloat16, or there is no compiler")
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 64), (33, 65), (1025, 300), (2050, 20)])
+def test_products_of_bfloat16_are_exact_and_summed_in_fp32(tokens: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TI, y_TI, before_II = (
+        torch.randn(*shape, generator=generator) for shape in ((tokens, width), (tokens, width), (width, width))
+    )
+    x_TI, y_TI = x_TI.bfloat16(), y_TI.bfloat16()
+    gram_II, product_II = before_II.clone(), before_II.clone()
+    kernels.add_gram(gram_II, x_TI, 0.5, 0.25)
+    kernels.add_product(product_II, y_TI, x_TI, 0.5, 0.25)
+    expected_II = 0.5 * x_TI.double().T @ x_TI.double() + 0.25 * before_II
+    defined = torch.tensor([[column < (row // 256 + 1) * 256 for column in range(width)] for row in range(width)])
+    torch.testing.assert_close(gram_II.double()[defined], expected_II[defined], rtol=1e-4, atol=1e-4)
+    expected_II = 0.5 * y_TI.double().T @ x_TI.double() + 0.25 * before_II
+    torch.testing.assert_close(product_II.double(), expected_II, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not gram_native.available(), reason="this CPU does not multiply bfloat16, or there is no compiler")
+def test_inputs_whose_rows_lie_apart_are_summed_as_they_are() -> None:
+    x_TI = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).bfloat16()[:, 3:20]
+    gram_II = torch.zeros(17, 17)
+    kernels.add_gram(gram_II, x_TI, 1.0, 0.0)
+    torch.testing.assert_close(gram_II.double(), x_TI.double().T @ x_TI.double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="bfloat16"):
+        gram_native.add_gram(gram_II, x_TI.float(), 1.0, 0.0)
+
+
+@pytest.mark.skipif(not select_native.available(), reason="no compiled kernels")
+@settings(max_examples=80, deadline=None)
+@given(
+    numbers=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=200),
+    share=st.floats(0, 1),
+    copies=st.integers(1, 3),
+)
+def test_the_kth_smallest_is_that_of_a_sort(numbers: list[float], share: float, copies: int) -> None:
+    score_C = torch.tensor(numbers * copies)
+    k = 1 + int(share * (len(score_C) - 1))
+    assert select_native.kth_smallest(score_C, k) == float(score_C.sort().values[k - 1])
+
+
+@pytest.mark.skipif(not select_native.available(), reason="no compiled kernels")
+@pytest.mark.parametrize("sparsity", [0.001, 0.5, 0.999])
+def test_counting_selects_what_a_partition_does(sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    score_OI = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).abs()
+    score_OI[:50] = 1.0  # ties, which straddle the threshold at 0.5
+    assert kernels.selects(score_OI.reshape(1, -1))
+    counted_OI = Unstructured(sparsity).keep(score_OI)
+    monkeypatch.setattr(kernels, "selects", lambda score_C: False)
+    assert torch.equal(counted_OI, Unstructured(sparsity).keep(score_OI))

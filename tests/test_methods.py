@@ -48,7 +48,7 @@ def correlated(tokens: int, inputs: int, seed: int = 1) -> Tensor:
 def statistic_for(method: Method, x_TI: Tensor, weight_OI: Tensor) -> Any:
     if method.needs is None:
         return None
-    if method.needs is Gradient:
+    if issubclass(method.needs, Gradient):
         return gradient_of(weight_OI, x_TI)
     statistic = method.needs(x_TI.shape[1], CPU)
     statistic.add(x_TI, 2)
@@ -57,7 +57,8 @@ def statistic_for(method: Method, x_TI: Tensor, weight_OI: Tensor) -> Any:
 
 def gradient_of(weight_OI: Tensor, x_TI: Tensor) -> Gradient:
     """The gradient of a loss that is a quarter of the outputs' fourth powers, each half of the tokens a sequence."""
-    statistic = Gradient(*weight_OI.shape, CPU)
+    outputs, inputs = weight_OI.shape
+    statistic = Gradient(outputs, inputs, CPU)
     for half in x_TI.chunk(2):
         statistic.add(half, (half @ weight_OI.float().T) ** 3)
         statistic.close_sequence()

@@ -172,6 +172,21 @@ def test_a_run_is_not_continued_by_another_one(name: str, tmp_path: Path, monkey
     assert faults.content(faults.partial_of(out)) == left
 
 
+def test_what_a_resumed_run_reads_again_must_be_what_was_read_before(tmp_path: Path) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    llmprune.prune(source, tmp_path / "whole", calibration=IDS)
+    partial_folder = interrupted(source, out, 2, calibration=IDS)
+    pruned, dense = min((partial_folder / "model").glob("*.safetensors")), max(source.glob("*.safetensors"))
+    for changed in (pruned, dense):
+        kept = shutil.copy2(changed, tmp_path / "kept")
+        faults.change(changed, "edited")
+        with pytest.raises(CheckpointError, match=rf"{changed} was changed while it was in use: restore it"):
+            llmprune.prune(source, out, resume=True, calibration=IDS)
+        shutil.copy2(kept, changed)
+    llmprune.prune(source, out, resume=True, calibration=IDS)
+    assert faults.content(out) == faults.content(tmp_path / "whole")
+
+
 def test_a_run_that_is_at_work_is_not_resumed_and_stops_others_at_once(tmp_path: Path) -> None:
     source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
     partial_folder = interrupted(source, out, 1, **QUICK)

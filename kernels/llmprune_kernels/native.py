@@ -12,15 +12,16 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch  # noqa: F401  its OpenMP runtime must be loaded first: the library then shares it, and its threads
 
-ABI = 1  # that of llmprune_abi() in the C++ files
+ABI = 2  # that of llmprune_abi() in the C++ files
 PACKAGE = Path(__file__).parent
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared")  # nothing is fused but where it says so
 COMPILERS = ("c++", "g++", "clang++")
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,15 @@ def library() -> ctypes.CDLL | None:
             return loaded
     logger.warning("no compiled kernels: sparse layers run as dense ones; install a C++ compiler such as g++")
     return None
+
+
+def declared(signatures: Mapping[str, tuple[Any, ...]]) -> ctypes.CDLL | None:
+    """Return the library with the argument types of some functions that return nothing set; None where there is none."""
+    native = library()
+    for name, arguments in signatures.items() if native is not None else ():
+        function = getattr(native, name)
+        function.argtypes, function.restype = arguments, None
+    return native
 
 
 @functools.cache

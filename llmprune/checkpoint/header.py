@@ -3,11 +3,13 @@
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from llmprune.errors import CheckpointError
 
@@ -68,13 +70,16 @@ def read_header(path: Path) -> list[TensorEntry]:
     return entries
 
 
-def require_readable(entry: TensorEntry) -> None:
-    """Read a tensor's bytes once: a disk that fails is an error here, but kills the process in mapped memory.
+def checksum(entry: TensorEntry) -> int:
+    """Read a tensor's bytes once, and return what tells them from others that somebody might put in their place.
+
+    A disk that fails is an error here, but kills the process in mapped memory.
 
     Raises:
         CheckpointError: they cannot be read.
     """
     left, buffer = entry.size, memoryview(bytearray(min(entry.size, _READ_BYTES)))
+    seen = xxhash.xxh3_64()
     try:
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
@@ -82,9 +87,17 @@ def require_readable(entry: TensorEntry) -> None:
                 count = file.readinto(buffer[:left])
                 if not count:
                     raise CheckpointError(f"cannot read {entry.name}: {entry.file} is truncated")
+                seen.update(buffer[:count])
                 left -= count
     except OSError as error:
         raise CheckpointError(f"cannot read {entry.name} from {entry.file}: {error.strerror}") from None
+    return seen.intdigest()
+
+
+def header_of(entries: Iterable[TensorEntry]) -> TensorEntry:
+    """Return what precedes the tensors of a file, as if it were one."""
+    first = min(entries, key=lambda entry: entry.start)
+    return TensorEntry("the header", first.file, "U8", (first.start,), 0, first.start)
 
 
 def _length(prefix: bytes) -> int:

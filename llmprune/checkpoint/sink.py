@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -55,6 +56,7 @@ class Sink:
         self.copy = Source(self.place.model, entries, source.config, shards)  # what has been written so far
         self.done: dict[str, dict[str, Any]] = {}  # the records of the stages that an earlier run has finished
         self._touched: set[Path] = set()
+        self._written: dict[str, int] = {}  # the checksums of what was written since a stage was finished
         self._committed = False
 
     def __enter__(self) -> "Sink":
@@ -80,11 +82,14 @@ class Sink:
             for path in paths:
                 with _writing(self._target(path), f"copy {path} to"):
                     durable.copy(path, self._target(path))
+                self._source.require_unchanged([path])
+                self._source.expect(self.copy.verify(entry.name for entry in self._source.by_file.get(path, ())))
                 bar.step()
         self._source.require_unchanged()
         with _writing(self.place.partial):
             durable.sync_tree(self.place.partial)
             durable.sync(self.place.partial.parent)
+        self._note({"copied": self.copy.checksums})
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrite the tensor called `name`; its shape must be the stored one, its values are cast to that dtype."""
@@ -94,6 +99,7 @@ class Sink:
         data = tensor.detach().to("cpu", entry.torch_dtype).contiguous().view(-1).view(torch.uint8).numpy()
         with _writing(entry.file, f"write {name} to"):
             durable.overwrite(entry.file, entry.start, data.data)
+        self._written[self.copy.place_of(entry)] = xxhash.xxh3_64(data.data).intdigest()
         self._touched.add(entry.file)
 
     def set_aside(self, stage: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -118,7 +124,9 @@ class Sink:
             with _writing(path, f"write {stage} to"):
                 durable.sync(path)
         self._touched.clear()
-        self._note({"stage": stage, **record}, f"write {stage} to")
+        self._note({"stage": stage, "written": self._written, **record}, f"write {stage} to")
+        self.copy.checksums.update(self._written)
+        self._written = {}
 
     def commit(self, report: dict[str, Any]) -> None:
         """Add the report and let the output appear under its own name."""
@@ -154,6 +162,7 @@ class Sink:
         """Continue the run that is there, or start one."""
         if self._resume and pruned(self._journal):
             self._require_same()
+            self._expect_the_same()
             self.done = pruned(self._journal)
             return
         with _writing(self.place.partial):
@@ -172,6 +181,13 @@ class Sink:
         there = self.place.model.is_dir() and announced(self._journal) in (None, folder_id(self.place.model))
         if not there and not is_committed(self.place, self._journal):
             raise CheckpointError(f"{self.place.partial} has lost its model: start anew with --overwrite")
+
+    def _expect_the_same(self) -> None:
+        """Let what is read again be what the earlier run has read, and what it has written."""
+        for record in self._journal.records:
+            copied = record.get("copied", {})
+            self._source.expect(copied)
+            self.copy.checksums.update(copied | record.get("written", {}))
 
     def _complete(self, report: dict[str, Any]) -> None:
         """Add what makes the folder a model."""

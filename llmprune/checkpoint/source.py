@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmprune.checkpoint.guard import read_json, require_inside, require_modest
-from llmprune.checkpoint.header import TensorEntry, read_header, require_readable
+from llmprune.checkpoint.header import TensorEntry, checksum, header_of, read_header
 from llmprune.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -31,13 +33,18 @@ Identity = tuple[int, int]  # size in bytes, time of the last change in ns
 
 @dataclass(frozen=True)
 class Source:
-    """Index of a checkpoint: tensors by name, its configuration, and the files that go with it."""
+    """Index of a checkpoint: tensors by name, its configuration, and the files that go with it.
+
+    Attributes:
+        checksums: of the bytes that have been read so far, by their place; what is read again must have the same.
+    """
 
     folder: Path
     entries: dict[str, TensorEntry]
     config: dict[str, Any]
     shards: tuple[Path, ...]
     identities: dict[Path, Identity] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Source":
@@ -56,6 +63,9 @@ class Source:
         source = cls(folder, entries, config, shards, identities)
         for path in source.companions():
             require_modest(require_inside(folder, path))
+        for entries_here in source.by_file.values():
+            header = header_of(entries_here)
+            source.checksums[source.place_of(header)] = checksum(header)
         return source
 
     def companions(self) -> list[Path]:
@@ -83,20 +93,55 @@ class Source:
         """
         for path in self.identities if paths is None else paths:
             if path in self.identities and _identity(path) != self.identities[path]:
-                raise CheckpointError(f"{path} was changed while it was in use: restore it")
+                raise _changed(path)
+        if paths is None and self.identities and read_fields(self.folder) != self.config:
+            raise _changed(self.folder / CONFIG)
+
+    def expect(self, checksums: dict[str, int]) -> None:
+        """Let all that is read from now on, and what was read before, be what has these checksums.
+
+        Raises:
+            CheckpointError: something was read before that has another.
+        """
+        for place, known in checksums.items():
+            if self.checksums.setdefault(place, known) != known:
+                raise _changed(self.folder / place.rpartition("@")[0])
+
+    def verify(self, names: Iterable[str]) -> dict[str, int]:
+        """Read the named tensors, and what precedes them in their files; return the checksums by place.
+
+        Raises:
+            CheckpointError: a file cannot be read, or other bytes were read there before.
+        """
+        entries = [self.entries[name] for name in names]
+        headers = [header_of(self.by_file[path]) for path in {entry.file: None for entry in entries}]
+        found = {self.place_of(entry): checksum(entry) for entry in [*headers, *entries]}
+        self.expect(found)
+        return found
+
+    def place_of(self, entry: TensorEntry) -> str:
+        """Return what tells the bytes of a tensor from all others, the same in every copy of the checkpoint."""
+        return f"{entry.file.relative_to(self.folder).as_posix()}@{entry.start}+{entry.size}"
+
+    @cached_property
+    def by_file(self) -> dict[Path, list[TensorEntry]]:
+        """The tensors of each file that holds any."""
+        found: dict[Path, list[TensorEntry]] = defaultdict(list)
+        for entry in self.entries.values():
+            found[entry.file].append(entry)
+        return found
 
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Open the named tensors as safetensors slices: nothing is held in memory until a slice is indexed.
 
         Raises:
-            CheckpointError: a file cannot be read, or was changed.
+            CheckpointError: a file cannot be read, or was changed, be it with the same size and time.
         """
         entries = [self.entries[name] for name in names]
         paths = {entry.file: None for entry in entries}
         self.require_unchanged(paths)
-        for entry in entries:
-            require_readable(entry)
+        self.verify(entry.name for entry in entries)
         with ExitStack() as stack:
             files = {path: stack.enter_context(_open(path)) for path in paths}
             yield {entry.name: files[entry.file].get_slice(entry.name) for entry in entries}
@@ -196,6 +241,10 @@ def _no_weights(folder: Path) -> str:
         f"{folder} has only pickled weights ({pickles[0]}), which llmprune does not load; convert them with: python -c "
         f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('NEW')\""
     )
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} was changed while it was in use: restore it")
 
 
 def _identity(path: Path) -> Identity:

@@ -59,13 +59,16 @@ what = options(
     click.option(
         "--allocation",
         metavar="WAY",
-        help="Share a sparsity out over matrices: uniform, owl, error or fisher (best)  [default: uniform]",
+        help="Share a sparsity out over matrices: uniform, owl, error or fisher (finest)  [default: uniform]",
     ),
     click.option(
         "--allocation-range", type=float, metavar="SHARE", help="How far a matrix may deviate  [default: 0.15]"
     ),
     click.option(
         "--sparsity", multiple=True, metavar="GLOB=SHARE", help="Of these matrices, e.g. '*.down_proj.*=40%'."
+    ),
+    click.option(
+        "--autocast", is_flag=True, default=None, help="Calibrate float32 models in bfloat16 where that is faster."
     ),
     click.option("--deterministic", is_flag=True, default=None, help="Use only operations that repeat to the bit."),
     click.option("--include", multiple=True, metavar="GLOB", help="Prune these tensors too, e.g. lm_head.weight."),

@@ -126,7 +126,7 @@ def _sample(
 
     def set_up() -> Callable[[], Any]:
         weight_OI, statistic = randn(outputs, inputs), None
-        if method.needs is Gradient:
+        if method.needs is not None and issubclass(method.needs, Gradient):
             return partial(prune_matrix, "a sample", method, weight_OI, _flat(weight_OI), pattern, 0)
         if method.needs is not None:
             statistic = method.needs(inputs, device)

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmprune.errors import UnsupportedModelError
@@ -53,6 +54,8 @@ class Collector:
     side_by_side: bool = False
     twins: bool = False
     most_runs: int = field(default=0, init=False)  # how often a stage was run at most to collect its statistics
+    together: int = field(default=0, init=False)  # most bytes that several groups of the last stage took at once
+    walked: bool = field(default=False, init=False)  # the last stage's lanes were held side by side, and need not be
 
     def groups(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, None]:
         """Yield the groups of stage `index` with their statistics; each is to be solved before the next is asked for.
@@ -64,6 +67,7 @@ class Collector:
         Raises:
             NumericalError: an input holds NaN or infinity.
         """
+        self.together, self.walked = 0, False
         if any(site.module is self.lanes.stage(index).module for site in sites):
             yield from self._by_runs(index, sites)  # the head: nobody needs the logits that it would put out
             return
@@ -93,6 +97,7 @@ class Collector:
 
     def _side_by_side(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, list[Site]]:
         """Yield each site as the lanes come to it; return those that no module's call led to."""
+        self.walked = not self.twins
         statistic, last = None, list[Any]()
         done = set[Site]()
         dense = Originals(sites) if self.twins else None
@@ -188,6 +193,8 @@ class Collector:
 
     def _sum(self, index: int, groups: Sequence[Group], seen: Mapping[Site, Sequence[Tensor]] | None = None) -> None:
         """Sum the statistics of groups over all lanes; `seen` is what the first lane fed them, if it has been run."""
+        if len(groups) > 1:
+            self.together = max(self.together, self._bytes(groups))
         by_leader = {group.sites[0]: group for group in groups}
         for leader, inputs in (seen or {}).items():
             for x in inputs if leader in by_leader else ():
@@ -214,10 +221,11 @@ class Collector:
         if group.statistic is None:
             group.statistic = self.needs(x.shape[-1], x.device)
         sequences = self.lanes.sequences(lane)
-        parts = _sequences(x, sequences)
-        pairs = zip(parts, _sequences(dense, sequences), strict=True) if dense is not None else ((p,) for p in parts)
-        for pair in pairs:
-            group.statistic.add(pair[0], sequences // len(parts), *pair[1:])
+        both = [self.lanes.as_multiplied(one) for one in (x, dense) if one is not None]
+        parts = [_sequences(one, sequences) for one in both]
+        with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
+            for of_sequence, *of_dense in zip(*parts, strict=True):
+                group.statistic.add(of_sequence, sequences // len(parts[0]), *of_dense)
 
 
 def _sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:

@@ -11,7 +11,7 @@ the same everywhere, and an error in a lane surfaces in the coordinator by itsel
 
 import contextvars
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Lanes:
         batches: token ids [sequences, length] each.
         home: device of the model's glue (embeddings, masks) and of the hidden states between stages.
         device_of: device of a stage's weights.
+        autocast: the dtype that the forward multiplies in, where that is not the weights' own.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class Lanes:
         batches: Sequence[Tensor],
         home: torch.device,
         device_of: Callable[[Stage], torch.device],
+        autocast: torch.dtype | None = None,
     ) -> None:
         self._model, self._stages, self._batches = model, stages, batches
-        self.home, self.device_of = home, device_of
+        self.home, self.device_of, self._autocast = home, device_of, autocast
         self._passing: set[greenlet] = set()  # those that run a stage, and are not to park there
         self._arrivals: list[Arrival | None] = []
         self._provided: dict[int, Any] = {}  # outputs of the stage at which lanes wait that are there already
@@ -111,11 +113,32 @@ class Lanes:
         for lane in lanes:
             self._provided.pop(lane, None)
 
+    def forward_precision(self, index: int | None = None) -> AbstractContextManager[None]:
+        """Return the context for every switch into stage `index`, or into what lies between: `autocast` is on there.
+
+        It is a state of the thread, which greenlets share: a forward that enters it would leave it to the coordinator.
+        """
+        if self._autocast is None:
+            return nullcontext()
+        device = self.home if index is None else self.device_of(self._stages[index])
+        # Without a cache, as weights change while it is on.
+        context: AbstractContextManager[None] = torch.autocast(device.type, self._autocast, cache_enabled=False)
+        return context
+
+    def as_multiplied(self, x: Tensor) -> Tensor:
+        """Return what a site is fed in the precision in which the forward multiplies it."""
+        return x if self._autocast is None else x.to(self._autocast)
+
     def run(self, index: int, lane: int) -> Any:
         """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.
 
         A lane that the model's forward has led past the stage, as past cross-attention without an image, runs nothing.
         """
+        with self.forward_precision(index):
+            return self.walk(index, lane)
+
+    def walk(self, index: int, lane: int) -> Any:
+        """As `run`, for a greenlet of its own that is switched into within `forward_precision`."""
         arrival = self._arrivals[lane]
         return self.replay(arrival) if arrival is not None and arrival.stage == index else None
 
@@ -184,7 +207,8 @@ class Lanes:
             )
 
     def _resume(self, lane: int, *output: Any) -> Arrival | None:
-        reached = self._lanes[lane].switch(*output)
+        with self.forward_precision():
+            reached = self._lanes[lane].switch(*output)
         if isinstance(reached, Arrival):
             return reached
         self._results.append(reached)

@@ -1,6 +1,7 @@
 """How much fits: sequences in a forward, and where hidden states wait between blocks."""
 
 import ctypes
+import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,14 +60,14 @@ def statistics_budget(block_bytes: int, device: torch.device) -> int:
 
 
 @contextmanager
-def out_of_memory_in(name: str) -> Iterator[None]:
+def out_of_memory_in(name: str, kind: type[ResourceError] = ResourceError) -> Iterator[None]:
     """Turn every library's way to say that memory ran out into a ResourceError that names a part of the model."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        raise ResourceError(
+        raise kind(
             f"out of memory in {name}: free some, or start anew with fewer --samples or on another --device"
         ) from None
 
@@ -89,7 +90,8 @@ def token_bytes(config: Any, dtype: torch.dtype) -> int:
     return (6 * hidden + 3 * widest) * dtype.itemsize
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error is one of the many ways in which libraries say that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _EXHAUSTED)
 
 
@@ -101,3 +103,9 @@ def give_back_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in other C libraries
         if trim is not None:
             trim(0)
+
+
+def make_room() -> None:
+    """Free what nobody needs any more, after memory ran out: also what refers to itself in circles."""
+    gc.collect()
+    give_back_freed_memory()

@@ -1,7 +1,9 @@
 """The dense weights of a stage, kept while it is pruned, so that the model as it was can run beside the pruned one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+
+from torch import Tensor
 
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.sites import Site
@@ -32,3 +34,15 @@ class Originals:
         finally:
             for (parameter, _), data in zip(self._kept, pruned, strict=True):
                 parameter.data = data
+
+
+class Backup:
+    """Copies of matrices, in the host's memory, with which they can be pruned anew."""
+
+    def __init__(self, matrices: Iterable[Tensor]) -> None:
+        self._kept = [(matrix, matrix.to("cpu", copy=True)) for matrix in matrices]
+
+    def restore(self) -> None:
+        """Let the matrices be what they were."""
+        for matrix, dense in self._kept:
+            matrix.copy_(dense)

@@ -94,6 +94,10 @@ class Streamed:
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
         give_back_freed_memory()
 
+    def outlives(self, site: Site) -> bool:
+        """Say whether a site stays in memory when its stage is freed, as a head does that is tied to the embedding."""
+        return self._loader.ties.is_lent(site.tensor)
+
     def device_of(self, stage: Stage) -> torch.device:
         """Return where a loaded stage's weights are; a head tied to the embedding stays with it."""
         return next(stage.module.parameters()).device

@@ -79,7 +79,7 @@ class Walks:
             UnsupportedModelError: the lanes come to different sites.
         """
         for lane in self._lanes.waiting_at(self._index):
-            walk = greenlet(partial(self._lanes.run, self._index, lane))
+            walk = greenlet(partial(self._lanes.walk, self._index, lane))
             walk.gr_context = contextvars.copy_context()
             self._walks.append(walk)
         held = self._resume()
@@ -97,7 +97,7 @@ class Walks:
         """Let every walk go on to its next site or to its end; return those that are held."""
         held = []
         for lane, walk in zip(self._lanes.waiting_at(self._index), self._walks, strict=True):
-            with self._weights_of(lane):
+            with self._weights_of(lane), self._lanes.forward_precision(self._index):
                 reached = None if walk.dead else walk.switch()
             if isinstance(reached, _Held):
                 held.append(reached)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from llmprune_kernels.bitmask import reference
 from llmprune_kernels.bitmask.reference import COLUMNS, ROWS
-from llmprune_kernels.native import cpu_level, library
+from llmprune_kernels.native import cpu_level, declared
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EXPANDED_BYTES = 16 << 20  # of the weight that are dense at a time while many tokens are multiplied
@@ -144,11 +144,7 @@ def _offsets(weight_OI: Tensor) -> Tensor:
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
     """Return the library with the arguments of this folder's functions declared, None where there is none."""
-    native = library()
-    for name, arguments in SIGNATURES.items() if native is not None else ():
-        function = getattr(native, name)
-        function.argtypes, function.restype = arguments, None
-    return native
+    return declared(SIGNATURES)
 
 
 def _addresses(tiles: Tiles) -> tuple[int, int, int]:

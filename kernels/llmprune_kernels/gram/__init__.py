@@ -1,0 +1,1 @@
+"""Sums of products of inputs, XᵀY, from which Gram matrices are made."""

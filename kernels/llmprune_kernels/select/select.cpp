@@ -1,0 +1,58 @@
+// The k-th smallest of many floats, by counting: one pass counts the upper halves of their bits, a second one picks
+// out those that share the half in which the k-th lies, of which few are left to select from.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int HALF = 16;
+constexpr int64_t BINS = 1 << HALF;
+
+// Bits that sort as the floats do.
+inline uint32_t ordered(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
+}
+
+inline float from_ordered(uint32_t bits) {
+  bits ^= bits >> 31 ? 0x80000000u : 0xffffffffu;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+}  // namespace
+
+extern "C" float select_kth(const float* values, int64_t count, int64_t k, int threads) {
+  std::vector<int64_t> bins(BINS);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint32_t> own(BINS);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < count; i++) own[ordered(values[i]) >> HALF]++;
+#pragma omp critical
+    for (int64_t b = 0; b < BINS; b++) bins[b] += own[b];
+  }
+  int64_t bin = 0, before = 0;
+  while (before + bins[bin] < k) before += bins[bin++];
+  std::vector<uint32_t> inside;
+  inside.reserve(bins[bin]);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<uint32_t> own;
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < count; i++) {
+      uint32_t bits = ordered(values[i]);
+      if (int64_t(bits >> HALF) == bin) own.push_back(bits);
+    }
+#pragma omp critical
+    inside.insert(inside.end(), own.begin(), own.end());
+  }
+  auto kth = inside.begin() + (k - before - 1);
+  std::nth_element(inside.begin(), kth, inside.end());
+  return from_ordered(*kth);
+}
