@@ -165,7 +165,7 @@ def test_stacked_patterns_hold_each_for_its_own_rows() -> None:
 
 def test_a_method_cut_short_keeps_its_other_options() -> None:
     assert cut_short(methods.get("admm", {"damp": 0.5})) == methods.get(
-        "admm", {"damp": 0.5, "iterations": 6, "stages": 3, "refit": 2}
+        "admm", {"damp": 0.5, "iterations": 10, "stages": 4, "refit": 3}
     )
     assert cut_short(methods.get("wanda")) == methods.get("wanda")
 

@@ -20,7 +20,7 @@ from llmprune.patterns import Count, Stacked
 from llmprune.solving import statistic_for
 from llmprune.statistics import Gram
 
-_CUT_SHORT = {"iterations": 6, "stages": 3, "refit": 2}  # options of methods that go on and on
+_CUT_SHORT = {"iterations": 10, "stages": 4, "refit": 3}  # options of methods that go on and on
 _STACKED = 1 << 26  # weights that are solved at once
 
 Solver = Callable[[Site], tuple[Method, Callable[[int, int], Count]]]

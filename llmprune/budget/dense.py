@@ -32,7 +32,7 @@ from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.statistics import Gram
 
-MOST_SEQUENCES = 32  # of the calibration; curves and gradients do not need more
+MOST_SEQUENCES = 16  # of the calibration; curves and gradients do not need more
 POINTS = 3  # of a curve: the ends of the range, and the middle
 _TINY = 1e-30
 
