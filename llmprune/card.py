@@ -80,6 +80,7 @@ def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, in
         f"# {name}\n\n{_summary(run, base)}",
         f"## How it was made\n\n{_making(run, repo, base)}",
         f"## What it cost\n\n{_cost(run)}",
+        *([f"## Size and speed\n\n{measured}"] if (measured := _size_and_speed(run)) else []),
         f"## How to load it\n\n{_loading(repo)}",
         f"## Limits\n\n{_limits(folder, run, inherited)}",
     ]
@@ -174,12 +175,29 @@ def _cells(evaluation: dict[str, Any]) -> list[str]:
     return [_data_name(evaluation), str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
 
 
+def _size_and_speed(run: dict[str, Any]) -> str:
+    """Return what was measured of either, with the machine that it was measured on."""
+    lines = []
+    if size := run.get("size"):
+        both = f"{size['compressed_bytes'] / 1e6:,.1f} MB instead of {size['dense_bytes'] / 1e6:,.1f} MB"
+        lines.append(f"- `llmprune compress` stores the weights in {both}.")
+    if speed := run.get("speed"):
+        dense, sparse = speed["dense"]["decode"]["median"], speed["sparse"]["decode"]["median"]
+        machine = f"{speed['hardware']['machine']}, {speed['hardware']['threads']} threads"
+        lines.append(
+            f"- Decoding with {speed['batch']} at a time: {sparse:.1f} tokens/s with sparse layers where these are "
+            f"faster, {dense:.1f} with dense ones, measured side by side on {machine} by `llmprune bench`."
+        )
+    return "\n".join(lines)
+
+
 def _loading(repo: str) -> str:
     return (
         "It loads as any model of its architecture; the zeros are stored as ordinary weights.\n\n```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
+        "`llmprune.sparsify(model)` then runs the layers sparse that are faster without their zeros, on the CPU.\n\n"
         f"`llmprune inspect {repo}` counts the zeros of every tensor and checks them against `llmprune.json`."
     )
 

@@ -4,9 +4,12 @@ Every option is a field of `llmprune.Recipe` or a parameter of the Python functi
 line on stderr and exit status 2; with `--json`, stdout holds one JSON object and nothing else.
 """
 
+import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 import click
@@ -23,7 +26,10 @@ from llmprune.commands.recipes import recipes
 from llmprune.commands.report import report
 from llmprune.commands.sensitivity import sensitivity
 from llmprune.commands.sweep import sweep
-from llmprune.errors import Interrupted, LlmpruneError, redact
+from llmprune.errors import Interrupted, LlmpruneError, RankError, redact
+from llmprune.team.launch import launch
+
+_SHARED = ("prune", "eval", "sweep")  # among the processes of a launcher
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,6 +40,9 @@ def cli() -> None:
     MODEL is a folder, a Hub id such as org/name, or the word demo: a small trained model that comes with llmprune
     and needs no network.
     """
+    command = click.get_current_context().invoked_subcommand
+    if launch().size > 1 and command not in _SHARED:
+        raise RankError(f"{command} is the work of one process: start it without torchrun")
 
 
 _COMMANDS = (
@@ -59,16 +68,20 @@ def main() -> None:
     """Run the command line; errors become one line and status 2."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        cli.main(standalone_mode=False)
+        with _rank_taken():
+            cli.main(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
+    except RankError as error:
+        _say(str(error))
+        os._exit(2)  # torch would wait for the rank that is lost
     except (LlmpruneError, click.ClickException) as error:
         _fail(error.format_message() if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error  # click turns what Ctrl-C raises into an Abort
         kept = cause.args[0] if isinstance(cause, Interrupted) else "nothing was written"
-        click.echo(f"llmprune: interrupted, {kept}", err=True)
+        _say(f"interrupted, {kept}")
         sys.exit(143 if signal.SIGTERM in cause.args else 130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,8 +90,28 @@ def main() -> None:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
 
 
+@contextmanager
+def _rank_taken() -> Iterator[None]:
+    """Among the processes of a launcher join the others; the first prints results, and what is logged says by whom."""
+    rank, size, _ = launch()
+    if size == 1:
+        yield
+        return
+    from llmprune.team.joining import joined
+
+    logging.basicConfig(format=f"rank {rank}: %(message)s")
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout), joined():
+        yield
+
+
+def _say(message: str) -> None:
+    rank, size, _ = launch()
+    of_rank = f"rank {rank}: " if size > 1 else ""
+    click.echo(f"llmprune: {of_rank}{redact(' '.join(message.split()))}", err=True)
+
+
 def _fail(message: str) -> NoReturn:
-    click.echo(f"llmprune: {redact(' '.join(message.split()))}", err=True)
+    _say(message)
     sys.exit(2)
 
 

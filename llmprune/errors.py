@@ -20,8 +20,7 @@ class LlmpruneError(Exception):
     """
 
     def __str__(self) -> str:
-        visible = "".join(letter if letter.isprintable() else " " for letter in super().__str__())
-        return redact(" ".join(visible.split()))[:_LONGEST]
+        return redact(one_line(super().__str__()))[:_LONGEST]
 
 
 class RecipeError(LlmpruneError):
@@ -56,8 +55,17 @@ class ResourceError(LlmpruneError):
     """Memory ran out."""
 
 
+class RankError(LlmpruneError):
+    """Another process of the run has left, is lost or cannot be reached; or the processes do not fit together."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The user or the system stopped a run of which a part is kept; the first argument says how to continue it."""
+
+
+def one_line(text: str) -> str:
+    """Return a text without what a terminal would act upon, such as names from a checkpoint may hold."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def redact(text: str, mark: str = "***") -> str:

@@ -31,6 +31,12 @@ def locate(model: str | Path, revision: str | None = None, patterns: Sequence[st
     return hub.fetch_model(model, revision, list(patterns))
 
 
+def require_own_name(out: Path) -> None:
+    """Raise CheckpointError for an output that nobody could refer to afterwards: `demo` is the shipped model."""
+    if str(out) == DEMO:
+        raise CheckpointError(f"output '{DEMO}' would be mistaken for the shipped model of that name: choose another")
+
+
 def demo_folder() -> Path:
     """Return the folder of the model that ships with llmprune."""
     return Path(str(files("llmprune") / "demo"))

@@ -195,7 +195,10 @@ class NM:
         return f"has {columns} inputs, not divisible by {self.m}" if columns % self.m else None
 
     def keep(self, score_OI: Tensor) -> Tensor:
-        return ~lowest(score_OI.reshape(-1, self.m), self.m - self.n).view(score_OI.shape)
+        score_GM = score_OI.reshape(-1, self.m)
+        if is_on_cpu(score_OI):
+            return ~lowest(score_GM, self.m - self.n).view(score_OI.shape)
+        return kernels.keep_highest(score_GM.T.contiguous(), self.n).T.reshape(score_OI.shape)
 
     def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
         return self.keep(score_OB)
@@ -230,6 +233,11 @@ def parse(text: str | float) -> Unstructured | NM:
     raise PatternError(f"pattern '{text}' is not a sparsity such as '50%' or '0.5', nor N:M such as '2:4'")
 
 
+def folder_name(pattern: Unstructured | NM) -> str:
+    """Return the pattern as the name of a folder on every file system: `50%`, `2of4`."""
+    return f"{pattern.n}of{pattern.m}" if isinstance(pattern, NM) else f"{100 * pattern.sparsity:.6g}%"
+
+
 def in_group(pattern: Unstructured | NM, group: ComparisonGroup) -> Unstructured | NM:
     """Return the pattern with its comparison group set; N:M always compares within its M inputs."""
     return replace(pattern, group=group) if isinstance(pattern, Unstructured) else pattern
@@ -254,14 +262,21 @@ def _lowest_of_rows(score_RC: Tensor, counts: list[int]) -> Tensor:
     return marked_RC
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Say whether a tensor is where answers that decide what comes next cost nothing."""
+    return tensor.device.type == "cpu"
+
+
 def lowest(score_RC: Tensor, count: int) -> Tensor:
     """Mark the `count` lowest scores of every row: exactly that many, among equals the lowest index first.
 
-    A selection, not a sort: O(C) per row, in chunks of rows so that the extra memory stays bounded.
+    A selection, not a sort: O(C) per row; on the CPU in chunks of rows so that the extra memory stays bounded.
     """
     rows, candidates = score_RC.shape
     if count == 0:
         return torch.zeros_like(score_RC, dtype=torch.bool)
+    if not is_on_cpu(score_RC):
+        return kernels.lowest(score_RC, count)
     step = max(1, _CHUNK_ELEMENTS // candidates)
     if rows <= step:
         return _lowest(score_RC, count)
@@ -288,10 +303,9 @@ def _break_ties(score_RC: Tensor, kth_R1: Tensor, count: int) -> Tensor:
 def _kth_smallest(score_RC: Tensor, count: int) -> Tensor:
     if len(score_RC) == 1 and kernels.selects(score_RC):
         return torch.full((1, 1), kernels.kth_smallest(score_RC, count))
-    if score_RC.device.type == "cpu":  # numpy's vectorised partition: three times torch's kthvalue here
-        rows = np.partition(_exact(score_RC).numpy(), count - 1, axis=1)
-        return torch.from_numpy(rows[:, count - 1 : count].copy())
-    return _exact(score_RC).kthvalue(count, dim=1, keepdim=True).values
+    # numpy's vectorised partition: three times torch's kthvalue
+    rows = np.partition(_exact(score_RC).numpy(), count - 1, axis=1)
+    return torch.from_numpy(rows[:, count - 1 : count].copy())
 
 
 def _exact(score_RC: Tensor) -> Tensor:
@@ -300,6 +314,4 @@ def _exact(score_RC: Tensor) -> Tensor:
 
 
 def _count_true(mask_RC: Tensor) -> Tensor:
-    if mask_RC.device.type == "cpu":
-        return torch.from_numpy(np.count_nonzero(mask_RC.numpy(), axis=1))
-    return mask_RC.sum(1)
+    return torch.from_numpy(np.count_nonzero(mask_RC.numpy(), axis=1))

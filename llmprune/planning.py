@@ -1,5 +1,6 @@
 """What a run will do, decided and checked before any work: which sites, which pattern; then, which tokens."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,8 +14,11 @@ from llmprune.errors import DataError, PatternError, RecipeError
 from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
 from llmprune.recipe import Recipe
 
+_SMALL_SHARE = 0.5  # of the parameters beside embeddings; below it a run warns that most of the model stays dense
 DEFAULT_CALIBRATION = "c4"
 DEFAULT_LENGTH = 2048  # the papers'
+
+_log = logging.getLogger(__name__)
 
 
 class Host(Protocol):
@@ -150,7 +154,8 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 
 def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
     if not sites:
-        raise RecipeError("nothing is left to prune: --exclude takes every matrix away")
+        cause = "--exclude takes every matrix away" if recipe.exclude else "the model's blocks hold no matrix"
+        raise RecipeError(f"nothing is left to prune: {cause}")
     overrides.require_matches([site.tensor for site in sites], recipe.overrides, recipe.sparsities)
     for site in chosen.get(host.embedding.name, ()):
         solver = recipe.at(site.tensor).solver()
@@ -162,3 +167,13 @@ def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], si
     for site in sites:
         if why := recipe.at(site.tensor).target().misfit(*site.shape):
             raise PatternError(f"{site.name} {why}: use a pattern such as 50%, or --exclude '{site.name}'")
+
+
+def warn_of_small_share(plan: Plan, recipe: Recipe) -> None:
+    """A model of which most stays dense should not be called pruned without a word, unless that was asked for."""
+    if plan.coverage < _SMALL_SHARE and not recipe.exclude:
+        _log.warning(
+            "only %.1f%% of the parameters beside embeddings are in matrices to prune: `left_dense` of the report "
+            "tells what stays dense and why",
+            100 * plan.coverage,
+        )

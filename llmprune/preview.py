@@ -17,7 +17,7 @@ from llmprune.model.probe import Trial, try_blocks, try_head
 from llmprune.model.streamed import stored_dtype
 from llmprune.planning import Plan, make_plan
 from llmprune.progress import size_text
-from llmprune.recipe import Recipe
+from llmprune.recipe import Recipe, require_whole
 from llmprune.report import hardware, versions
 
 
@@ -99,18 +99,21 @@ class Preview:
         return f"{len(self.left_dense)} tensors beside norms and biases" + (f": {listed}" if listed else "")
 
 
-def plan(model: str | Path, **options: Any) -> Preview:
+def plan(model: str | Path, *, ranks: int = 1, **options: Any) -> Preview:
     """Return what `prune` would do with a model, and what that would need, without loading its weights.
 
     A config.json alone is enough, and all that is fetched of a model on the Hub. Calibration data is not read.
 
     Args:
         model: a folder, a Hub id or `demo`.
+        ranks: how many processes are to share the work; memory and time are then those of the one that needs the most,
+            taking each to be on a machine, or a GPU, like this one.
         options: the fields of `llmprune.Recipe`.
 
     Raises:
         LlmpruneError: what `prune` raises before it reads weights or calibration data.
     """
+    require_whole("ranks", ranks, 1)
     recipe = Recipe.of(options)
     if not isinstance(model, str | Path):
         raise RecipeError("a plan is made for a folder, a Hub id or 'demo', not for a loaded model")
@@ -121,11 +124,11 @@ def plan(model: str | Path, **options: Any) -> Preview:
     fields = source.config if source else read_fields(folder)
     dtype = recipe.compute_dtype() or (stored_dtype(source) if source else None)
     host = Outline(folder, fields, recipe.place(), dtype, recipe.trust_remote_code)
-    return _preview(str(model), host, source, make_plan(host, recipe), recipe)
+    return _preview(str(model), host, source, make_plan(host, recipe), recipe, ranks)
 
 
-def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recipe: Recipe) -> Preview:
-    workload = Workload.of(recipe, host) if forecast.collected(recipe) else None
+def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recipe: Recipe, ranks: int) -> Preview:
+    workload = Workload.of(recipe, host, ranks) if forecast.collected(recipe) else None
     trials = _trials(host, plan, recipe, workload) if workload else {}
     pruned = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
     return Preview(
@@ -139,8 +142,8 @@ def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recip
         left_dense=plan.left_dense,
         memory=forecast.memory(host, plan, recipe, workload, trials),
         disk=forecast.disk(host, source),
-        time=forecast.duration(host, plan, recipe, workload, trials),
-        notes=_notes(source, workload),
+        time=forecast.duration(host, plan, recipe, workload, trials, ranks),
+        notes=_notes(source, workload, ranks),
     )
 
 
@@ -156,10 +159,12 @@ def _trials(host: Outline, plan: Plan, recipe: Recipe, workload: Workload) -> di
     return trials
 
 
-def _notes(source: Source | None, workload: Workload | None) -> list[str]:
+def _notes(source: Source | None, workload: Workload | None, ranks: int) -> list[str]:
     notes = [] if source else ["no weights were looked at: dtype and sizes are those that config.json tells"]
     if workload:
         notes.append(f"calibration is taken to be {workload.sequences} sequences of {workload.length} tokens, unread")
+    if ranks > 1:
+        notes.append(f"memory and time are of each of {ranks} ranks, each with hardware like this")
     return notes
 
 

@@ -5,6 +5,8 @@ from types import TracebackType
 import psutil
 from tqdm import tqdm
 
+from llmprune.team.launch import launch
+
 GIB = 2**30
 
 
@@ -19,10 +21,11 @@ def resident_bytes() -> int:
 
 
 class Progress:
-    """A bar of `total` steps that also shows memory; silent where stderr is not a terminal."""
+    """A bar of `total` steps that also shows memory; silent without a terminal, and on all ranks but one."""
 
     def __init__(self, total: int, description: str, unit: str) -> None:
-        self._bar: tqdm = tqdm(total=total, desc=description, unit=unit, disable=None, dynamic_ncols=True)  # type: ignore[type-arg]
+        silent = launch().rank > 0 or None  # None: where stderr is not a terminal
+        self._bar: tqdm = tqdm(total=total, desc=description, unit=unit, disable=silent, dynamic_ncols=True)  # type: ignore[type-arg]
 
     def step(self, count: int = 1) -> None:
         """Move the bar on by `count` steps."""

@@ -1,29 +1,54 @@
 """Prune a model: check everything, set up the run, let it run, and let its result appear."""
 
-import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.place import require_place
+from llmprune.checkpoint.sink import difference
 from llmprune.determinism import repeatable
-from llmprune.errors import RecipeError
-from llmprune.locate import locate
+from llmprune.errors import RankError, RecipeError
+from llmprune.locate import locate, require_own_name
 from llmprune.model import Resident, Streamed, load_tokenizer
 from llmprune.model.memory import home_device, out_of_memory_in
 from llmprune.model.originals import require_in_memory
 from llmprune.model.sites import require_finite
-from llmprune.planning import Plan, draw_tokens, make_plan
+from llmprune.planning import draw_tokens, make_plan, warn_of_small_share
 from llmprune.recipe import Recipe
-from llmprune.report import Report, hardware, versions
+from llmprune.report import Report
 from llmprune.run import Run
+from llmprune.several import prune_patterns
 from llmprune.statistics import Gradient
-from llmprune.storing import InMemory, OnDisk
+from llmprune.storing import Beside, InMemory, OnDisk, fingerprint
+from llmprune.team.joining import joined
+from llmprune.team.team import Team
 
-_DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
-_SMALL_SHARE = 0.5  # of the parameters beside embeddings; below it a run warns that most of the model stays dense
 
-_log = logging.getLogger(__name__)
+@overload
+def prune(
+    model: Any,
+    out: str | Path | None = None,
+    *,
+    pattern: str | float = ...,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Any,
+) -> Report: ...
+
+
+@overload
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    pattern: list[str] | tuple[str, ...],
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: Any,
+) -> list[Report]: ...
 
 
 def prune(
@@ -34,7 +59,7 @@ def prune(
     overwrite: bool = False,
     resume: bool = False,
     **options: Any,
-) -> Report:
+) -> Report | list[Report]:
     """Prune a causal language model.
 
     Args:
@@ -44,60 +69,96 @@ def prune(
         tokenizer: for a loaded model and calibration text.
         overwrite: replace `out` if it is a model folder, and give up an unfinished run.
         resume: continue an unfinished run at `out`, if there is one, where it was interrupted.
-        options: the fields of `llmprune.Recipe`.
+        options: the fields of `llmprune.Recipe`. A list of several as `pattern` prunes a model on disk to each of them
+            in one calibration pass, which runs through the dense model, into folders below `out` that are named after
+            them: `50%` into `out/50%`, `2:4` into `out/2of4`. What has to see its own pruned inputs is refused then.
+
+    Returns:
+        the report, or a list of them for a list of patterns.
 
     Raises:
         LlmpruneError: one of its kinds, before any work wherever that is possible; `out` then does not exist. Once a
             block is done, what is done is kept for `resume`.
     """
+    if isinstance(options.get("pattern"), list | tuple):
+        return _prune_several(model, out, tokenizer, overwrite, resume, options)
     recipe = Recipe.of(options)
-    with repeatable(recipe.deterministic):
-        return _prune(model, out, tokenizer, recipe, overwrite, resume)
+    with joined() as team, repeatable(recipe.deterministic):
+        return _prune(model, out, tokenizer, recipe, overwrite, resume, team)
 
 
-def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, overwrite: bool, resume: bool) -> Report:
+def _prune_several(
+    model: Any, out: str | Path | None, tokenizer: Any, overwrite: bool, resume: bool, options: dict[str, Any]
+) -> list[Report]:
+    if not isinstance(model, str | Path) or out is None:
+        raise RecipeError("several patterns need a model on disk and an output folder: prune('org/model', 'out', ...)")
+    if tokenizer is not None:
+        raise RecipeError("a tokenizer goes with a loaded model: one on disk has its own")
+    others = {name: value for name, value in options.items() if name != "pattern"}
+    return prune_patterns(model, Path(out), options["pattern"], overwrite, resume, others)
+
+
+def _prune(
+    model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, overwrite: bool, resume: bool, team: Team
+) -> Report:
+    if recipe.needs is Gradient and team.size > 1:
+        raise RecipeError("gradients of a model are the work of one process: start taylor without torchrun")
     if not isinstance(model, str | Path):
+        if team.size > 1:
+            raise RecipeError("a loaded model is pruned by one process: save it, and prune its folder")
         if out is not None or overwrite or resume:
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
         return _prune_in_place(model, tokenizer, recipe)
     if out is None:
         raise RecipeError("an output folder is needed: prune(model, out, ...)")
-    return _prune_checkpoint(model, Path(out), recipe, overwrite, resume)
+    return _prune_checkpoint(model, Path(out), recipe, overwrite, resume, team)
 
 
-def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, overwrite: bool, resume: bool) -> Report:
+def _prune_checkpoint(
+    model: str | Path, out: Path, recipe: Recipe, overwrite: bool, resume: bool, team: Team
+) -> Report:
+    require_own_name(out)
     source = Source.open(locate(model, recipe.revision))
-    require_place(source, out, overwrite, resume)
+    if team.leads:
+        require_place(source, out, overwrite, resume)
     recipe = recipe.for_model(model)
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe)
     tokens = draw_tokens(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
-    _warn_of_small_share(plan, recipe)
+    warn_of_small_share(plan, recipe)
     report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
-    rows = tokens.rows * (2 if recipe.dense_target else 1) if tokens else []
+    rows = team.share(tokens.rows) * (2 if recipe.dense_target else 1) if tokens else []
     home = home_device(recipe.place(), rows, host.config, host.dtype)
-    with Sink(source, out, _fingerprint(source, report), resume) as sink:
+    decisive = fingerprint(source, report)
+    _require_alike(team, decisive)
+    sink = Sink(source, out, decisive, resume)
+    with sink if team.leads else nullcontext():  # the lock, and all that is written, is the first rank's
+        sink.done = team.tell(sink.done)
         with report.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
-        with report.clock.phase("copy"):
-            sink.copy_source()
-        Run(host, plan, tokens, recipe, home, report, OnDisk(host, sink, report)).prune()
-        sink.commit(report.to_json())
+        if team.leads:
+            with report.clock.phase("copy"):
+                sink.copy_source()
+        store = (OnDisk if team.leads else Beside)(host, sink, report)
+        Run(host, plan, tokens, recipe, home, report, store, team=team).prune()
+        report.peak = _most(team.gather(report.peak))
+        if team.leads:
+            sink.commit(report.to_json())
     report.out = out
     return report
 
 
-def _fingerprint(source: Source, report: Report) -> dict[str, Any]:
-    """Return all that decides the bytes of a run's result."""
-    installed = versions()
-    return {
-        "recipe": report.recipe,
-        "source": source.fingerprint(),
-        "calibration": report.calibration,
-        "versions": {package: installed[package] for package in _DECISIVE if package in installed},
-        "hardware": hardware(),
-    }
+def _require_alike(team: Team, decisive: dict[str, Any]) -> None:
+    """Raise RankError if a rank would work on something else, or otherwise; copies of the source may differ in age."""
+    mine = {name: value for name, value in decisive.items() if name != "source"}
+    mine["source"] = decisive["source"]["headers"]
+    if found := difference(team.tell(mine), mine):
+        raise RankError(f"rank {team.rank} has another {found} than rank 0: start all ranks alike")
+
+
+def _most(peaks: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {on: max(peak[on] for peak in peaks) for on in peaks[0]}
 
 
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
@@ -105,7 +166,7 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     host = Resident(model)
     plan = make_plan(host, recipe)
     tokens = draw_tokens(host, recipe, lambda: tokenizer)
-    _warn_of_small_share(plan, recipe)
+    warn_of_small_share(plan, recipe)
     if recipe.dense_target:
         require_in_memory(plan.all_sites())
     for site in plan.all_sites():
@@ -118,13 +179,3 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
         store.go_back()  # every block is as it was, or pruned
         raise
     return report
-
-
-def _warn_of_small_share(plan: Plan, recipe: Recipe) -> None:
-    """A model of which most stays dense should not be called pruned without a word, unless that was asked for."""
-    if plan.coverage < _SMALL_SHARE and not recipe.exclude:
-        _log.warning(
-            "only %.1f%% of the parameters beside embeddings are in matrices to prune: `left_dense` of the report "
-            "tells what stays dense and why",
-            100 * plan.coverage,
-        )

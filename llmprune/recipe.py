@@ -322,10 +322,10 @@ def resolve_device(name: str) -> torch.device:
         RecipeError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device).tolist()  # where nothing can be read back, as from `meta`, nothing can be run
+        made = torch.empty(0, device=torch.device(name))
+        made.tolist()  # where nothing can be read back, as from `meta`, nothing can be run
     except (RuntimeError, AssertionError, TypeError):
         raise RecipeError(f"device '{name}' is not available here; use --device cpu or --device auto") from None
-    return device
+    return made.device  # with its number, as tensors have it: `cuda` and `cuda:0` do not compare as equal

@@ -5,6 +5,8 @@ Shape suffixes: O outputs, I inputs.
 
 from torch import Tensor
 
+from llmprune import kernels
+
 _TINY = 1e-30  # keeps the rows that have converged, where all is zero, from dividing by zero
 
 
@@ -23,16 +25,17 @@ def refit(target_OI: Tensor, hessian_II: Tensor, keep_OI: Tensor, start_OI: Tens
         steps: of conjugate gradients; 0 returns the start on the mask.
     """
     diagonal_I = hessian_II.diagonal()
-    weight_OI = start_OI * keep_OI
-    residual_OI = ((target_OI - weight_OI) @ hessian_II) * keep_OI
-    direction_OI = residual_OI / diagonal_I
-    descent_O1 = (residual_OI * direction_OI).sum(1, keepdim=True)
-    for _ in range(steps):
-        image_OI = (direction_OI @ hessian_II).mul_(keep_OI)
-        step_O1 = descent_O1 / (direction_OI * image_OI).sum(1, keepdim=True).clamp_min(_TINY)
-        weight_OI.addcmul_(step_O1, direction_OI)
-        residual_OI.addcmul_(step_O1, image_OI, value=-1)
-        conditioned_OI = residual_OI / diagonal_I
-        before_O1, descent_O1 = descent_O1, (residual_OI * conditioned_OI).sum(1, keepdim=True)
-        direction_OI = conditioned_OI.addcmul_(descent_O1 / before_O1.clamp_min(_TINY), direction_OI)
+    with kernels.tf32(hessian_II.device):
+        weight_OI = start_OI * keep_OI
+        residual_OI = ((target_OI - weight_OI) @ hessian_II) * keep_OI
+        direction_OI = residual_OI / diagonal_I
+        descent_O1 = (residual_OI * direction_OI).sum(1, keepdim=True)
+        for _ in range(steps):
+            image_OI = (direction_OI @ hessian_II).mul_(keep_OI)
+            step_O1 = descent_O1 / (direction_OI * image_OI).sum(1, keepdim=True).clamp_min(_TINY)
+            weight_OI.addcmul_(step_O1, direction_OI)
+            residual_OI.addcmul_(step_O1, image_OI, value=-1)
+            conditioned_OI = residual_OI / diagonal_I
+            before_O1, descent_O1 = descent_O1, (residual_OI * conditioned_OI).sum(1, keepdim=True)
+            direction_OI = conditioned_OI.addcmul_(descent_O1 / before_O1.clamp_min(_TINY), direction_OI)
     return weight_OI

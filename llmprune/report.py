@@ -19,6 +19,7 @@ from llmprune.errors import RecipeError
 from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
+from llmprune.progress import resident_bytes
 from llmprune.solving import Outcome
 from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
 
@@ -38,6 +39,7 @@ class SiteReport:
             dense target, both are of the weights that meet it best without a pattern.
         error_norm: what `error` was measured with: `gram` (the true outputs), `column_norm` (inputs taken as
             uncorrelated), `gradient` (Σ (Δw · dL/dw)², no output) or `weights` (all inputs taken as equal).
+        magnitude_error: `error`, had magnitude chosen as many weights; None where it was not measured.
     """
 
     name: str
@@ -49,6 +51,7 @@ class SiteReport:
     error_norm: str
     tokens: int
     notes: tuple[str, ...] = ()
+    magnitude_error: float | None = None
 
     @classmethod
     def of(
@@ -66,7 +69,10 @@ class SiteReport:
         )
         tokens = statistic.tokens if statistic else 0
         notes = notes + outcome.notes
-        return cls(site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, notes)
+        return cls(
+            site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, notes,
+            outcome.magnitude_error,
+        )  # fmt: skip
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "SiteReport":
@@ -82,10 +88,12 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time inside the block to the phase called `name`."""
+        """Add the time inside the block, and until a GPU has done what it was given, to the phase called `name`."""
         started = time.perf_counter()
         try:
             yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
@@ -107,6 +115,8 @@ class Report:
     retries: list[str] = field(default_factory=list)  # what was given up where memory ran out
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)  # the most of either while a stage was pruned
+    one_pass: list[str] | None = None  # the patterns of the results that share a calibration pass with this one
     most_runs: int = 0  # how often a block was run to collect its statistics, at most
     out: Path | None = None  # the output folder; None for a model that was pruned in place
 
@@ -123,6 +133,32 @@ class Report:
                 "note": tokens.note,
             }
         return report
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], out: Path) -> "Report":
+        """Return the report that an output folder's `llmprune.json` holds."""
+        return cls(
+            values["model"],
+            values["recipe"],
+            blocks=values["parameters"]["blocks"],
+            parameters=values["parameters"]["all"],
+            coverage=values["coverage"]["inner_parameters"],
+            calibration=values["calibration"],
+            sites=[SiteReport.from_json(site) for site in values["sites"]],
+            left_dense=values["left_dense"],
+            notes=values["notes"],
+            clock=Clock(values["timings"]),
+            peak=values["peak_memory_bytes"],
+            memory=values["memory_bytes"],
+            one_pass=values["one_pass"],
+            out=out,
+        )
+
+    def note_memory(self, stage: str) -> None:
+        """Note the memory that is in use while a stage is pruned, if it is more than before."""
+        device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        before = self.memory.get(stage, {"host": 0, "device": 0})
+        self.memory[stage] = {"host": max(before["host"], resident_bytes()), "device": max(before["device"], device)}
 
     def close(self, plan: Plan) -> None:
         """Note the memory that was needed, and which sites no calibration input ever reached."""
@@ -164,6 +200,8 @@ class Report:
             "notes": self.notes + self.retries,
             "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},
             "peak_memory_bytes": self.peak,
+            "memory_bytes": self.memory,
+            "one_pass": self.one_pass,
             "versions": versions(),
             "hardware": hardware(),
         }

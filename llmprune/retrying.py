@@ -24,11 +24,11 @@ def reliefs(statistic: Any, on_host: bool) -> list[Relief]:
     def forget() -> None:
         if isinstance(statistic, Gram):
             statistic.forget_factors()
-        give_back_freed_memory()
+        give_back_freed_memory(of_gpu=True)
 
     def move() -> None:
         statistic.move(torch.device("cpu"))
-        give_back_freed_memory()
+        give_back_freed_memory(of_gpu=True)
 
     steps: list[Relief] = [("after freeing what can be computed again", forget)]
     if on_host and statistic and statistic.device.type != "cpu":

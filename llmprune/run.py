@@ -4,11 +4,13 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 
 from llmprune import kernels
-from llmprune.budget import choose
+from llmprune.budget import Choice, choose
 from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError, ResourceError
 from llmprune.methods.magnitude import Magnitude
@@ -22,9 +24,11 @@ from llmprune.model.memory import (
     out_of_memory_in,
     statistics_budget,
 )
+from llmprune.model.sharing import SharedCollector
 from llmprune.model.sites import Site, Stage
 from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
+from llmprune.portions import Portions
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.report import Report, SiteReport
@@ -32,6 +36,7 @@ from llmprune.reverse import fitting_rows, reversed_stages
 from llmprune.solving import prune_matrix
 from llmprune.statistics import CrossGram, Gradient
 from llmprune.storing import Store
+from llmprune.team.team import Team
 from llmprune.thrift import SolvingError, Thrift
 
 _AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
@@ -52,6 +57,7 @@ class Run:
         report: filled on the way.
         store: takes pruned stages, and knows those of an earlier run that was interrupted.
         thrift: what is given up where memory runs out.
+        team: the processes that share the work.
     """
 
     host: Host
@@ -62,6 +68,7 @@ class Run:
     report: Report
     store: Store
     thrift: Thrift = field(default_factory=Thrift)
+    team: Team = field(default_factory=Team, kw_only=True)
 
     def prune(self) -> None:
         """Prune the embedding if that is asked for, then stream the stages; with less at once if memory runs out.
@@ -72,7 +79,7 @@ class Run:
             CheckpointError: a stage cannot be read or stored.
         """
         with out_of_memory_in("the model's weights"):
-            patterns = self._choose()
+            patterns = self.patterns()
         store = self.store
         if self.recipe.dense_target and any(site.expert is not None for site in self.plan.all_sites()):
             self.report.notes.append(
@@ -85,12 +92,12 @@ class Run:
             store.begin(embedding)
             self._solve(_unfed(embedding), patterns)
             store.keep(self.host.embedding, embedding)
-        store.batch_size = store.batch_size or self._batch_size()
+        store.batch_size = store.batch_size or self.team.tell(self._batch_size())
         while not all(store.has(stage) for stage in self.plan.stages):
             try:
                 self._stream(patterns)
             except ResourceError as error:
-                step = self.thrift.give_up(error, store, self.host.place.type != "cpu") if store.go_back() else None
+                step = self.thrift.give_up(error, store, self.host.place.type != "cpu") if self._may_retry() else None
                 if step is None:
                     raise
                 said = str(error)  # not the error itself, from whose traceback all that took the memory hangs
@@ -99,14 +106,20 @@ class Run:
             make_room()
         self.report.close(self.plan)
 
-    def _choose(self) -> dict[str, Pattern]:
+    def patterns(self) -> dict[str, Pattern]:
+        """Return every site's pattern; what is shared out over the sites the first rank decides, for all."""
         with self.report.clock.phase("allocation") if self.recipe.allocation != "uniform" else nullcontext():
             known = self.store.allocation
-            choice = choose(self.host, self.plan, self.recipe, self.tokens, self.home, known)
+            choice = self._choice(known) if self.team.leads else None
+            told = self.team.tell(choice.allocation if choice else None)
+            choice = choice or self._choice(told)
         self.report.allocation = choice.allocation
         if choice.allocation and not known:
             self.store.keep_allocation(choice.allocation)
         return choice.patterns
+
+    def _choice(self, known: dict[str, Any] | None) -> Choice:
+        return choose(self.host, self.plan, self.recipe, self.tokens, self.home, known)
 
     def _stream(self, patterns: dict[str, Pattern]) -> None:
         if self.recipe.needs is Gradient:
@@ -143,6 +156,7 @@ class Run:
         ):
             collector = self._collector(lanes)
             for index, stage in enumerate(stages):
+                self.team.at(stage.name)
                 with out_of_memory_in(stage.name), self._freed(stage):
                     if self.store.has(stage):
                         self._recall(stage, index, collector)
@@ -162,8 +176,9 @@ class Run:
             self._solve(_unfed(sites), patterns)
         else:
             with closing(collector.groups(index, sites)) as groups:
-                self._solve(self._timed(groups), patterns)
+                self._solve(self._timed(stage, groups), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
+        self.report.note_memory(stage.name)
         with clock.phase("write"):
             self.store.keep(stage, sites)
 
@@ -177,30 +192,36 @@ class Run:
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
         for group in groups:
             for site in group.sites:
-                method = self.recipe.at(site.tensor).solver()
-                if group.statistic is None and method.needs is not None:
-                    method = Magnitude()  # experts that no token reached; the group's notes say so
-                with self.report.clock.phase("solve"), out_of_memory_in(site.name, SolvingError):
-                    outcome = prune_matrix(
-                        site.name,
-                        method,
-                        self.host.weight(site),
-                        group.statistic,
-                        patterns[site.name],
-                        self.recipe.seed,
-                        self.recipe.dense_target,
-                        self.thrift.on_host,
-                    )
-                pattern = patterns[site.name]
-                self.report.sites.append(SiteReport.of(site, outcome, pattern, group.statistic, group.notes))
+                job = partial(self._solved, site, self.host.weight(site), group, patterns[site.name])
+                self._portions.take(site, job)
+        with self.report.clock.phase("exchange"):
+            self._portions.settle()
 
-    def _timed(self, groups: Iterator[Group]) -> Iterator[Group]:
+    def solve_site(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> None:
+        """Overwrite a site's weight with its solution, and report on it."""
+        self.report.sites.append(self._solved(site, weight_OI, group, pattern))
+
+    @cached_property
+    def _portions(self) -> Portions:
+        return Portions(self.team, self.host, self.plan, self.recipe.solver(), self.report)
+
+    def _solved(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> SiteReport:
+        method = self.recipe.at(site.tensor).solver()
+        if group.statistic is None and method.needs is not None:
+            method = Magnitude()  # experts that no token reached; the group's notes say so
+        seed, share, on_host = self.recipe.seed, self.recipe.dense_target, self.thrift.on_host
+        with self.report.clock.phase("solve"), out_of_memory_in(site.name, SolvingError):
+            outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, seed, share, on_host)
+        return SiteReport.of(site, outcome, pattern, group.statistic, group.notes)
+
+    def _timed(self, stage: Stage, groups: Iterator[Group]) -> Iterator[Group]:
         """Count the time it takes to come by each group, and let go of its statistic after use."""
         while True:
             with self.report.clock.phase("statistics"):
                 group = next(groups, None)
             if group is None:
                 return
+            self.report.note_memory(stage.name)
             yield group
             group.statistic = None
 
@@ -211,6 +232,10 @@ class Run:
             yield
         finally:
             self.host.free(stage)
+
+    def _may_retry(self) -> bool:
+        """Forget what was done of the stage at work, if that is possible; with several ranks only one of them knows."""
+        return self.team.size == 1 and self.store.go_back()
 
     def _autocast(self) -> torch.dtype | None:
         """Return the dtype that the forward multiplies in, if not that of the weights."""
@@ -226,7 +251,7 @@ class Run:
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
         if self.tokens is None or self.recipe.needs is None:
             return nullcontext()
-        rows = batches(self.tokens, self.store.batch_size)
+        rows = self.team.share(batches(self.tokens, self.store.batch_size))
         rows = [*rows, *rows] if self.recipe.dense_target else rows
         stops = [*self.host.blocks, self.host.head]
         return Lanes(self.host.model, stops, rows, self.home, self.host.device_of, self._autocast())
@@ -237,16 +262,18 @@ class Run:
             return None
         room = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
         budget = room if self.thrift.budget is None else min(room, self.thrift.budget)
-        tokens = sum(len(row) for row in self.tokens.rows) * (2 if twins else 1)
+        tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
         fits = self.thrift.side_by_side and fits_side_by_side(
-            tokens, self.host.config, self.host.dtype, self.host.place
+            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
         )
+        budget, fits = self.team.tell((budget, fits))
         if twins and not fits:
             raise RecipeError(
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
-        statistic = CrossGram if twins else needs
-        self.thrift.collector = Collector(lanes, statistic, budget, self.recipe.true_sequential, fits, twins)
+        how = lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins
+        shared = partial(SharedCollector, team=self.team, settle=self._portions.settle)
+        self.thrift.collector = Collector(*how) if self.team.size == 1 else shared(*how)
         return self.thrift.collector
 
 

@@ -14,6 +14,7 @@ from llmprune.recipe import Recipe
 
 _TOLD = {"method": None, "pattern": None}  # these are told even where they are the defaults
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe)} | _TOLD
+_OF_SPEED = ("dense", "sparse", "decode_speedup", "prompt_tokens", "new_tokens", "batch", "rounds", "hardware")
 _SAME_EVALUATION = ("data", "length", "windows", "convention", "dtype")
 
 
@@ -46,6 +47,15 @@ def add_evaluations(folder: str | Path, evaluations: Sequence[dict[str, Any]]) -
     update_run(folder, evaluations=[*kept, *evaluations])
 
 
+def add_speed(folder: str | Path, benchmark: dict[str, Any]) -> None:
+    """Add what `llmprune bench` measured to the `llmprune.json` of an output folder.
+
+    Raises:
+        CheckpointError: as `read_run`.
+    """
+    update_run(folder, speed={name: benchmark[name] for name in _OF_SPEED if name in benchmark})
+
+
 def update_run(folder: str | Path, **fields: Any) -> None:
     """Set fields of the `llmprune.json` of an output folder, all at once or not at all.
 
@@ -61,6 +71,8 @@ def update_run(folder: str | Path, **fields: Any) -> None:
 def command_of(run: dict[str, Any], model: str | None = None, out: str = "OUT") -> str:
     """Return the command line that repeats a run: its method, its pattern, and every option that is no default."""
     recipe = run["recipe"]
+    if shared := run.get("one_pass"):  # a comma, even after a single one, asks for a pass through the dense model
+        recipe = recipe | {"pattern": ",".join(shared) if len(shared) > 1 else f"{shared[0]},"}
     words = ["llmprune", "prune", model or str(run["model"]), out]
     for name in ("method", "pattern", *(name for name in recipe if name not in ("method", "pattern"))):
         words += _words(name, recipe[name])

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, I inputs, O outputs. Sums are fp32 whatever the dtype 
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -17,11 +17,13 @@ from llmprune.errors import NumericalError
 from llmprune.patterns import column_blocks
 
 _GRAM_TILE = 256  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
+_GPU_TILE = 2048  # the same on a GPU, which small products leave idle
 _DAMPING_STEPS = 6  # each ten times the one before
 _LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
 
 _log = logging.getLogger(__name__)
 
+Tile = tuple[int, int]
 FactorKind = Literal["inverse", "root"]
 
 S = TypeVar("S", bound="Statistic")
@@ -98,10 +100,20 @@ class ColumnNorm:
         return self.sum_I.device
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
+        self.add_squares(self.squares(x_TI), sequences, x_TI.shape[0])
+
+    @staticmethod
+    def squares(x_TI: Tensor) -> Tensor:
+        """Return the squared norm of every input [inputs], which is what `add` adds."""
         x_TI = x_TI.float() if x_TI.dtype == torch.float64 else x_TI  # vector_norm widens, but does not narrow
-        self.sum_I += torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+        squares_I: Tensor = torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+        return squares_I
+
+    def add_squares(self, squares_I: Tensor, sequences: int, tokens: int) -> None:
+        """Add inputs of which the squared norms are known."""
+        self.sum_I += squares_I
         self.sequences += sequences
-        self.tokens += x_TI.shape[0]
+        self.tokens += tokens
 
     def merge(self, other: "ColumnNorm") -> None:
         self.sum_I += other.sum_I
@@ -137,7 +149,7 @@ class Gram:
     """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
 
     In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
-    of bfloat16 are exact in fp32 and are summed in whatever order is fastest.
+    of 16-bit inputs are exact in fp32 and are summed in whatever order is fastest.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -162,19 +174,32 @@ class Gram:
     def device(self) -> torch.device:
         return self._mean_II.device
 
-    def add(self, x_TI: Tensor, sequences: int) -> None:
+    @staticmethod
+    def tiles(x_TI: Tensor) -> list[Tile]:
+        """Return the rows of each tile, which is what lies in them on and below the diagonal, for such inputs."""
+        inputs = x_TI.shape[1]
+        return [(0, inputs)] if kernels.multiplies(x_TI) else column_blocks(inputs, _GRAM_TILE)
+
+    def parts(self, tile: Tile) -> list[Tensor]:
+        """Return the sums of a tile, as views."""
+        start, stop = tile
+        return [self._mean_II[start:stop, :stop]]
+
+    def add(self, x_TI: Tensor, sequences: int, *, tiles: Sequence[Tile] | None = None) -> None:
+        """As `Statistic.add`; with `tiles` to these alone, where the others are summed elsewhere."""
         total = self.sequences + sequences
-        if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
-            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
-        else:
-            self._add_as_the_paper(x_TI.float(), total)
+        if tiles != []:
+            self._add(x_TI, total, tiles)
         self._changed()
         self.sequences = total
         self.tokens += x_TI.shape[0]
 
-    def _add_as_the_paper(self, x_TI: Tensor, total: int) -> None:
-        x_IT = x_TI.T * math.sqrt(2 / total)
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # tiles on and below the diagonal
+    def _add(self, x_TI: Tensor, total: int, tiles: Sequence[Tile] | None) -> None:
+        if kernels.multiplies(x_TI):
+            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
+            return
+        x_IT = x_TI.float().T * math.sqrt(2 / total)
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE) if tiles is None else tiles:
             tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
             tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
 
@@ -204,6 +229,11 @@ class Gram:
             self._mirrored = True
         return self._mean_II
 
+    @property
+    def norm_I(self) -> Tensor:
+        """As `ColumnNorm.norm_I`, from the diagonal: a Gram serves methods that need column norms too."""
+        return (self._mean_II.diagonal() / 2).sqrt()
+
     def factor(self, damp: float, kind: FactorKind = "inverse") -> "Factor":
         """Return a factor of the damped Hessian; sites that share this Gram share the work.
 
@@ -224,11 +254,12 @@ class Gram:
         return _damped(self.hessian_II, damp)
 
     def energy(self, weight_OI: Tensor) -> float:
-        weight_OI, energy = weight_OI.float(), 0.0
-        for start, stop in column_blocks(self.inputs, _GRAM_TILE):  # what lies above the diagonal counts twice
-            product = (weight_OI[:, start:stop] @ self._mean_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
-            energy += float(product[:, :start].sum()) + float(product[:, start:].sum()) / 2
-        return energy
+        weight_OI, parts = weight_OI.float(), list[Tensor]()
+        tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
+        for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal counts twice
+            product = (weight_OI[:, start:stop] @ self.hessian_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
+            parts += [product[:, :start].sum(), product[:, start:].sum() / 2]
+        return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
 
     def move(self, device: torch.device) -> None:
         self._mean_II = self._mean_II.to(device)
@@ -255,19 +286,37 @@ class CrossGram(Gram):
         self._cross_II: Tensor | None = None
         self._mixture: tuple[float, Tensor] | None = None
 
-    def add(self, x_TI: Tensor, sequences: int, dense_TI: Tensor | None = None) -> None:
+    def parts(self, tile: Tile) -> list[Tensor]:
+        cross = [] if self._cross_II is None else [self._cross_II[slice(*tile)]]
+        return [*super().parts(tile), *cross]
+
+    def add(
+        self,
+        x_TI: Tensor,
+        sequences: int,
+        dense_TI: Tensor | None = None,
+        *,
+        tiles: Sequence[Tile] | None = None,
+    ) -> None:
         """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
             self._mixture = None
-            total = self.sequences + sequences
-            scale, before = 2 / total, self.sequences / total
-            if x_TI.dtype == torch.bfloat16 and kernels.multiplies_bfloat16(x_TI.device):
-                kernels.add_product(self._cross_II, dense_TI, x_TI, scale, before)
-            else:
-                self._cross_II.addmm_(dense_TI.float().T, x_TI.float(), beta=before, alpha=scale)
-        super().add(x_TI, sequences)
+            if tiles != []:
+                self._add_cross(self._cross_II, x_TI, dense_TI, self.sequences + sequences, tiles)
+        super().add(x_TI, sequences, tiles=tiles)
+
+    def _add_cross(
+        self, cross_II: Tensor, x_TI: Tensor, dense_TI: Tensor, total: int, tiles: Sequence[Tile] | None
+    ) -> None:
+        scale, before = 2 / total, self.sequences / total
+        if kernels.multiplies(x_TI):
+            kernels.add_product(cross_II, dense_TI, x_TI, scale, before)
+            return
+        x_TI, dense_IT = x_TI.float(), dense_TI.float().T
+        for start, stop in column_blocks(self.inputs, _GRAM_TILE) if tiles is None else tiles:
+            cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
 
     def move(self, device: torch.device) -> None:
         super().move(device)
@@ -291,7 +340,7 @@ class CrossGram(Gram):
             return weight_OI
         factor = self.factor(damp, "root")
         ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = torch.addmm(weight_OI, weight_OI, self._mixed(share), beta=ridge)
+        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(share))
         half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
         return torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
 
@@ -423,6 +472,11 @@ _DECOMPOSITIONS: dict[FactorKind, Callable[[Tensor], Tensor | None]] = {
     "inverse": _inverse_factor,
     "root": _root_factor,
 }
+
+
+def _values(sums: Tensor) -> list[float]:
+    values: list[float] = sums.tolist()
+    return values
 
 
 def _require_finite(sums: Tensor, name: str) -> None:

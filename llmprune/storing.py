@@ -3,11 +3,13 @@
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from llmprune.checkpoint import ALLOCATION, Sink
+from llmprune.checkpoint import ALLOCATION, Sink, Source
 from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
-from llmprune.report import Report, SiteReport
+from llmprune.report import Report, SiteReport, hardware, versions
+
+_DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
 
 
 class Store(Protocol):
@@ -94,6 +96,7 @@ class OnDisk:
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
             report.clock.seconds.update(record["seconds"])
+            report.memory.update(record["memory"])
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
             self.allocation = record.get(ALLOCATION, self.allocation)
             report.retries = record["retries"]
@@ -116,20 +119,48 @@ class OnDisk:
         if self._host.rounds(stage):  # the run goes on with what was solved, and so must one that resumes it
             parameters = {site.tensor: self._host.model.get_parameter(site.tensor) for site in sites}
             self._sink.set_aside(stage.name, {name: parameter.data for name, parameter in parameters.items()})
-        self._finish(stage.name)
+        self._finish(stage)
+
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        self._note(ALLOCATION, {ALLOCATION: allocation})
+
+    def _finish(self, stage: Stage) -> None:
+        """Note that a stage is written, with what a resumed run has to know of it."""
+        self._note(stage.name)
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
 
-    def keep_allocation(self, allocation: dict[str, Any]) -> None:
-        self._finish(ALLOCATION, {ALLOCATION: allocation})
-
-    def _finish(self, name: str, record: dict[str, Any] | None = None) -> None:
+    def _note(self, name: str, record: dict[str, Any] | None = None) -> None:
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
         report = self._report
         run = {"runs": report.most_runs, "retries": report.retries, "seconds": report.clock.seconds}
+        run["memory"] = {stage: used for stage, used in report.memory.items() if stage == name}
         self._sink.finish(name, {"sites": reports, "batch_size": self.batch_size, **run, **(record or {})})
 
     def go_back(self) -> bool:
         self._backup.restore()
         del self._report.sites[self._reported :]
         return True
+
+
+class Beside(OnDisk):
+    """For the ranks of a team that do not write: the first one does, and a resumed run reads what it has written."""
+
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        pass
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        self._kept.add(stage.name)
+        self._reported = len(self._report.sites)
+
+
+def fingerprint(source: Source, report: Report) -> dict[str, Any]:
+    """Return all that decides the bytes of a run's result."""
+    installed = versions()
+    return {
+        "recipe": report.recipe,
+        "source": source.fingerprint(),
+        "calibration": report.calibration,
+        "versions": {package: installed[package] for package in _DECISIVE if package in installed},
+        "hardware": hardware(),
+    }

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from bench_memory import INDEX, Llama, Mixture, Model, write_model
 from bench_peers import Row, in_child, machine, own_environment, run_measured, say, write_random_tokens
+from bench_ranks import launcher
 
 SIZES: dict[str, Model] = {
     "small": Llama(hidden=512, intermediate=1408, heads=8, blocks=8),
@@ -67,9 +68,12 @@ def bench(size: str, method: str, arguments: argparse.Namespace, work: Path) -> 
     count = ["--samples", str(arguments.sequences), "--length", str(arguments.length)]
     task = ["--method", method, "--dtype", arguments.dtype, "--calibration", str(tokens), *count, "--json"]
     program = [sys.executable, "-m", "llmprune"]
-    plan = run_measured([*program, "plan", str(model), *task], work / "plan.log").answer
-    run = run_measured([*program, "prune", str(model), str(out), *task], work / "prune.log")
+    ranks = ["--ranks", str(arguments.ranks)]
+    plan = run_measured([*program, "plan", str(model), *task, *ranks], work / "plan.log").answer
+    started = [*launcher(arguments.ranks), "llmprune", "prune", str(model), str(out), *task]
+    run = run_measured(started, work / "prune.log")
     row = {"model": size, "method": method, "dtype": arguments.dtype, "parameters": plan["parameters"]["all"]}
+    row["ranks"] = arguments.ranks
     work_done = {"sequences": arguments.sequences, "length": arguments.length}
     return row | work_done | compare(plan, run.answer, run.peak_rss_bytes)
 
@@ -81,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt"])
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--ranks", type=int, default=1, help="the peak is that of the rank that needs the most")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep everything here (default: a temporary folder)")
     return parser.parse_args()

@@ -1,9 +1,12 @@
 """Checkpoints as files: what is refused on opening, what a copy keeps, and that nothing is left behind on failure."""
 
+import errno
+import fcntl
 import json
 import math
 import os
 import shutil
+import stat
 import struct
 import tempfile
 from collections import namedtuple
@@ -173,6 +176,7 @@ DAMAGE = {
     "negative shape": header({"w": entry("F32", [-4, -4], 0, 64)}),
     "shape of words": header({"w": entry("F32", ["4"], 0, 64)}),
     "dtype that is no word": header({"w": entry(["F32"], [16], 0, 64)}),
+    "name that does not print": header({"w\x1b[2J\n": entry("F32", [16], 0, 64)}),
     "size that contradicts the shape": header({"w": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 60]}}),
 }
 
@@ -561,3 +565,26 @@ def test_a_shard_that_vanishes_while_it_is_copied_is_a_checkpoint_error(tmp_path
     ):
         sink.copy_source()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_file_system_without_locks_and_without_synchronized_folders_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = os.fsync
+
+    def no_locks(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        plain(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(os, "fsync", files_only)
+    source = Source.open(two_shards(tmp_path / "m"))
+    with Sink(source, tmp_path / "out") as sink:
+        sink.copy_source()
+        sink.commit({})
+    assert (tmp_path / "out" / "config.json").exists()
+    assert "out.partial has no locks" in caplog.text

@@ -177,6 +177,10 @@ def spoil(folder: Path) -> None:
     edit_tensor(folder, SITE, lambda weight: weight[0, 0].fill_(float("nan")))
 
 
+def quantize_one(folder: Path) -> None:
+    tiny.rewrite(folder, **{SITE: torch.zeros(tiny.tensors(folder)[SITE].shape, dtype=torch.int8)})
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "encoder-decoder": (
         make_it(model_type="t5", architectures=["T5ForConditionalGeneration"]),
@@ -193,6 +197,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "unknown kind": (make_it(model_type="strange"), ["of type 'strange'", "does not know"]),
     "compressed": (make_it(quantization_config={"quant_method": "llmprune"}), ["compressed by llmprune", "decompress"]),
     "quantized": (make_it(quantization_config={"quant_method": "gptq"}), ["is already quantized"]),
+    "quantized in part": (quantize_one, [f"{SITE} is stored as torch.int8: dequantize the checkpoint first"]),
+    "no blocks": (make_it(num_hidden_layers=0), ["nothing is left to prune: the model's blocks hold no matrix"]),
     "pickled": (make_bin_only, ["has only pickled weights (pytorch_model.bin)", "save_pretrained"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
     "bad config": (lambda folder: (folder / "config.json").write_text("{"), ["config.json is not valid JSON"]),
@@ -353,6 +359,36 @@ def test_an_interrupted_run_says_so(run: Run, tmp_path: Path, monkeypatch: pytes
     result = run("prune", "demo", tmp_path / "out")
     assert (result.status, result.stdout) == (130, "")
     assert result.stderr.strip() == "llmprune: interrupted, nothing was written"  # click ends the line of the ^C
+
+
+def test_an_output_called_demo_is_one_line(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["prune", llama, "demo", "--method", "magnitude"], ["compress", llama, "demo"]):
+        assert_refused(run(*arguments), tmp_path / "demo", "would be mistaken for the shipped model")
+
+
+def test_several_patterns_are_a_table_or_json(run: Run, llama: Path, tmp_path: Path) -> None:
+    result = run("prune", llama, tmp_path / "out", "--method", "magnitude", "--pattern", "50%, 2:4")
+    lines = result.stdout.splitlines()
+    assert result.status == 0 and "2 results from one calibration pass" in lines[0] and len(lines) <= 25
+    assert lines[2].endswith(str(tmp_path / "out" / "50%")) and lines[3].endswith(str(tmp_path / "out" / "2of4"))
+    (tmp_path / "recipe.yaml").write_text("method: magnitude\npattern: [50%, 2:4]\n", "utf-8")
+    result = run("prune", llama, tmp_path / "again", "--recipe", tmp_path / "recipe.yaml", "--json")
+    assert result.status == 0 and result.stdout.count("\n") == 1
+    names = [Path(found["out"]).name for found in json.loads(result.stdout)["results"]]
+    assert names == ["50%", "2of4"]
+    for name in names:
+        assert json.loads((tmp_path / "again" / name / "llmprune.json").read_text())["sparsity"]["sites"] == 0.5
+
+
+def test_the_summary_of_a_run_fits_on_a_screen(run: Run, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.model("qwen3-moe", num_experts=16), tmp_path / "moe")
+    result = run("prune", folder, tmp_path / "out", "--pattern", "2:4", "--calibration", token_ids(tmp_path))
+    report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert sum(len(site["notes"]) for site in report["sites"]) > 25  # starved experts
+    assert result.status == 0 and len(result.stdout.splitlines()) <= 25
 
 
 def test_the_json_of_prune_is_alone_on_stdout(run: Run, llama: Path, tmp_path: Path) -> None:

@@ -220,10 +220,15 @@ def plain_perplexity(folder: Path, text: str, length: int) -> float:
 def test_perplexities_equal_those_of_an_independent_loop(
     long_context: tuple[Path, Path], tmp_path: Path, length: int, kind: str
 ) -> None:
-    rows, separator = (wikitext(), "\n\n") if kind == "wikitext" else (in_the_form_of_ptb(wikitext()), " ")
-    text = separator.join(rows)[:30_000]
-    (tmp_path / "text.txt").write_text(text, "utf-8")
+    if kind == "wikitext":
+        text = "\n\n".join(wikitext())[:30_000]
+        (file := tmp_path / "text.txt").write_text(text, "utf-8")
+    else:  # a sentence a line, with a space on either side, as the file of the Penn Treebank has them
+        rows = in_the_form_of_ptb(wikitext())
+        (file := tmp_path / "ptb.test.txt").write_text("".join(f" {row} \n" for row in rows), "utf-8")
+        text = " ".join(rows)
     for folder in long_context:
-        found = llmprune.evaluate(folder, tmp_path / "text.txt", length=length)
+        found = llmprune.evaluate(folder, file, length=length)
         assert found.windows >= 4
         assert found.perplexity == pytest.approx(plain_perplexity(folder, text, length), rel=1e-4)
+        assert ("rows joined with ' '" in found.convention) is (kind == "ptb")

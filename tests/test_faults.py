@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import faults
@@ -208,6 +209,23 @@ def test_a_limit_on_the_size_of_files_is_one_line_that_names_both_files(run: Und
         line
     )
     assert [path.name for path in tmp_path.iterdir()] == ["said"]
+
+
+def test_weights_that_do_not_fit_aside_are_one_line(tmp_path: Path) -> None:
+    """What a run with a wider dtype than the stored one goes on with is written by another library."""
+    source, out, said = (
+        tiny.save(tiny.model("llama", torch.bfloat16), tmp_path / "source"),
+        tmp_path / "out",
+        tmp_path / "said",
+    )
+    largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    asked = ("prune", source, out, "--method", "magnitude", "--dtype", "float32")
+    assert faults.command(*asked, said=said, point=0, strike=partial(faults.limit_files, largest)) == 2
+    (line,) = said.read_text().splitlines()
+    assert re.search(
+        r"cannot write model\.layers\.0 to \S+out\.partial/aside/model\.layers\.0\.safetensors: .*large", line
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "said"}
 
 
 def test_a_disk_that_cannot_be_read_is_one_line_and_the_run_goes_on_when_it_can(

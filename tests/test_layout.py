@@ -14,8 +14,9 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels", ROOT / "eval")
 
 # From the ground up. A module may import what lies on lower floors, and its own package.
 FLOORS: tuple[set[str], ...] = (
-    {"llmprune.errors", "llmprune.progress", "llmprune_kernels"},
-    {"llmprune.kernels"},
+    {"llmprune.errors", "llmprune_kernels"},
+    {"llmprune.team"},
+    {"llmprune.kernels", "llmprune.progress"},
     {"llmprune.patterns"},
     {"llmprune.statistics", "llmprune.allocation", "llmprune.refit"},
     {"llmprune.methods"},
@@ -30,9 +31,11 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.card", "llmprune.page"},
     {"llmprune.publishing"},
     {"llmprune.report"},
-    {"llmprune.storing", "llmprune.forecast"},
+    {"llmprune.storing", "llmprune.forecast", "llmprune.portions"},
     {"llmprune.thrift"},
     {"llmprune.run", "llmprune.sparse"},
+    {"llmprune.branches"},
+    {"llmprune.several"},
     {"llmprune.pruning", "llmprune.preview"},
     {"llmprune_eval"},
     {"llmprune.commands"},
@@ -44,12 +47,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Stricter than the floors: what each room below the line of a run needs.
 MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.errors": set(),
-    "llmprune.progress": set(),
+    "llmprune.team": {"llmprune.errors"},
+    "llmprune.progress": {"llmprune.team"},
     "llmprune_kernels": set(),
     "llmprune.kernels": {"llmprune_kernels"},
     "llmprune.patterns": {"llmprune.errors", "llmprune.kernels"},
     "llmprune.statistics": {"llmprune.errors", "llmprune.kernels", "llmprune.patterns"},
-    "llmprune.refit": set(),
+    "llmprune.refit": {"llmprune.kernels"},
     "llmprune.methods": {
         "llmprune.errors",
         "llmprune.kernels",
@@ -66,7 +70,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.data": {"llmprune.errors", "llmprune.hub", "llmprune.documents", "llmprune.datafiles"},
     "llmprune.calibration": {"llmprune.errors", "llmprune.documents", "llmprune.progress"},
     "llmprune.locate": {"llmprune.errors", "llmprune.hub", "llmprune.checkpoint"},
-    "llmprune.model": {"llmprune.errors", "llmprune.checkpoint", "llmprune.statistics"},
+    "llmprune.model": {
+        "llmprune.errors",
+        "llmprune.checkpoint",
+        "llmprune.kernels",
+        "llmprune.statistics",
+        "llmprune.team",
+    },
     "llmprune.presets": {"llmprune.errors"},
     "llmprune.overrides": {"llmprune.errors", "llmprune.patterns"},
     "llmprune.recipe": {

@@ -210,18 +210,17 @@ def test_a_head_that_is_tied_to_the_embedding_is_dense_again_before_it_is_tried_
 ) -> None:
     """It is solved, and memory runs out while it is written: all before it runs on the embedding as it was."""
     source = tiny.save(tiny.model("llama-tied"), tmp_path / "source")
-    options: dict[str, Any] = {
-        "calibration": IDS, "batch_size": 2, "include": "lm_head.weight", "method": "wanda", "pattern": "2:4"
-    }  # fmt: skip
-    llmprune.prune(source, tmp_path / "whole", **options)
+    options: dict[str, Any] = {"calibration": IDS, "batch_size": 2, "include": "lm_head.weight"}
+    undisturbed = llmprune.prune(source, tmp_path / "whole", **options)
     failures = iter([True])
     fail_where(monkeypatch, Sink, "write", lambda sink, name, tensor: "embed" in name and next(failures, False))
     report = llmprune.prune(source, tmp_path / "out", **options)
     assert report.retries == ["out of memory in lm_head: going on with 1 sequences a forward"]
     assert [site.name for site in report.sites][-1] == "lm_head.weight"
+    assert report.sites[-1].error == pytest.approx(undisturbed.sites[-1].error, rel=1e-3)  # none if it was pruned twice
     assert llmprune.inspect(tmp_path / "out").verified
     one, two = tiny.tensors(tmp_path / "whole"), tiny.tensors(tmp_path / "out")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
 
 
 def matrices(model: Any) -> dict[str, Tensor]:

@@ -12,14 +12,16 @@ from xml.etree import ElementTree
 
 import numpy
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmprune
 import tiny
-from llmprune import runs
+from llmprune import cli, runs
 from llmprune.errors import CheckpointError
-from llmprune.page import comparison, facts, run, svg, write_comparison, write_page
+from llmprune.page import comparison, facts, png, run, svg, write_comparison, write_page
+from llmprune.solving import magnitude_error
 
 EVALUATION = {
     "data": "wikitext2", "length": 512, "windows": 9, "dtype": "float32", "convention": "tail dropped",
@@ -60,6 +62,7 @@ def test_the_page_has_every_figure(page: str) -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert set(pictures(page)) == {
         "Output error of each matrix", "Allocation: zeros in each matrix", "Seconds in each phase",
+        "Output error, against that of magnitude pruning", "Memory over the run",
         *(f"Weights of {kind}" for kind in kinds),
     }  # fmt: skip
 
@@ -80,6 +83,92 @@ def test_points_lie_where_the_axes_say(page: str, outs: list[Path]) -> None:
     slope, bottom = numpy.polyfit(errors, heights, 1)
     assert slope < 0 and bottom == pytest.approx(svg.HEIGHT - 42, abs=0.1)  # an error of 0 is on the axis below
     assert heights == pytest.approx([slope * error + bottom for error in errors], abs=0.1)
+
+
+def test_errors_are_shown_against_those_of_magnitude(page: str, outs: list[Path]) -> None:
+    sites = runs.read_run(outs[0])["sites"]
+    marks = circles(pictures(page)["Output error, against that of magnitude pruning"])
+    shares = {f"{site['name']}: {site['error'] / site['magnitude_error']:.3f}" for site in sites}
+    assert {str(mark[0].text) for mark in marks} == shares
+    assert all(site["error"] < site["magnitude_error"] for site in sites)  # by SparseGPT
+    by_magnitude = runs.read_run(outs[2])["sites"]
+    assert all(site["error"] == pytest.approx(site["magnitude_error"], rel=1e-5) for site in by_magnitude)
+
+
+def test_the_error_of_magnitude_is_that_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, x_TI = torch.randn(1200, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    gram = llmprune.Gram(16, x_TI.device)
+    gram.add(x_TI, 1)
+    kept_OI = weight_OI.clone().view(-1, 4)
+    kept_OI.scatter_(1, kept_OI.abs().argsort(1)[:, :2], 0)
+    change_O, whole_O = (((w @ x_TI.T) ** 2).sum(1) for w in (weight_OI - kept_OI.view(1200, 16), weight_OI))
+    expected = float(change_O[:500].sum() / whole_O[:500].sum())
+    assert magnitude_error(weight_OI[:500], gram, llmprune.NM(2, 4)) == pytest.approx(expected, rel=1e-5)
+    of_every_third = float(change_O[::3].sum() / whole_O[::3].sum())  # 1200 rows are more than are looked at
+    assert magnitude_error(weight_OI, gram, llmprune.NM(2, 4)) == pytest.approx(of_every_third, rel=1e-5)
+    half = llmprune.Unstructured(0.5, "block")
+    assert 0 < magnitude_error(weight_OI, gram, half) < magnitude_error(weight_OI, gram, llmprune.NM(2, 4))
+
+
+def test_the_memory_of_every_stage_is_a_point(page: str, outs: list[Path]) -> None:
+    found = runs.read_run(outs[0])
+    assert list(found["memory_bytes"]) == [f"model.layers.{block}" for block in range(tiny.BLOCKS)]
+    assert len(circles(pictures(page)["Memory over the run"])) == tiny.BLOCKS
+    assert all(used["host"] <= found["peak_memory_bytes"]["host"] for used in found["memory_bytes"].values())
+
+
+def test_a_page_of_an_older_or_a_newer_llmprune(outs: list[Path]) -> None:
+    found = copy.deepcopy(runs.read_run(outs[0]))
+    found.pop("memory_bytes"), found.pop("one_pass")
+    for site in found["sites"]:
+        site.pop("magnitude_error")
+        site["something_new"] = [1]
+    found |= {"allocation": {"new": {"curve": [0.1]}}, "tuning": None}
+    shown = pictures(run.run_page(found, []))
+    assert "Memory over the run" not in shown and "Output error of each matrix" in shown
+    assert "Zeros in each block" in pictures(comparison.comparison_page({"a": found, "b": found}))
+
+
+def test_the_output_error_is_of_the_inputs_that_the_run_saw(outs: list[Path]) -> None:
+    found = runs.read_run(outs[0])
+    assert "from the pruned blocks before" in run.run_page(found, [])
+    assert "from the dense blocks before" in run.run_page(found | {"one_pass": ["2:4"]}, [])
+
+
+def test_figures_of_a_page_become_pictures_of_their_own(page: str) -> None:
+    style = png._style()
+    assert "var(" not in style and "#0072b2" in style
+    figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
+    assert len(figures) == len(pictures(page))
+    for figure in figures:
+        name, text = png.standalone(figure, style)
+        drawn = ElementTree.fromstring(text)
+        shapes = sum(figure.count(f"<{kind} ") for kind in ("polyline", "circle", "rect"))
+        legend = figure.count("<li>")
+        assert re.fullmatch(r"[\w-]+", name) and text.count("<title>") == figure.count("<title>")
+        kinds = ("polyline", "circle", "rect")
+        assert sum(1 for part in drawn.iter() if part.tag.rpartition("}")[2] in kinds) == shapes + legend
+
+
+@pytest.mark.skipif(not png.can_draw(), reason="needs resvg: pip install 'llmprune[png]'")
+def test_png_files_lie_beside_the_page(outs: list[Path], tmp_path: Path) -> None:
+    page = write_page(outs[0], tmp_path / "report.html").read_text("utf-8")
+    files = sorted((tmp_path / "report").iterdir())
+    assert len(files) == len(pictures(page))
+    for file in files:
+        data = file.read_bytes()
+        assert data.startswith(b"\x89PNG") and int.from_bytes(data[16:20], "big") == 3 * svg.WIDTH
+
+
+def test_without_resvg_the_command_says_what_is_missing(
+    outs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(png, "can_draw", lambda: False)
+    arguments = ["report", str(outs[0]), "--to", str(tmp_path / "x.html")]
+    cli.cli.main(arguments, standalone_mode=False)
+    assert capsys.readouterr().out.splitlines() == [f"written to {tmp_path / 'x.html'}", png.MISSING]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.html"]
 
 
 def test_the_histograms_count_the_weights_that_are_left(outs: list[Path]) -> None:
@@ -139,7 +228,7 @@ def test_a_comparison_keeps_errors_of_different_norms_apart(outs: list[Path], tm
     found = pictures(page)
     assert set(found) == {
         "Zeros in each block", "Output error by gram", "Output error by column norm", "Output error by weights",
-        "Perplexity on wikitext2",
+        "Perplexity on wikitext2", "Output error, against that of magnitude pruning",
     }  # fmt: skip
     assert all(f"<td>{out.name}</td>" in page for out in outs)
     texts = [str(text.text) for text in found["Perplexity on wikitext2"].iter("text")]

@@ -71,6 +71,20 @@ def trials_of(folder: Path, needs: Any = Gram, budget: int = 1 << 30) -> tuple[O
     return host, try_blocks(host, sites, needs, budget, False, CPU, tiny.CONTEXT)
 
 
+def test_a_plan_for_several_ranks_is_of_each(saved: Callable[[str], Path]) -> None:
+    options: dict[str, Any] = {"length": 24, "samples": 6, "pattern": "50%"}
+    parts = [{p.name: p.amount for p in llmprune.plan(saved("llama"), ranks=n, **options).memory} for n in (1, 2, 4)]
+    hidden = [found["hidden states"] for found in parts]
+    assert hidden[0] == 2 * hidden[1] == 3 * hidden[2]  # the rank with the most has 2 of 6 sequences among 4
+    one = llmprune.plan(saved("llama"), ranks=1, **options)
+    two = llmprune.plan(saved("llama"), ranks=2, **options)
+    assert "exchange" not in {part.name for part in one.time}
+    assert "10 Gbit/s" in {part.name: part.origin for part in two.time}["exchange"]
+    assert any("each of 2 ranks" in note for note in two.notes)
+    with pytest.raises(LlmpruneError, match="ranks"):
+        llmprune.plan(saved("llama"), ranks=0, **options)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_is_what_a_run_then_does(saved: Callable[[str], Path], tmp_path: Path, family: str) -> None:
     plan = llmprune.plan(saved(family), **OPTIONS)
@@ -335,7 +349,7 @@ def test_a_factor_is_made_once_for_sites_that_share_it() -> None:
     times = SolvingTime(cube=1.0, column=10.0, weight=100.0, product=1000.0)
     assert times.seconds([(2, 3)]) == 27 + 3 * 10 + 6 * 100 + 18 * 1000
     shared = Group([site(2, 3), site(4, 3)])
-    assert solving_seconds([shared], times).amount == 27 + 2 * 3 * 10 + 18 * 100 + 54 * 1000
+    assert solving_seconds([[shared]], times).amount == 27 + 2 * 3 * 10 + 18 * 100 + 54 * 1000
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.5, "model"), NM(1, 7)])

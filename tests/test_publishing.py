@@ -146,6 +146,38 @@ def test_the_card_tells_what_was_done_and_what_it_cost(hub: FakeHub, out: Path) 
     assert 'from_pretrained("tester/pruned", dtype="auto")' in text
 
 
+def test_the_card_tells_size_and_speed_where_they_were_measured(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    text = (out / "README.md").read_text("utf-8")
+    assert "## Size and speed" not in text and "llmprune.sparsify(model)" in text
+    rate = {"median": 12.5, "p20": 12.0, "p80": 13.0}
+    runs.update_run(out, size={"dense_bytes": 4_000_000, "compressed_bytes": 2_250_000})
+    runs.add_speed(out, {
+        "dense": {"decode": rate}, "sparse": {"decode": rate | {"median": 25.0}}, "batch": 1, "decode_speedup": 2.0,
+        "hardware": {"machine": "x86_64", "threads": 4, "gpu": None},
+    })  # fmt: skip
+    publish(out)
+    text = (out / "README.md").read_text("utf-8")
+    assert "2.2 MB instead of 4.0 MB" in text and "x86_64, 4 threads" in text
+    assert "25.0 tokens/s with sparse layers where these are faster, 12.5 with dense ones" in text
+
+
+def test_what_a_newer_llmprune_has_added_is_no_obstacle(hub: FakeHub, out: Path) -> None:
+    recipe = runs.read_run(out)["recipe"]
+    runs.update_run(out, allocation={"kind": "owl", "curve": [0.1]}, tuning={"steps": 3}, recipe=recipe | {
+        "allocation": "owl", "sparsities": {"*.0.*": "0.4"}, "tune": None,
+    })  # fmt: skip
+    publish(out)
+    assert "--allocation owl" in (out / "README.md").read_text("utf-8")
+
+
+def test_the_command_of_a_shared_pass_asks_for_that_pass(out: Path) -> None:
+    run = runs.read_run(out)
+    assert "--pattern 50%,2:4 " in runs.command_of(run | {"one_pass": ["50%", "2:4"]})
+    assert "--pattern 2:4, " in runs.command_of(run | {"one_pass": ["2:4"]})
+    assert "--pattern 2:4 " in runs.command_of(run)
+
+
 def test_the_base_card_is_kept_beside_the_new_one(hub: FakeHub, out: Path) -> None:
     publish(out)
     publish(out)

@@ -129,10 +129,9 @@ def test_a_device_by_name_or_as_torch_has_it(device: Any) -> None:
     assert recipe.place() == torch.device("cpu") and recipe.to_json()["device"] == "cpu"
 
 
-@pytest.mark.parametrize(("here", "found"), [(False, "cpu"), (True, "cuda")])
-def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, here: bool, found: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
-    assert resolve_device("auto") == torch.device(found)
+def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -270,3 +269,15 @@ def test_printed_presets_are_recipe_files(tmp_path: Path) -> None:
     for text in as_yaml().split("# ")[1:]:
         name, body = text.split("\n", 1)
         assert Recipe.of(read_recipe(recipe_file(tmp_path, body))) == Recipe.of({"preset": name})
+
+
+def test_auto_is_the_first_gpu_with_its_number_as_tensors_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda size, device: empty(size).as_subclass(_OnFirstGpu))
+    for name in ("auto", "cuda"):
+        assert resolve_device(name) == torch.device("cuda:0") != torch.device("cuda")
+
+
+class _OnFirstGpu(torch.Tensor):
+    device = torch.device("cuda:0")

@@ -1,5 +1,6 @@
 """What must not be written: tokens of the Hub, and what a name from a checkpoint would do to a terminal."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,3 +69,26 @@ def test_names_from_a_checkpoint_cannot_write_to_the_terminal() -> None:
     error = CheckpointError("tensor \x1b[2J\x07evil\nllmprune: all is well\r has no shape")
     assert str(error) == "tensor [2J evil llmprune: all is well has no shape"
     assert len(str(CheckpointError("x" * 1_000_000))) <= 2_000
+
+
+def test_notes_on_a_checkpoint_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    source = tiny.save(tiny.model("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"\x1b[2Jfield\n": 1}))
+    report = llmprune.prune(source, tmp_path / "out", method="magnitude")
+    (note,) = report.notes
+    assert note.endswith("ignores: [2Jfield") and "\x1b" not in str(report)
+
+
+def test_the_code_of_a_checkpoint_does_not_run_unasked(tmp_path: Path) -> None:
+    """Where transformers knows the type it uses its own class; a tokenizer that needs its code is refused."""
+    source, ran = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "ran"
+    (source / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(own))
+    llmprune.prune(source, tmp_path / "out", calibration=IDS)
+    with pytest.raises(CheckpointError, match=r"runs code of its own.*--trust-remote-code"):
+        llmprune.prune(source, tmp_path / "out2", calibration="demo")
+    assert not ran.exists()

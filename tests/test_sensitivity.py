@@ -10,7 +10,11 @@ import torch
 
 import llmprune
 import tiny
+from llmprune import runs
+from llmprune.checkpoint import Source
+from llmprune.checkpoint.compressed import compress
 from llmprune.errors import DataError, PatternError, RecipeError
+from llmprune.run import Run
 from llmprune.storing import OnDisk
 from llmprune_eval import sensitivity as room
 
@@ -99,7 +103,8 @@ def test_shares_out_of_range_are_refused(folder: Path, sparsities: tuple[float, 
 
 
 SWEEP: dict[str, Any] = {
-    "methods": ["magnitude", "wanda"], "patterns": ["50%", "2:4", "70%"], "data": DATA, "calibration": tiny.ids(4, 16)
+    "methods": ["magnitude", "wanda"], "patterns": ["50%", "2:4", "70%"], "data": DATA, "calibration": tiny.ids(4, 16),
+    "speed": False,
 }  # fmt: skip
 
 
@@ -118,21 +123,59 @@ def test_a_sweep_has_a_row_for_each_method_and_pattern(swept: tuple[Any, Path], 
         again = llmprune.evaluate(row.out, DATA, dense=folder)
         assert (row.perplexity, row.kl_divergence) == (again.perplexity, again.kl_divergence)
         assert row.left == pytest.approx(1 - llmprune.inspect(row.out).sparsity(sites_only=False), abs=1e-4)
+        assert row.size < found.dense_size and row.decode is None
+        assert runs.read_run(row.out)["one_pass"] == SWEEP["patterns"]
+    assert (
+        found.one_pass and "one calibration pass" in str(found) and "each row of token ids is one window" in str(found)
+    )
     assert json.loads((out / "sweep.json").read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
+
+
+def test_the_size_is_that_of_the_compressed_tensors(swept: tuple[Any, Path], tmp_path: Path) -> None:
+    row = swept[0].rows[1]
+    compress(Path(row.out), tmp_path / "small")
+    assert row.size == sum(entry.size for entry in Source.open(tmp_path / "small").entries.values())
+    assert runs.read_run(row.out)["size"] == {"dense_bytes": swept[0].dense_size, "compressed_bytes": row.size}
 
 
 def test_the_best_rows_are_those_that_no_other_beats(swept: tuple[Any, Path]) -> None:
     rows = swept[0].rows
     for row in rows:
-        beaten = any(other.left <= row.left and other.perplexity < row.perplexity for other in rows)
-        assert row.best is not beaten
-    assert any(row.best for row in rows) and "*" in str(swept[0])
+        beaten = any(other.size <= row.size and other.perplexity < row.perplexity for other in rows)
+        assert row.smallest is not beaten and row.fastest is False
+    assert any(row.smallest for row in rows) and str(swept[0]).count("  size") >= 2
 
 
 def test_the_page_of_a_sweep_has_every_row(swept: tuple[Any, Path]) -> None:
     page = (swept[1] / "sweep.html").read_text("utf-8")
-    assert page.count("<circle") == len(swept[0].rows) + 1
+    assert page.count("<svg") == 1 and page.count("<circle") == len(swept[0].rows) + 1
     assert all(f"<td>{row.perplexity:.2f}</td>" in page for row in swept[0].rows)
+
+
+def test_a_sweep_measures_how_fast_each_decodes(folder: Path, tmp_path: Path) -> None:
+    found = llmprune.sweep(
+        folder, tmp_path, **SWEEP | {"speed": True, "methods": ["magnitude"], "patterns": ["50%", "2:4"]}
+    )
+    for row in found.rows:
+        saved = runs.read_run(row.out)["speed"]
+        assert row.decode is not None and row.decode == saved["sparse"]["decode"]["median"] > 0 and row.layers in ("sparse", "dense")
+        faster = any((other.decode or 0) >= row.decode and other.perplexity < row.perplexity for other in found.rows)
+        assert row.fastest is not faster
+    assert found.dense_decode and "tokens/s: decoding on the CPU" in str(found)
+    page = (tmp_path / "sweep.html").read_text("utf-8")
+    assert page.count("<svg") == 2 and "Perplexity against decoding speed" in page
+
+
+def test_separate_runs_are_those_of_prune(folder: Path, tmp_path: Path) -> None:
+    one = SWEEP | {"methods": ["wanda"], "patterns": ["2:4"]}
+    found = llmprune.sweep(folder, tmp_path / "out", separate=True, **one)
+    assert not found.one_pass and "pass of its own" in str(found)
+    llmprune.prune(folder, tmp_path / "alone", method="wanda", pattern="2:4", calibration=SWEEP["calibration"])
+    alone, swept_one = tiny.tensors(tmp_path / "alone"), tiny.tensors(tmp_path / "out" / "wanda-2of4")
+    assert all(tiny.same_bytes(alone[name], swept_one[name]) for name in alone)
+    assert llmprune.sweep(folder, tmp_path / "out", separate=True, **one).rows == found.rows
+    with pytest.raises(RecipeError, match="is of another recipe"):
+        llmprune.sweep(folder, tmp_path / "out", **one)
 
 
 def test_a_sweep_goes_on_where_it_was(
@@ -140,28 +183,35 @@ def test_a_sweep_goes_on_where_it_was(
 ) -> None:
     out = Path(shutil.copytree(swept[1], tmp_path / "sweep"))
     shutil.rmtree(out / "wanda-2of4")
-    pruned = counted(monkeypatch, "llmprune_eval.sweep.prune")
+    solved = list[str]()
+    solve_site = Run.solve_site
+
+    def counted_solve(run: Run, site: Any, *rest: Any) -> None:
+        solved.append(str(run.recipe.pattern))
+        solve_site(run, site, *rest)
+
+    monkeypatch.setattr(Run, "solve_site", counted_solve)
     found = llmprune.sweep(folder, out, **SWEEP)
-    assert pruned == ["wanda"]
+    assert solved == ["2:4"] * tiny.BLOCKS * 7
     assert [row.perplexity for row in found.rows] == [row.perplexity for row in swept[0].rows]
     with pytest.raises(RecipeError, match="is of another recipe"):
         llmprune.sweep(folder, out, **SWEEP | {"seed": 7})
 
 
-def test_a_sweep_that_was_stopped_within_a_run_goes_on_there(
+def test_a_sweep_that_was_stopped_within_its_pass_goes_on_there(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = SWEEP | {"methods": ["wanda"], "patterns": ["2:4"]}
-    keep, stages = OnDisk.keep, list[str]()
+    finish, stages = OnDisk._finish, list[str]()
 
-    def stop(store: OnDisk, stage: Any, sites: Any) -> None:
-        keep(store, stage, sites)
+    def stop(store: OnDisk, stage: Any) -> None:
+        finish(store, stage)
         stages.append(stage.name)
         if len(stages) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(OnDisk, "keep", stop)
+        patch.setattr(OnDisk, "_finish", stop)
         llmprune.sweep(folder, tmp_path / "out", **one)
     assert (tmp_path / "out" / "wanda-2of4.partial").exists()
     assert len(llmprune.sweep(folder, tmp_path / "out", **one).rows) == 1
@@ -176,6 +226,8 @@ def test_a_sweep_that_was_stopped_within_a_run_goes_on_there(
         ({"patterns": ["50%", "1:7"]}, PatternError, "not divisible by 7"),
         ({"data": "./none.txt"}, DataError, "none.txt"),
         ({"metod": "wanda"}, RecipeError, "unknown option 'metod'"),
+        ({"true_sequential": True}, RecipeError, "a sweep: --separate"),
+        ({"patterns": ["50%", "0.5"]}, RecipeError, "more than once"),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_any_work(

@@ -16,13 +16,13 @@ import tiny
 from llmprune.checkpoint.compressed import compress
 from llmprune.cli import cli
 from llmprune.errors import LlmpruneError, RecipeError, UnsupportedModelError
-from llmprune.sparse import gate, sparsify
+from llmprune.sparse import gate
 from llmprune.sparse.bench import bench, linear_bytes, twin
-from llmprune.sparse.gate import NEVER, Timing, Verdict, judge
+from llmprune.sparse.forms import Dense, Form, Step, Tiled
+from llmprune.sparse.gate import Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.running import generate
 from llmprune_kernels import native
-from llmprune_kernels.bitmask.layout import Tiles
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
 
@@ -53,10 +53,14 @@ def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def timings(dense: float, bitmask: float, expand: float) -> Any:
     """Return what stands in for a measurement: the same seconds whatever is asked."""
 
-    def measure(weights: Any, packed: Any, tokens: int) -> Timing:
-        return Timing(tokens, dense, bitmask, expand)
+    def measure(weights: Any, packed: Any, tokens: int, machine: Any) -> Timing:
+        return timing(tokens, dense, bitmask, expand)
 
     return measure
+
+
+def timing(tokens: int, dense: float, bitmask: float, expand: float) -> Timing:
+    return Timing(tokens, {"dense": dense, "bitmask": bitmask, "expand": expand})
 
 
 @pytest.fixture
@@ -146,13 +150,13 @@ def test_the_state_dict_is_the_dense_one_both_ways() -> None:
 
 def test_a_state_dict_of_another_shape_is_refused() -> None:
     layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
-    made = SparseLinear(tiles_of(layer.weight), None)
+    made = SparseLinear([tiled(layer.weight)], None)
     with pytest.raises(RuntimeError, match="weight"):
         made.load_state_dict({"weight": torch.zeros(32, 63)})
 
 
-def tiles_of(weight: Tensor) -> Tiles:
-    return Tiles.pack(weight.detach())
+def tiled(weight: Tensor) -> Form:
+    return Tiled.of(weight)
 
 
 @pytest.mark.usefixtures("sparse_wins")
@@ -203,25 +207,26 @@ def test_a_sparse_layer_looks_like_a_linear_one() -> None:
     layer = made.model.decoder.layers[0].fc1
     assert torch.equal(layer.weight, weight) and layer.bias is not None
     assert (layer.in_features, layer.out_features) == (64, 96)
-    assert "in_features=64, out_features=96, sparsity=0.4" in repr(layer)
+    assert "in_features=64, out_features=96, bytes=0.58, bitmask from 1" in repr(layer)
 
 
 def test_the_gate_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, empty_cache: Path) -> None:
     weight = model().model.layers[0].mlp.up_proj.weight.detach()
     monkeypatch.setattr(gate, "_measure", timings(2.0, 1.0, 3.0))
-    first = judge([weight], [tiles_of(weight)])
+    first = judge([weight], [[tiled(weight)]])
     monkeypatch.setattr(gate, "_measure", None)
-    assert judge([weight], [tiles_of(weight)]) == first
+    assert judge([weight], [[tiled(weight)]]) == first
     empty_cache.write_text("cut sho")
     with pytest.raises(TypeError):  # a damaged cache is no cache: it measures again
-        judge([weight], [tiles_of(weight)])
+        judge([weight], [[tiled(weight)]])
 
 
 def test_the_gate_really_measures(empty_cache: Path) -> None:
     weight = model().model.layers[0].mlp.up_proj.weight.detach()
-    verdict = judge([weight] * 2, [tiles_of(weight)] * 2, (1, 4))
+    verdict = judge([weight] * 2, [[tiled(weight)] * 2], (1, 4))
     assert [timing.tokens for timing in verdict.timings] == [1, 4]
-    assert all(0 < value < 1 for timing in verdict.timings for value in (timing.dense, timing.bitmask, timing.expand))
+    assert all(list(timing.seconds) == ["dense", "bitmask", "expand"] for timing in verdict.timings)
+    assert all(0 < value < 1 for timing in verdict.timings for value in timing.seconds.values())
     assert len(json.loads(empty_cache.read_text())) == 2
 
 
@@ -229,14 +234,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     weight = torch.eye(32)
-    assert judge([weight], [tiles_of(weight)], (1,)).timings
+    assert judge([weight], [[tiled(weight)]], (1,)).timings
 
 
 def test_the_verdict_follows_from_the_timings() -> None:
-    verdict = Verdict((Timing(1, 2, 1, 9), Timing(16, 2, 3, 9), Timing(64, 9, 8, 7), Timing(256, 9, 9, 9)))
-    assert verdict.expand_from() == 64
-    assert [verdict.slower_than_dense(tokens) for tokens in (1, 2, 14, 60, 1000)] == [False, False, True, False, False]
-    assert Verdict((Timing(1, 2, 1, 9),)).expand_from() == NEVER
+    verdict = Verdict((timing(1, 2, 1, 9), timing(16, 2, 3, 9), timing(64, 9, 8, 7), timing(256, 9, 9, 9)))
+    fastest = [verdict.fastest(tokens) for tokens in (1, 2, 14, 60, 1000)]
+    assert fastest == ["bitmask", "bitmask", "dense", "expand", "bitmask"]
+    assert verdict.steps([Tiled.kernels]) == (
+        Step(1, 0, "bitmask"), Step(64, 0, "expand"), Step(256, 0, "bitmask"),
+    )  # fmt: skip
+    assert verdict.steps([Tiled.kernels, Dense.kernels])[1] == Step(16, 1, "dense")
 
 
 def test_runtime_sparse_keeps_the_layers_sparse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -314,7 +322,7 @@ def test_one_line_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_without_kernels_nothing_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparsify, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     made = model()
     result = llmprune.sparsify(made)
     assert not sparse_layers(made) and {choice.reason for choice in result.choices} == {"no compiled kernels"}

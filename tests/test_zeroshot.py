@@ -99,3 +99,10 @@ def test_without_the_harness_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 def test_an_option_that_means_nothing_for_tasks_is_one_line() -> None:
     with pytest.raises(RecipeError, match="--save means nothing for --tasks: give --data too"):
         cli.cli.main(["eval", "demo", "--tasks", "arc_easy", "--save"], standalone_mode=False)
+
+
+def test_an_option_of_tasks_without_tasks_is_one_line() -> None:
+    with pytest.raises(RecipeError, match="--limit goes with --tasks: give --tasks too; for a part of a text use --win"):
+        cli.cli.main(["eval", "demo", "--limit", "4"], standalone_mode=False)
+    with pytest.raises(RecipeError, match="--include-path goes with --tasks: give --tasks too$"):
+        cli.cli.main(["eval", "demo", "--include-path", "."], standalone_mode=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmprune.errors import RecipeError
 from llmprune.runs import add_evaluations
+from llmprune.team.launch import launch
 from llmprune_eval.perplexity import Evaluation, measure, read_text
 from llmprune_eval.subjects import Place, Subject
 from llmprune_eval.windows import Amount
@@ -70,7 +71,7 @@ def compare(
         subject = subjects.pop(0)
         other = None if subject is reference else reference
         measured = [measure(subject, text, other, amount) for text in texts]
-        if save and (subject is not reference or len(models) == 1):
+        if save and launch().rank == 0 and (subject is not reference or len(models) == 1):
             add_evaluations(subject.folder, [evaluation.to_json() for evaluation in measured])
         found += measured
     return Comparison(found)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from llmprune.page import html, svg
 from llmprune.page.svg import Axis, Series, percent, plain
 
+DECODING = "decoding on the CPU, one sequence, layers sparse where that is faster"  # what speeds of a sweep are
+
 if TYPE_CHECKING:
     from llmprune_eval.sensitivity import Sensitivity
     from llmprune_eval.sweep import Row, Sweep
@@ -50,37 +52,45 @@ def _figure(title: str, label: str, series: list[Series], caption: str, format: 
 
 
 def sweep_page(result: "Sweep") -> str:
-    """Return the sweep as one HTML page: perplexity against the weights that are left, and the table."""
-    title = "Perplexity against the weights that are left"
-    series = [
-        Series(method, [(row.left, row.perplexity) for row in rows], [row.pattern for row in rows], line=False)
-        for method, rows in _by_method(result.rows).items()
-    ]
-    front = sorted(((row.left, row.perplexity) for row in result.rows if row.best), key=lambda point: point[0])
-    shown = [*series, Series("best for their size", front, marks=False), Series("dense", [(1.0, result.dense)])]
-    points = [point for entry in shown for point in entry.points]
-    x = Axis.around("parameters that are not zero", [a for a, _ in points], percent)
-    y = Axis.around("perplexity", [b for _, b in points], plain, log=True)
-    picture = svg.chart(title, x, y, shown, names=True)
-    header = [
-        "method",
-        "pattern",
-        "left",
-        "perplexity",
-        "KL divergence",
-        "top-1 agreement",
-        "mean output error",
-        "time",
-    ]
+    """Return the sweep as one HTML page: perplexity against size and against decoding speed, and the table."""
+    by_size = {row: row.size / 1e6 for row in result.rows}
+    by_speed = {row: row.decode for row in result.rows if row.decode is not None}
+    pictures = [
+        _front("Perplexity against size", "MB, compressed", result, by_size, result.dense_size / 1e6, "smallest",
+               "Lower and further left is better. The size is that of all tensors as llmprune compress stores them."),
+        _front("Perplexity against decoding speed", "tokens a second", result, by_speed, result.dense_decode,
+               "fastest", f"Lower and further right is better; {DECODING}."),
+    ]  # fmt: skip
+    header = ["method", "pattern", "left", "size", "perplexity", "KL divergence", "top-1 agreement",
+              "mean output error", "tokens/s", "layers", "time", "best"]  # fmt: skip
     return html.document(
         f"Sweep over {result.model}",
         [
             f"<h1>Sweep over {escape(Path(result.model).name)}</h1>",
             f"<p class=soft>Perplexity on {escape(result.data)}, {result.dense:.2f} for the dense model.</p>",
-            html.figures("", [html.figure(title, picture, "Lower and further left is better.", svg.legend(shown))]),
+            html.figures("", pictures),
             html.table(header, [_cells(row) for row in result.rows]),
+            *(f"<p class=soft>{escape(line)}</p>" for line in result.legend()),
         ],
     )
+
+
+def _front(
+    title: str, label: str, result: "Sweep", values: "dict[Row, float]", dense: float | None, mark: str, caption: str
+) -> str:
+    """Return the rows as points, and the line through those that no other row beats."""
+    if not values or dense is None:
+        return ""
+    series = [
+        Series(method, [(values[row], row.perplexity) for row in rows], [row.pattern for row in rows], line=False)
+        for method, rows in _by_method(list(values)).items()
+    ]
+    front = sorted((value, row.perplexity) for row, value in values.items() if getattr(row, mark))
+    shown = [*series, Series("best", front, marks=False), Series("dense", [(dense, result.dense)], ["dense"])]
+    points = [point for entry in shown for point in entry.points]
+    x = Axis.around(label, [a for a, _ in points], plain)
+    y = Axis.around("perplexity", [b for _, b in points], plain, log=True)
+    return html.figure(title, svg.chart(title, x, y, shown, names=True), caption, svg.legend(shown))
 
 
 def _by_method(rows: "list[Row]") -> "dict[str, list[Row]]":
@@ -88,7 +98,10 @@ def _by_method(rows: "list[Row]") -> "dict[str, list[Row]]":
 
 
 def _cells(row: "Row") -> list[str]:
+    best = ", ".join([*["size"] * row.smallest, *["speed"] * row.fastest])
+    decode = "" if row.decode is None else f"{row.decode:.1f}"
     return [
-        row.method, row.pattern, percent(row.left), f"{row.perplexity:.2f}", f"{row.kl_divergence:.4f}",
-        percent(row.top1_agreement), f"{row.output_error:.4g}", f"{row.seconds:.1f} s",
+        row.method, row.pattern, percent(row.left), f"{row.size / 1e6:.1f} MB", f"{row.perplexity:.2f}",
+        f"{row.kl_divergence:.4f}", percent(row.top1_agreement), f"{row.output_error:.4g}", decode, row.layers or "",
+        f"{row.seconds:.1f} s", best,
     ]  # fmt: skip

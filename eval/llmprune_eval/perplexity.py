@@ -16,7 +16,10 @@ from llmprune.errors import DataError, NumericalError
 from llmprune.locate import DEMO
 from llmprune.planning import context_length, window_length
 from llmprune.runs import add_evaluations
-from llmprune_eval.scores import Scores, score
+from llmprune.team.joining import joined
+from llmprune.team.launch import launch
+from llmprune.team.team import in_turn
+from llmprune_eval.scores import Scores, mean_scores, score_windows
 from llmprune_eval.subjects import Place, Subject
 from llmprune_eval.windows import Amount, Windows, cut, fitting_batch
 
@@ -113,7 +116,7 @@ def evaluate(
     text = read_text(model, data)
     reference = None if dense is None else Subject(dense, place, tokenizer)
     found = measure(subject, text, reference, amount)
-    if save:
+    if save and launch().rank == 0:
         add_evaluations(subject.folder, [found.to_json()])
     return found
 
@@ -130,7 +133,10 @@ def measure(subject: Subject, text: Documents, dense: Subject | None, amount: Am
         raise DataError(f"{subject.name} and {dense.name} cut {text.name} into other tokens: leave the dense model out")
     batches_BL = batches(windows.tokens, amount.batch_size or fitting_batch(windows, subject.vocabulary))
     started = time.perf_counter()
-    scores = score(batches_BL, subject.logits(batches_BL), dense.logits(batches_BL) if dense else None)
+    with joined() as team:
+        mine = team.share(batches_BL)
+        found = score_windows(mine, subject.logits(mine), dense.logits(mine) if dense else None)
+        scores = mean_scores(batches_BL, in_turn(team.gather(found)), dense is not None)
     seconds = time.perf_counter() - started
     return _evaluation(subject, dense, windows, scores, seconds)
 

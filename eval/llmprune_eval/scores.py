@@ -1,6 +1,6 @@
 """Measures of a language model's predictions: cross-entropy, and how far they are from another model's."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import repeat
@@ -30,29 +30,50 @@ class Scores:
     top1_agreement: float | None = None
 
 
+Found = tuple[float, float, float, float]  # of a window: as the fields of `Scores`, zeros without a dense model
+
+
 @torch.no_grad()
-def score(batches_BL: list[Tensor], logits: Iterator[Tensor], dense_logits: Iterator[Tensor] | None = None) -> Scores:
-    """Return the means over all windows; the logits of both models are drawn batch by batch, in step.
+def score_windows(
+    batches_BL: Sequence[Tensor], logits: Iterator[Tensor], dense_logits: Iterator[Tensor] | None = None
+) -> list[list[Found]]:
+    """Return what is found of the windows of each batch; the logits of both models are drawn batch by batch, in step.
 
     Args:
         batches_BL: token ids [windows, length] each.
         logits, dense_logits: [windows, length, vocabulary] for each batch.
     """
-    sums = [0.0, 0.0, 0.0, 0.0]
+    found = []
     with ExitStack() as stack:
         for source in (logits, dense_logits):
             if source is not None:
                 stack.enter_context(closing(source))  # type: ignore[type-var]
         dense: Iterable[Any] = repeat(None) if dense_logits is None else dense_logits
         for batch_BL, logits_BLV, dense_BLV in zip(batches_BL, logits, dense, strict=False):
-            for window, ids_L in enumerate(batch_BL):
-                found = _window(ids_L, logits_BLV[window], None if dense_BLV is None else dense_BLV[window])
-                sums = [total + len(ids_L) * value for total, value in zip(sums, found, strict=True)]
+            both = zip(batch_BL, logits_BLV, repeat(None) if dense_BLV is None else dense_BLV, strict=False)
+            found.append([_window(*window) for window in both])
+    return found
+
+
+def mean_scores(batches_BL: Sequence[Tensor], found: Iterable[Sequence[Found]], dense: bool) -> Scores:
+    """Return the means over all windows of what was found of the batches, in their order."""
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for batch_BL, windows in zip(batches_BL, found, strict=True):
+        for ids_L, values in zip(batch_BL, windows, strict=True):
+            sums = [total + len(ids_L) * value for total, value in zip(sums, values, strict=True)]
     means = [total / sum(batch.numel() for batch in batches_BL) for total in sums]
-    return Scores(*means) if dense_logits is not None else Scores(means[0])
+    return Scores(*means) if dense else Scores(means[0])
 
 
-def _window(ids_L: Tensor, logits_LV: Tensor, dense_LV: Tensor | None) -> tuple[float, float, float, float]:
+def score(
+    batches_BL: Sequence[Tensor], logits: Iterator[Tensor], dense_logits: Iterator[Tensor] | None = None
+) -> Scores:
+    """Return the means over all windows; see `score_windows`."""
+    found = score_windows(batches_BL, logits, dense_logits)
+    return mean_scores(batches_BL, found, dense_logits is not None)
+
+
+def _window(ids_L: Tensor, logits_LV: Tensor, dense_LV: Tensor | None) -> Found:
     loss = _cross_entropy(logits_LV, ids_L)
     if dense_LV is None:
         return loss, 0.0, 0.0, 0.0

@@ -19,6 +19,7 @@ from llmprune.errors import RecipeError
 from llmprune.locate import DEMO
 from llmprune.model import Resident
 from llmprune.model.sites import Site, is_router, sites_of
+from llmprune.page import html
 from llmprune.page.facts import kind_of
 from llmprune.planning import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
@@ -60,7 +61,14 @@ class Sensitivity:
     cells: list[Cell]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as plain values."""
+        """Return the result as plain values, as `sensitivity.json` has them.
+
+        `{"settings": {"model", "data", "windows", "method", ..., "sparsities"}, "dense": perplexity, "cells": [...]}`,
+        each cell `{"axis": "block" or "kind", "part", "sparsity", "perplexity", "kl_divergence"}`: `part` is the number
+        of the block from 0 on, as text, or the last part of the module's name, such as `q_proj`; `sparsity` a share of
+        zeros in (0, 1); `kl_divergence` in nats a token. For every part there is one cell for each of
+        `settings.sparsities`, so that those of a part are a curve that an allocation can interpolate from 0 on.
+        """
         return {"settings": self.settings, "dense": self.dense, "cells": [asdict(cell) for cell in self.cells]}
 
     def parts(self, axis: str) -> dict[str, list[Cell]]:
@@ -129,7 +137,7 @@ def sensitivity(
     result = Sensitivity(settings, perplexity_of(str(model), loss), cells)
     if folder is not None:
         (folder / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-        (folder / PAGE).write_text(sensitivity_page(result), "utf-8")
+        html.write(folder / PAGE, sensitivity_page(result))
     return result
 
 

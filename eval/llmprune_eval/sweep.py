@@ -1,28 +1,36 @@
 """Prune a model with several methods to several patterns, and measure each: a table, and the best for their size."""
 
 import json
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmprune.checkpoint import Source
+from llmprune.checkpoint.compressed import size_in_bytes
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.model import Outline
 from llmprune.model.streamed import stored_dtype
+from llmprune.page import html
+from llmprune.patterns import folder_name, parse
 from llmprune.planning import make_plan
 from llmprune.pruning import prune
 from llmprune.recipe import Recipe
-from llmprune.runs import add_evaluations, read_run
-from llmprune_eval.pages import sweep_page
-from llmprune_eval.perplexity import measure, read_text
+from llmprune.runs import add_evaluations, add_speed, read_run, update_run
+from llmprune.several import prune_together, require_shared_inputs
+from llmprune.sparse.bench import Benchmark, bench
+from llmprune.team.joining import joined
+from llmprune_eval.pages import DECODING, sweep_page
+from llmprune_eval.perplexity import Evaluation, measure, read_text
 from llmprune_eval.subjects import Place, Subject
 from llmprune_eval.windows import Amount
 
 RESULT, PAGE = "sweep.json", "sweep.html"
+_SETTING: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 24, "rounds": 3}  # of the benchmark: fits into every context
 
 
 @dataclass(frozen=True)
@@ -31,29 +39,47 @@ class Row:
 
     Attributes:
         left: share of all parameters that are not zero.
-        seconds: of pruning.
-        best: no other row has as few parameters left and a lower perplexity.
+        size: bytes of all tensors as `llmprune compress` stores them.
+        decode: tokens a second with one sequence on the CPU, None where it was not measured.
+        layers: what `decode` was measured with: `sparse` linear layers, or `dense` ones where those are faster.
+        seconds: of solving, or of the whole run where each has one of its own.
+        smallest: no other row is as small and has a lower perplexity.
+        fastest: no other row decodes as fast and has a lower perplexity.
     """
 
     method: str
     pattern: str
     left: float
+    size: int
     perplexity: float
     kl_divergence: float
     top1_agreement: float
     output_error: float
     seconds: float
     out: str
-    best: bool = False
+    decode: float | None = None
+    layers: str | None = None
+    smallest: bool = False
+    fastest: bool = False
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The dense model's perplexity on `data`, and every pruned model's."""
+    """The dense model's perplexity on `data`, and every pruned model's.
+
+    Attributes:
+        dense_size: bytes of all tensors of the dense model.
+        dense_decode: tokens a second of the dense model, the median over the rows, each measured beside it.
+        one_pass: whether all were solved from one calibration pass, through the dense model.
+    """
 
     model: str
     data: str
+    convention: str
     dense: float
+    dense_size: int
+    dense_decode: float | None
+    one_pass: bool
     rows: list[Row]
 
     def to_json(self) -> dict[str, Any]:
@@ -63,14 +89,34 @@ class Sweep:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: perplexity {self.dense:.2f} dense, on {self.data}",
-            f"{'method':14}{'pattern':>8}{'left':>10}{'perplexity':>12}{'KL':>9}{'top-1':>9}{'seconds':>9}  best",
+            f"{'method':14}{'pattern':>8}{'left':>9}{'size':>11}{'perplexity':>12}{'KL':>9}{'top-1':>9}{'tokens/s':>10}  best",
+            f"{'dense':14}{'':8}{1:>9.2%}{self.dense_size / 1e6:>8.1f} MB{self.dense:>12.2f}{'':18}"
+            f"{_rate(self.dense_decode):>10}".rstrip(),
         ]
         for row in self.rows:
             lines.append(
-                f"{row.method:14}{row.pattern:>8}{row.left:>10.2%}{row.perplexity:>12.2f}{row.kl_divergence:>9.4f}"
-                f"{row.top1_agreement:>9.2%}{row.seconds:>9.1f}  {'*' if row.best else ''}".rstrip()
+                f"{row.method:14}{row.pattern:>8}{row.left:>9.2%}{row.size / 1e6:>8.1f} MB{row.perplexity:>12.2f}"
+                f"{row.kl_divergence:>9.4f}{row.top1_agreement:>9.2%}{_rate(row.decode):>10}  {_marks(row)}".rstrip()
             )
-        return "\n".join([*lines, "* no other has as few weights left and a lower perplexity"])
+        return "\n".join([*lines, *self.legend()])
+
+    def legend(self) -> list[str]:
+        """Return what the columns are, and where the results come from, in lines."""
+        passes = "one calibration pass through the dense model" if self.one_pass else "a calibration pass of its own"
+        decoding = f"tokens/s: {DECODING}" if self.dense_decode else "speed was not measured"
+        return [
+            f"each from {passes}; {self.data}: {self.convention}",
+            f"size: as `llmprune compress` stores it; {decoding}",
+            "best: no other has a lower perplexity and is as small (size), or as fast (speed)",
+        ]
+
+
+def _rate(decode: float | None) -> str:
+    return "" if decode is None else f"{decode:.1f}"
+
+
+def _marks(row: Row) -> str:
+    return " ".join([*["size"] * row.smallest, *["speed"] * row.fastest])
 
 
 def sweep(
@@ -83,14 +129,19 @@ def sweep(
     length: int | None = None,
     windows: int | None = None,
     streamed: bool | None = None,
+    separate: bool = False,
+    speed: bool = True,
     **options: Any,
 ) -> Sweep:
-    """Prune a model by every method to every pattern, on the same calibration tokens, and measure each.
+    """Prune a model by every method to every pattern from one calibration pass, and measure each.
 
     Args:
         out: a folder: every pruned model stays in one below it, and a sweep that was stopped goes on there.
         methods, patterns: as in `llmprune.Recipe`.
         data, length, windows, streamed: as in `llmprune.evaluate`.
+        separate: give each a calibration pass of its own, in which its blocks see what its pruned ones put out. One
+            pass for all goes through the dense model.
+        speed: measure how fast each decodes, on the CPU, as `llmprune bench`; not where the model is streamed.
         options: the other fields of `llmprune.Recipe`, for all of them.
 
     Raises:
@@ -99,64 +150,99 @@ def sweep(
     if not methods or not patterns:
         raise RecipeError("a sweep needs at least one method and one pattern")
     amount = Amount(length, windows, options.get("batch_size"))
-    recipes = [options | {"method": method, "pattern": pattern} for method in methods for pattern in patterns]
-    _require_feasible(model, recipes)
-    trusted = bool(options.get("trust_remote_code", False))
-    place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
-    text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
-    base = measure(dense, text, None, amount)
-    rows = []
-    for recipe in recipes:
-        folder = Path(out) / f"{recipe['method']}-{recipe['pattern'].replace(':', 'of').replace('%', '')}"
-        _prune_once(model, folder, recipe)
-        found = measure(Subject(folder, place), text, dense, amount)
-        add_evaluations(folder, [found.to_json()])
-        rows.append(_row(folder, found.perplexity, found.kl_divergence or 0.0, found.top1_agreement or 0.0))
-    result = Sweep(str(model), base.data, base.perplexity, _marked(rows))
-    (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-    (Path(out) / PAGE).write_text(sweep_page(result), "utf-8")
-    return result
+    recipes = {
+        Path(out) / f"{method}-{folder_name(parse(pattern))}": {"method": method, "pattern": pattern}
+        for method in methods for pattern in patterns
+    }  # fmt: skip
+    if len(recipes) < len(methods) * len(patterns):
+        raise RecipeError(f"a method or a pattern is there more than once: {', '.join([*methods, *patterns])}")
+    _require_feasible(model, [options | recipe for recipe in recipes.values()], separate)
+    with joined() as team:
+        if team.size > 1 and (speed or not separate):
+            raise RecipeError("several ranks sweep in separate passes and measure no speed: --separate --no-speed")
+        trusted = bool(options.get("trust_remote_code", False))
+        place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
+        text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
+        base = measure(dense, text, None, amount)
+        if separate:
+            for folder, recipe in recipes.items():
+                _prune_once(model, folder, options | recipe, there=team.tell(folder.exists()))
+        else:
+            prune_together(model, recipes, resume=True, **options)
+        rows, beside = [], list[float]()
+        for folder in recipes:
+            found = measure(Subject(folder, place), text, dense, amount)
+            if team.leads:
+                add_evaluations(folder, [found.to_json()])
+            benchmark = bench(folder, **_SETTING, trust_remote_code=trusted) if speed and not dense.streamed else None
+            rows.append(_row(folder, found, benchmark, separate))
+            beside += [benchmark.dense.decode.median] if benchmark else []
+        size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
+        dense_decode = statistics.median(beside) if beside else None
+        found_all = _marked(rows)
+        result = Sweep(
+            str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, found_all
+        )
+        if team.leads:
+            (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            html.write(Path(out) / PAGE, sweep_page(result))
+        return result
 
 
-def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]]) -> None:
+def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]], separate: bool) -> None:
     """Raise, before any work, what would stop one of the runs: a wrong option, a pattern that does not fit."""
     first = Recipe.of(recipes[0])
     source = Source.open(locate(model, first.revision))
     host = Outline(source.folder, source.config, torch.device("cpu"), stored_dtype(source), first.trust_remote_code)
-    for recipe in recipes:
-        make_plan(host, Recipe.of(recipe))
+    for recipe in map(Recipe.of, recipes):
+        make_plan(host, recipe)
+        if not separate:
+            require_shared_inputs(recipe)
 
 
-def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any]) -> None:
-    """Prune into `folder`, unless a run with this recipe has finished there."""
-    if not folder.exists():
+def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any], there: bool) -> None:
+    """Prune into `folder`, unless it is there: then of a run with this recipe that has finished."""
+    if not there:
         prune(model, folder, resume=True, **recipe)
         return
     done = read_run(folder)
     wanted = Recipe.of(recipe).for_model(model).to_json()
-    if done["recipe"] != json.loads(json.dumps(wanted)) or done["model"] != str(model):
+    same = done["recipe"] == json.loads(json.dumps(wanted)) and done["model"] == str(model)
+    if not same or done.get("one_pass"):
         raise RecipeError(f"{folder} is of another recipe: choose another folder for the sweep, or delete it")
 
 
-def _row(folder: Path, perplexity: float, kl: float, agreement: float) -> Row:
+def _row(folder: Path, found: Evaluation, benchmark: Benchmark | None, separate: bool) -> Row:
+    """Return the row of a result, whose size and speed its `llmprune.json` takes note of."""
+    dense_bytes, size = size_in_bytes(folder)
+    update_run(folder, size={"dense_bytes": dense_bytes, "compressed_bytes": size})
+    if benchmark:
+        add_speed(folder, benchmark.to_json())
     run = read_run(folder)
-    recipe, errors = run["recipe"], [site["error"] for site in run["sites"]]
+    errors, seconds = [site["error"] for site in run["sites"]], run["timings"]
+    sparse = benchmark is not None and any(choice.kernel != "dense" for choice in benchmark.sparsified.choices)
     return Row(
-        method=recipe["method"],
-        pattern=recipe["pattern"],
+        method=run["recipe"]["method"],
+        pattern=run["recipe"]["pattern"],
         left=1.0 - run["sparsity"]["all_parameters"],
-        perplexity=perplexity,
-        kl_divergence=kl,
-        top1_agreement=agreement,
+        size=size,
+        perplexity=found.perplexity,
+        kl_divergence=found.kl_divergence or 0.0,
+        top1_agreement=found.top1_agreement or 0.0,
         output_error=sum(errors) / len(errors),
-        seconds=sum(run["timings"].values()),
+        seconds=sum(seconds.values()) if separate else seconds["solve"],
         out=str(folder),
+        decode=benchmark.sparse.decode.median if benchmark else None,
+        layers=("sparse" if sparse else "dense") if benchmark else None,
     )
 
 
 def _marked(rows: list[Row]) -> list[Row]:
     """Return the rows, those marked that no other row beats."""
-    return [
-        Row(**asdict(row) | {"best": not any(r.left <= row.left and r.perplexity < row.perplexity for r in rows)})
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        better = [other for other in rows if other.perplexity < row.perplexity]
+        smallest = not any(other.size <= row.size for other in better)
+        fastest = row.decode is not None and not any((other.decode or 0.0) >= row.decode for other in better)
+        found.append(replace(row, smallest=smallest, fastest=fastest))
+    return found

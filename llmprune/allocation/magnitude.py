@@ -24,7 +24,7 @@ def global_magnitude(stream: WeightStream, sparsity: float) -> dict[str, Count]:
     """
     coarse, totals = torch.zeros(_BINS, dtype=torch.int64), {}
     for name, weight in stream():
-        coarse += torch.bincount(_bits(weight) >> _LOW_BITS, minlength=_BINS)
+        coarse += torch.bincount(_bits(weight) >> _LOW_BITS, minlength=_BINS).cpu()
         totals[name] = weight.numel()
     high, left = _reach(coarse, int(sum(totals.values()) * sparsity))
     below: dict[str, int] = {}
@@ -34,8 +34,8 @@ def global_magnitude(stream: WeightStream, sparsity: float) -> dict[str, Count]:
         bits = _bits(weight)
         below[name] = int((bits >> _LOW_BITS < high).sum())
         values, counts = torch.unique(bits[bits >> _LOW_BITS == high] & (_BINS - 1), return_counts=True)
-        inside[name] = values, counts
-        fine[values] += counts
+        inside[name] = values.cpu(), counts.cpu()
+        fine[inside[name][0]] += inside[name][1]
     low, left = _reach(fine, left)
     removed = {}
     for name, (values, counts) in inside.items():
@@ -47,7 +47,7 @@ def global_magnitude(stream: WeightStream, sparsity: float) -> dict[str, Count]:
 
 def _bits(weight: Tensor) -> Tensor:
     """Return the magnitudes as integers that sort as they do: the bits of non-negative floats."""
-    return weight.abs().float().flatten().view(torch.int32).cpu()
+    return weight.abs().float().flatten().view(torch.int32)
 
 
 def _reach(histogram: Tensor, budget: int) -> tuple[int, int]:

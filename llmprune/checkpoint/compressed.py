@@ -82,6 +82,18 @@ def compress(folder: Path, out: Path, overwrite: bool = False) -> Sizes:
     return Sizes(len(packed), (dense, sum(packed.values())), (read, written))
 
 
+def size_in_bytes(folder: Path) -> tuple[int, int]:
+    """Return the bytes of a pruned checkpoint's tensors, and those that `compress` would leave, writing nothing.
+
+    Raises:
+        CheckpointError: the folder is no readable checkpoint, or is compressed or quantized already.
+    """
+    source = Source.open(folder)
+    _require_dense(source)
+    entries = source.entries.values()
+    return sum(entry.size for entry in entries), sum(min(entry.size, _packed_size(entry)) for entry in entries)
+
+
 def decompress(folder: Path, out: Path, overwrite: bool = False) -> None:
     """Restore the dense checkpoint that `compress` made `folder` of.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 _AT_FDCWD = -100  # paths are relative to the working folder
 _RENAME_EXCHANGE = 2
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # how file systems say that they cannot do it
 
 
 def copy(path: Path, target: Path) -> None:
@@ -44,10 +45,16 @@ def overwrite(path: Path, start: int, data: memoryview) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when what was written to a file, or the list of a folder's files, is on the disk."""
+    """Return when what was written to a file, or the list of a folder's files, is on the disk.
+
+    Some network file systems cannot be asked that of a folder: there it is theirs to keep the order of changes.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -80,6 +87,6 @@ def _exchange(one: Path, other: Path) -> bool:
     if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+    if number in UNSUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(other))

@@ -50,7 +50,7 @@ def read_header(path: Path) -> list[TensorEntry]:
 
     Raises:
         CheckpointError: the file is not safetensors, ends before its tensors do, or its tensors overlap, leave gaps,
-            or share a name.
+            share a name, or have one that does not print.
     """
     try:
         with path.open("rb") as file:
@@ -65,6 +65,8 @@ def read_header(path: Path) -> list[TensorEntry]:
         entries = [_entry(path, name, value, 8 + length) for name, value in fields.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} has an unreadable safetensors header: download it again") from None
+    if unprintable := next((entry.name for entry in entries if not entry.name.isprintable()), None):
+        raise CheckpointError(f"{path} has a tensor whose name does not print ({unprintable!r}): download it again")
     entries.sort(key=lambda entry: (entry.start, entry.size))
     _require_seamless(path, entries, 8 + length, size)
     return entries

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -12,11 +13,14 @@ from llmprune.errors import CheckpointError
 
 Record = dict[str, Any]
 
+_log = logging.getLogger(__name__)
+
 
 class Journal:
     """Append-only JSON lines. A line that `append` has returned from survives a crash; a torn last line is dropped.
 
     The file is locked while it is open. The system lets go of the lock when the process dies, so none is ever stale.
+    Where a file system has no locks, as Lustre often, a warning says so.
 
     Raises:
         CheckpointError: another process holds the journal, or it cannot be read.
@@ -53,7 +57,10 @@ class Journal:
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno in durable.UNSUPPORTED:
+                _log.warning("%s has no locks: see to it that no other run writes there", self.path.parent)
+                return
             raise CheckpointError(
                 f"another run{self._owner()} is writing {self.path.parent}: wait for it, or choose another output"
             ) from None

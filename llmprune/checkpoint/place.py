@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +131,22 @@ def require_place(source: Source, out: Path, overwrite: bool, resume: bool = Fal
             that is not a model, cannot be created, does not fit on the disk, is being written by another run, or an
             unfinished run is there that is neither to be resumed nor to be overwritten.
     """
+    require_places(source, [out], overwrite, resume)
+
+
+def require_places(source: Source, outs: Sequence[Path], overwrite: bool, resume: bool = False) -> None:
+    """As `require_place`, for several outputs that all have to fit on the disk.
+
+    Raises:
+        CheckpointError: as `require_place`.
+    """
+    held = sum(_require_free(source, out, overwrite, resume) for out in outs)
+    if outs:
+        _require_space(source, [Place.of(out) for out in outs], held)
+
+
+def _require_free(source: Source, out: Path, overwrite: bool, resume: bool) -> int:
+    """Return the bytes that an unfinished run has left there."""
     inside, place = source.folder.resolve(), Place.of(out)
     if place.out == inside or inside in place.out.parents or place.out in inside.parents:
         raise CheckpointError(f"output {out} and source {source.folder} must not lie inside each other")
@@ -144,16 +160,17 @@ def require_place(source: Source, out: Path, overwrite: bool, resume: bool = Fal
             f"{place.partial} holds an unfinished run ({found.done} done): "
             "continue it with --resume, or start anew with --overwrite"
         )
-    _require_space(source, place, found.size)
+    return found.size
 
 
-def _require_space(source: Source, place: Place, held: int) -> None:
+def _require_space(source: Source, places: Sequence[Place], held: int) -> None:
+    place = places[0]  # all of them lie side by side
     parent = next(folder for folder in place.out.parents if folder.exists())
     if not parent.is_dir():
         raise CheckpointError(f"output {place.out} cannot be created: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"output {place.out} cannot be created: no permission to write in {parent}")
-    needed, free = source.output_bytes() / 1e9, (shutil.disk_usage(parent).free + held) / 1e9
+    needed, free = len(places) * source.output_bytes() / 1e9, (shutil.disk_usage(parent).free + held) / 1e9
     if needed > free:
         raise CheckpointError(f"too little disk for {place.out}: needs {needed:.2f} GB, {free:.2f} GB are free")
 

@@ -96,7 +96,7 @@ class Sink:
         entry = self.copy.entries[name]
         if tuple(tensor.shape) != entry.shape:
             raise AssertionError(f"{name}: shape {tuple(tensor.shape)} written over {entry.shape}")
-        data = tensor.detach().to("cpu", entry.torch_dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        data = _on_host(tensor.detach().to(entry.torch_dtype).contiguous()).view(-1).view(torch.uint8).numpy()
         with _writing(entry.file, f"write {name} to"):
             durable.overwrite(entry.file, entry.start, data.data)
         self._written[self.copy.place_of(entry)] = xxhash.xxh3_64(data.data).intdigest()
@@ -173,9 +173,9 @@ class Sink:
 
     def _require_same(self) -> None:
         found = self._journal.records[0].get("run")
-        if difference := _difference(found, self._fingerprint):
+        if other := difference(found, self._fingerprint):
             raise CheckpointError(
-                f"{self.place.partial} was begun with another {difference}: continue with what it was, "
+                f"{self.place.partial} was begun with another {other}: continue with what it was, "
                 "or start anew with --overwrite"
             )
         there = self.place.model.is_dir() and announced(self._journal) in (None, folder_id(self.place.model))
@@ -209,12 +209,20 @@ class Sink:
         return self.place.model / path.relative_to(self._source.folder)
 
 
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in host memory; from a GPU through pinned memory, which is several times as fast."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+
+
 @contextmanager
 def _writing(path: Path, action: str = "write") -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(f"cannot {action} {path}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot {action} {path}: {cause}") from None
 
 
 def _explain(error: BaseException, kept: str) -> None:
@@ -226,11 +234,11 @@ def _explain(error: BaseException, kept: str) -> None:
     _log.warning("%s", kept)
 
 
-def _difference(old: Any, new: Any, name: str = "") -> str | None:
+def difference(old: Any, new: Any, name: str = "") -> str | None:
     """Return the first value in which two nestings of plain values differ, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in new | old:
-            if found := _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
+            if found := difference(old.get(key), new.get(key), f"{name}.{key}" if name else key):
                 return found
         return None
     return None if old == new else f"{name} ({old}, now {new})"

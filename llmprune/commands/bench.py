@@ -13,10 +13,17 @@ from llmprune.commands.shared import given, json_option, of_model, show
 @click.option("--new-tokens", type=int, default=32, show_default=True)
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences at a time.")
 @click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--save", is_flag=True, help="Add the figures to the llmprune.json of the output folder MODEL.")
 @of_model
 @json_option
-def bench(model: str, as_json: bool, **options: Any) -> None:
+def bench(model: str, save: bool, as_json: bool, **options: Any) -> None:
     """Compare MODEL on the CPU dense and sparse: tokens a second, memory, and the kernel that runs for each shape."""
+    from llmprune.runs import add_speed, read_run
     from llmprune.sparse.bench import bench as run
 
-    show(run(model, **given(options)), as_json)
+    if save:
+        read_run(model)  # before the work: it has to be an output folder
+    found = run(model, **given(options))
+    if save:
+        add_speed(model, found.to_json())
+    show(found, as_json)

@@ -20,8 +20,9 @@ _out = click.argument("out", type=click.Path(path_type=Path))
 def compress(model: str, out: Path, overwrite: bool, revision: str | None, as_json: bool) -> None:
     """Store the pruned MODEL in OUT without its zeros, so that transformers loads it after `import llmprune`."""
     from llmprune.checkpoint.compressed import compress as run
-    from llmprune.locate import locate
+    from llmprune.locate import locate, require_own_name
 
+    require_own_name(out)
     sizes = run(locate(model, revision), out, overwrite)
     if as_json:
         print_json({"out": str(out), **sizes.to_json()})
@@ -37,7 +38,8 @@ def compress(model: str, out: Path, overwrite: bool, revision: str | None, as_js
 def decompress(model: str, out: Path, overwrite: bool, revision: str | None) -> None:
     """Restore in OUT, byte for byte, the checkpoint that MODEL was compressed from."""
     from llmprune.checkpoint.compressed import decompress as run
-    from llmprune.locate import locate
+    from llmprune.locate import locate, require_own_name
 
+    require_own_name(out)
     run(locate(model, revision), out, overwrite)
     click.echo(f"written to {out}")

@@ -25,7 +25,7 @@ _OF_TEXT = ("dense", "length", "windows", "streamed", "save", "revision")
 @click.option("--streamed/--in-memory", default=None, help="One block at a time  [default: if it does not fit]")
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness (an extra), without --data alone.")
 @click.option("--include-path", metavar="FOLDER", help="Where YAML files of your own tasks are.")
-@click.option("--limit", type=int, help="Examples a task, for a quick look.")
+@click.option("--limit", type=int, help="Examples a task, for a quick look; for text use --windows.")
 @click.option("--save", is_flag=True, help="Add the figures to llmprune.json, for the report and the model card.")
 @where
 @of_model
@@ -34,7 +34,9 @@ def evaluate(models: tuple[str, ...], data: str | None, tasks: str | None, as_js
     """Measure the perplexity of MODELs by the papers' convention, and their distance to the dense one."""
     task_options = {name: options.pop(name) for name in ("include_path", "limit")}
     results = []
-    if tasks is not None and data is None:
+    if tasks is None:
+        _require_tasks(task_options)
+    elif data is None:
         _require_text(options)
     if tasks is None or data is not None:
         results.append(_perplexities(models, specs(data), given(options)))
@@ -71,6 +73,14 @@ def _task_scores(models: tuple[str, ...], tasks: str, options: dict[str, Any]) -
     from llmprune_eval.zeroshot import evaluate_tasks
 
     return evaluate_tasks(models, [task.strip() for task in tasks.split(",")], **options)
+
+
+def _require_tasks(options: dict[str, Any]) -> None:
+    """Refuse options that mean nothing for text."""
+    for name, value in options.items():
+        if value is not None:
+            advice = "; for a part of a text use --windows" if name == "limit" else ""
+            raise RecipeError(f"--{name.replace('_', '-')} goes with --tasks: give --tasks too{advice}")
 
 
 def _require_text(options: dict[str, Any]) -> None:

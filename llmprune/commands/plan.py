@@ -12,12 +12,13 @@ from llmprune.commands.shared import json_option, of_model, recipe_options, show
 @what
 @where
 @of_model
+@click.option("--ranks", type=int, default=1, help="Processes that share the work, as under torchrun  [default: 1]")
 @json_option
-def plan(model: str, recipe: str | None, as_json: bool, **options: Any) -> None:
+def plan(model: str, recipe: str | None, ranks: int, as_json: bool, **options: Any) -> None:
     """Show what pruning MODEL would do and need: matrices, memory, disk, time.
 
     No weights are loaded: a config.json is enough.
     """
     from llmprune.preview import plan as run
 
-    show(run(model, **recipe_options(recipe, options)), as_json)
+    show(run(model, ranks=ranks, **recipe_options(recipe, options)), as_json)

@@ -23,8 +23,26 @@ def prune(
     """Prune MODEL into the folder OUT, one block in memory at a time."""
     from llmprune.pruning import prune as run
 
-    report = run(model, out, overwrite=overwrite, resume=resume, **recipe_options(recipe, options))
+    chosen = recipe_options(recipe, options)
+    if "," in str(pattern := chosen.get("pattern", "")) or isinstance(pattern, list):
+        several(model, out, overwrite, resume, as_json, chosen)
+        return
+    report = run(model, out, overwrite=overwrite, resume=resume, **chosen)
     if as_json:
         print_json({"out": str(out), **report.to_json()})
     else:
         click.echo(f"{report}\n  written to    {out}")
+
+
+def several(model: str, out: Path, overwrite: bool, resume: bool, as_json: bool, options: dict[str, Any]) -> None:
+    """Prune to several patterns in one calibration pass."""
+    from llmprune.pruning import prune as run
+    from llmprune.several import summary
+
+    pattern = options.pop("pattern")
+    patterns = pattern if isinstance(pattern, list) else [part.strip() for part in pattern.split(",") if part.strip()]
+    reports = run(model, out, overwrite=overwrite, resume=resume, pattern=patterns, **options)
+    if as_json:
+        print_json({"results": [{"out": str(report.out), **report.to_json()} for report in reports]})
+    else:
+        click.echo(summary(reports))

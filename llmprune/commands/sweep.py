@@ -20,11 +20,16 @@ from llmprune.commands.shared import given, json_option, of_model, show, where
 @click.option("--calibration", metavar="SPEC", help="As for prune.")
 @click.option("--samples", type=int, help="Calibration sequences  [default: 128]")
 @click.option("--seed", type=int, help="[default: 0]")
+@click.option("--separate", is_flag=True, help="A calibration pass for each, through its own pruned blocks.")
+@click.option("--speed/--no-speed", default=True, help="Measure how fast each decodes on the CPU  [default: do]")
 @where
 @of_model
 @json_option
 def sweep(model: str, out: Path, methods: str, patterns: str, as_json: bool, **options: Any) -> None:
-    """Prune MODEL by every method to every pattern, below OUT, and measure each."""
+    """Prune MODEL by every method to every pattern from one calibration pass, below OUT, and measure each.
+
+    The pass goes through the dense model; with --separate each result sees what its own pruned blocks put out.
+    """
     from llmprune_eval.sweep import sweep as run
 
     show(run(model, out, methods=_parts(methods), patterns=_parts(patterns), **given(options)), as_json)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from llmprune.forecast.dense import collected, dense_seconds
 from llmprune.forecast.parts import Part, Workload
+from llmprune.forecast.ranks import network_seconds, solving_share, statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
@@ -13,22 +14,25 @@ from llmprune.recipe import Recipe
 
 
 def duration(
-    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial]
+    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial], ranks: int = 1
 ) -> list[Part]:
     """Return the parts of a run's time; see `memory` for the arguments."""
     method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
     times = solving_time(method, recipe.target(), host.dtype, host.place)
     needs = collected(recipe)
     if workload is None or needs is None:
-        return [solving_seconds([Group([site]) for site in plan.all_sites()], times)]
+        return [
+            solving_seconds([[Group([site]) for site in sites] for sites in plan.sites.values()], times, recipe, ranks)
+        ]
     widest = max(site.shape[1] for site in plan.all_sites())
     each = statistic_time(needs, widest, host.dtype, host.place)
-    return [
+    parts = [
         *dense_seconds(host, recipe, workload, stages, widest),
         forward_seconds(stages, workload),
-        statistics_seconds(stages, workload, needs, each),
-        solving_seconds([group for trial in stages for group in trial.groups], times),
+        statistics_seconds(stages, workload, needs, each, host),
+        solving_seconds([trial.groups for trial in stages], times, recipe, ranks),
     ]
+    return [*parts, network_seconds(plan, trials, workload, needs, host)] if ranks > 1 else parts
 
 
 def forward_seconds(trials: Sequence[Trial], workload: Workload) -> Part:
@@ -39,8 +43,12 @@ def forward_seconds(trials: Sequence[Trial], workload: Workload) -> Part:
     """
     seconds = 0.0
     for index, trial in enumerate(trials):
-        whole = workload.sequences * trial.forward_flops(workload.length)
-        collecting = whole - workload.tokens * _spared(trial) if trial.runs == 1 else whole * (trial.runs + 1) / 2
+        whole = workload.share * workload.sequences * trial.forward_flops(workload.length)
+        collecting = (
+            whole - workload.share * workload.tokens * _spared(trial)
+            if trial.runs == 1
+            else whole * (trial.runs + 1) / 2
+        )
         onward = whole if index + 1 < len(trials) else 0.0
         seconds += ((collecting if trial.groups else 0.0) + onward) * trial.seconds_per_flop
     return Part("forward", seconds, "operations counted and timed here on a few tokens of one block of each kind")
@@ -54,19 +62,31 @@ def _spared(trial: Trial) -> float:
 
 
 def statistics_seconds(
-    trials: Sequence[Trial], workload: Workload, needs: StatisticType, seconds_per_operation: float
+    trials: Sequence[Trial],
+    workload: Workload,
+    needs: StatisticType,
+    seconds_per_operation: float,
+    host: Outline | None = None,
 ) -> Part:
     """Return the time that summing the statistics takes."""
-    work = sum(
-        fed * statistic_work(needs, group.inputs)
-        for trial in trials
-        for group, fed in zip(trial.groups, trial.fed, strict=True)
-    )
+    work = 0.0
+    for trial in trials:
+        whole = sum(
+            fed * statistic_work(needs, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)
+        )
+        if host and workload.ranks > 1 and trial.groups:
+            whole *= statistics_share(trial.groups, trial.fed, needs, host, workload.ranks)
+        work += whole
     seconds = workload.tokens * work * seconds_per_operation
     return Part("statistics", seconds, "timed here on a sample, scaled by tokens and size")
 
 
-def solving_seconds(groups: Sequence[Group], times: SolvingTime) -> Part:
-    """Return the time that solving all sites takes."""
-    seconds = sum(times.seconds([site.shape for site in group.sites]) for group in groups)
+def solving_seconds(
+    stages: Sequence[Sequence[Group]], times: SolvingTime, recipe: Recipe | None = None, ranks: int = 1
+) -> Part:
+    """Return the time that solving all sites takes; with several ranks that of those which have the most to do."""
+    if recipe is None or ranks == 1:
+        seconds = sum(times.seconds([site.shape for site in group.sites]) for groups in stages for group in groups)
+    else:
+        seconds = sum(solving_share(groups, times, recipe, ranks) for groups in stages)
     return Part("solve", seconds, "four sample matrices timed here, scaled by their sizes")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from llmprune.forecast.dense import collected, kept_memory
 from llmprune.forecast.parts import Part, Workload
+from llmprune.forecast.ranks import handed_memory
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
 from llmprune.model import Outline
 from llmprune.model.memory import give_back_freed_memory
@@ -46,7 +47,14 @@ def _steps(
         if sites:
             yield [weights, *_statistics(trial, on), solving_memory(host, sites, recipe, on)]
         if sites and trial and workload:
-            yield [weights, statistics_memory(trial, on), *collecting_memory(host, trial, workload, recipe, on)]
+            needs = collected(recipe)
+            handed = handed_memory(trial, workload, needs, host, on) if workload.ranks > 1 and needs else []
+            yield [
+                weights,
+                statistics_memory(trial, on),
+                *collecting_memory(host, trial, workload, recipe, on),
+                *handed,
+            ]
 
 
 def _different(host: Outline, plan: Plan) -> list[tuple[Stage, list[Site]]]:

@@ -24,15 +24,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Workload:
-    """The calibration sequences of a run, how many of them go through a block at once, and where they wait."""
+    """The calibration sequences of a run, how many of them go through a block at once, and where they wait.
+
+    With several ranks all but `sequences` and `tokens` is of the rank that has the most to do.
+    """
 
     sequences: int
     length: int
     batch: int
     home: torch.device
+    ranks: int = 1
 
     @classmethod
-    def of(cls, recipe: Recipe, host: Outline) -> "Workload":
+    def of(cls, recipe: Recipe, host: Outline, ranks: int = 1) -> "Workload":
         """Return the workload of a recipe, whose calibration data need not be there.
 
         Raises:
@@ -41,9 +45,10 @@ class Workload:
         length = window_length(recipe.length, context_length(host.config))
         sequences = recipe.samples or DEFAULT_SAMPLES
         batch = recipe.batch_size or batch_size(length, host.config, host.dtype, host.place)
-        rows = [torch.empty(length, device="meta")] * sequences
+        batch = min(batch, sequences)
+        rows = [torch.empty(length, device="meta")] * (math.ceil(sequences / batch / ranks) * batch)
         home = home_device(host.place, rows, host.config, host.dtype)
-        return cls(sequences, length, min(batch, sequences), home)
+        return cls(sequences, length, batch, home, ranks)
 
     @property
     def tokens(self) -> int:
@@ -57,5 +62,10 @@ class Workload:
 
     @property
     def batches(self) -> int:
-        """Forwards that it takes to lead all sequences through a block."""
-        return math.ceil(self.sequences / self.batch)
+        """Forwards of a rank that it takes to lead its share of the sequences through a block."""
+        return math.ceil(self.sequences / self.batch / self.ranks)
+
+    @property
+    def share(self) -> float:
+        """A rank's share of the sequences."""
+        return min(1.0, self.batches * self.batch / self.sequences)

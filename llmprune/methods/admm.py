@@ -12,11 +12,13 @@ Shape suffixes: O outputs, I inputs.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import NumericalError, RecipeError
 from llmprune.methods import Solution
 from llmprune.patterns import ComparisonGroup, Pattern
@@ -61,7 +63,9 @@ class ADMM:
 
     def _search(self, target_OI: Tensor, hessian_II: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
         """Return the sparse matrix that the iterations end at, and its mask."""
-        pull_OI = target_OI @ hessian_II
+        products = partial(kernels.tf32, hessian_II.device)
+        with products():
+            pull_OI = target_OI @ hessian_II
         keep_OI = pattern.keep(target_OI.abs())
         sparse_OI, dual_OI = target_OI * keep_OI, torch.zeros_like(target_OI)
         before = self._rho(0)
@@ -70,8 +74,9 @@ class ADMM:
             inverse_II = _regularised_inverse(hessian_II, rho)
             dual_OI.mul_(before / rho)  # scaled by 1/rho
             for _ in range(self._share(stage)):
-                dense_OI = torch.add(pull_OI, sparse_OI - dual_OI, alpha=rho) @ inverse_II
-                dual_OI.add_(dense_OI)
+                drawn_OI = torch.add(pull_OI, sparse_OI - dual_OI, alpha=rho)
+                with products():
+                    dual_OI.add_(drawn_OI @ inverse_II)
                 keep_OI = pattern.keep(dual_OI.abs())
                 sparse_OI = dual_OI * keep_OI
                 dual_OI.sub_(sparse_OI)

@@ -58,7 +58,7 @@ class SparseGPT:
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
         factor = statistic.factor(self.damp, ARITHMETICS[self.arithmetic])
         weight_IO = weight_OI.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        weight_IO[factor.dead_I] = 0
+        weight_IO.masked_fill_(factor.dead_I.unsqueeze(1), 0)
         blocks = column_blocks(weight_IO.shape[0], self._block_width(pattern))
         sweep = _paper_sweep if self.arithmetic == "paper" else _fast_sweep
         keep_IO = sweep(weight_IO, factor.upper_II, pattern, blocks)
@@ -88,9 +88,10 @@ def _fast_sweep(weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: li
     """As `_paper_sweep`, from R: the left half of the blocks is pruned, then its changes are carried to the right."""
     keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
     change_IO, carried_IO = torch.empty_like(weight_IO), torch.zeros_like(weight_IO)
+    inverses = _inverse_blocks(root_II, blocks)
 
     def prune(start: int, stop: int) -> None:
-        upper_BB = _inverse_upper(root_II[start:stop, start:stop])
+        upper_BB = inverses[start]
         block_BO = torch.addmm(weight_IO[start:stop], upper_BB.T, carried_IO[start:stop])
         if isinstance(pattern, NM):
             keep_IO[start:stop] = kernels.prune_nm(block_BO, upper_BB, pattern.n, pattern.m)
@@ -120,7 +121,13 @@ def _keep_block(block_BO: Tensor, upper_BB: Tensor, pattern: Pattern, start: int
     return pattern.keep_block(score_BO.T, start).T
 
 
-def _inverse_upper(upper_BB: Tensor) -> Tensor:
-    identity_BB = torch.eye(len(upper_BB), dtype=upper_BB.dtype, device=upper_BB.device)
-    inverse_BB: Tensor = torch.linalg.solve_triangular(upper_BB, identity_BB, upper=True)
-    return inverse_BB
+def _inverse_blocks(root_II: Tensor, blocks: list[Block]) -> dict[int, Tensor]:
+    """Return the inverse of every block on the diagonal of R, by its start; those of one width at once."""
+    inverses: dict[int, Tensor] = {}
+    for width in {stop - start for start, stop in blocks}:
+        starts = [start for start, stop in blocks if stop - start == width]
+        upper = torch.stack([root_II[start : start + width, start : start + width] for start in starts])
+        identity_BB = torch.eye(width, dtype=root_II.dtype, device=root_II.device).expand_as(upper)
+        inverse = torch.linalg.solve_triangular(upper, identity_BB, upper=True).contiguous()
+        inverses |= dict(zip(starts, inverse.unbind(), strict=True))
+    return inverses

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune import kernels
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.groups import (
     Group,
@@ -98,26 +99,35 @@ class Collector:
     def _side_by_side(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, list[Site]]:
         """Yield each site as the lanes come to it; return those that no module's call led to."""
         self.walked = not self.twins
-        statistic, last = None, list[Any]()
+        statistic = None
         done = set[Site]()
         dense = Originals(sites) if self.twins else None
-        held: list[Tensor] = []  # alive, so that no other input can take their addresses
 
         def weights_of(lane: int) -> AbstractContextManager[None]:
             return dense.in_place() if dense and self._is_twin(lane) else nullcontext()
 
         with Walks(self.lanes, index, sites, weights_of) as walks:
-            for site, inputs in walks.stops():
+            for site, inputs, fresh in self._stops(index, walks, sites):
                 if site in done:
                     raise UnsupportedModelError(f"{site.name} is used twice in its block: leave out --true-sequential")
-                identities = [identity(x) for x in inputs]
-                if statistic is None or identities != last:
-                    statistic, last, held = self._statistic(index, site, inputs), identities, inputs
+                if fresh:
+                    statistic = self._statistic(index, site, inputs)
                 done.add(site)
                 yield Group([site], statistic=statistic)
-        held.clear()
         self.most_runs = max(self.most_runs, 1)
         return [site for site in sites if site not in done]
+
+    def _stops(self, index: int, walks: Walks, sites: Sequence[Site]) -> Iterator[tuple[Site, list[Tensor], bool]]:
+        """Yield each site that the lanes come to, their inputs, and whether these differ from those of the last one."""
+        last: list[tuple[Any, Tensor]] = []  # with the inputs, so that no other can take their addresses meanwhile
+        for site, inputs in walks.stops():
+            seen = [(identity(x), x) for x in inputs]
+            fresh = [one for one, _ in seen] != [one for one, _ in last]
+            last = seen
+            yield site, inputs, fresh
+
+    def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
+        return first_lane(self.lanes, index, sites)
 
     def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
         group = Group([site])
@@ -125,11 +135,11 @@ class Collector:
         for lane, x in given.items():
             if not self._is_twin(lane):
                 self._add(group, x, lane, given.get(lane + self._batches) if self.twins else None)
-        _require_finite([group])
+        require_all_finite([group])
         return group.statistic
 
     def _by_runs(self, index: int, sites: Sequence[Site]) -> Iterator[Group]:
-        groups, seen = first_lane(self.lanes, index, sites)
+        groups, seen = self._first_lane(index, sites)
         units = units_of(groups)
         if not self.true_sequential and self._bytes(groups) <= self.budget:
             self._sum(index, groups, seen)
@@ -201,7 +211,7 @@ class Collector:
                 self._add(by_leader[leader], x, lane=0)
         for lane in range(1 if seen is not None else 0, self._batches):
             self._sum_lane(index, lane, by_leader)
-        _require_finite(groups)
+        require_all_finite(groups)
 
     def _sum_lane(self, index: int, lane: int, by_leader: dict[Site, Group]) -> None:
         waiting = {leader: group.calls for leader, group in by_leader.items()}
@@ -220,15 +230,21 @@ class Collector:
         """Add a lane's input, and what the dense model's lane is given in its place."""
         if group.statistic is None:
             group.statistic = self.needs(x.shape[-1], x.device)
+        for sequences, (x_TI, *dense_TI) in self._pieces(x, lane, dense):
+            with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
+                group.statistic.add(x_TI, sequences, *dense_TI)
+
+    def _pieces(self, x: Tensor, lane: int, dense: Tensor | None) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Yield what is to be added at once: of how many sequences, the input and that of the dense model."""
         sequences = self.lanes.sequences(lane)
         both = [self.lanes.as_multiplied(one) for one in (x, dense) if one is not None]
-        parts = [_sequences(one, sequences) for one in both]
-        with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
-            for of_sequence, *of_dense in zip(*parts, strict=True):
-                group.statistic.add(of_sequence, sequences // len(parts[0]), *of_dense)
+        split = _whole if issubclass(self.needs, Gram) and kernels.takes_batches(both[0]) else _in_sequences
+        parts = [split(one, sequences) for one in both]
+        for tensors in zip(*parts, strict=True):
+            yield sequences // len(parts[0]), tensors
 
 
-def _sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
+def _in_sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
     """Split into one part [tokens, inputs] per sequence where the input has them apart.
 
     So the papers' scripts see them: masks then do not depend on the batch size.
@@ -236,7 +252,11 @@ def _sequences(x: Tensor, sequences: int) -> Sequence[Tensor]:
     return x.unbind() if x.ndim == 3 and len(x) == sequences else [x.reshape(-1, x.shape[-1])]
 
 
-def _require_finite(groups: Sequence[Group]) -> None:
+def _whole(x: Tensor, sequences: int) -> Sequence[Tensor]:
+    return [x.reshape(-1, x.shape[-1])]
+
+
+def require_all_finite(groups: Sequence[Group]) -> None:
     for group in groups:
         if group.statistic is not None:
             group.statistic.require_finite(group.sites[0].name)

@@ -96,6 +96,10 @@ class Lanes:
         """Return a lane's token ids [sequences, length]."""
         return self._batches[lane]
 
+    def device(self, index: int) -> torch.device:
+        """Return the device of the weights of stage `index`."""
+        return self.device_of(self._stages[index])
+
     def sequences(self, lane: int) -> int:
         """Return the number of sequences in a lane's batch."""
         return len(self._batches[lane])

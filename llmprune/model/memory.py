@@ -16,7 +16,8 @@ from llmprune.errors import ResourceError
 _DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
 _STATISTICS_SHARE = 0.4  # of a GPU's free memory
 _HOST_STATISTICS_SHARE = 1 / 32  # of the host's available memory: others live there too
-_SIDE_BY_SIDE_SHARE = 0.25  # of the free memory of the device, for one block's activations of all lanes
+_SIDE_BY_SIDE_SHARE = 0.25  # of the host's available memory, for one block's activations of all lanes
+_GPU_SIDE_BY_SIDE_SHARE = 0.5  # of a GPU's free memory, for what lanes that are held before a site keep alive
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU's, a GPU's, and its libraries' words
 _KEPT_SHARE = 0.25  # of the host's available memory, for the hidden states before every block at once
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
@@ -75,19 +76,27 @@ def out_of_memory_in(name: str, kind: type[ResourceError] = ResourceError) -> It
 def fits_side_by_side(tokens: int, config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the activations of all calibration tokens within one block fit into the memory of the device."""
     if device.type == "cuda":
-        room = _SIDE_BY_SIDE_SHARE * torch.cuda.mem_get_info(device)[0]
-    else:
-        room = _SIDE_BY_SIDE_SHARE * psutil.virtual_memory().available
-    return tokens * token_bytes(config, dtype) <= room
+        return tokens * _held_bytes(config, dtype) <= _GPU_SIDE_BY_SIDE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return tokens * token_bytes(config, dtype) <= _SIDE_BY_SIDE_SHARE * psutil.virtual_memory().available
 
 
 def token_bytes(config: Any, dtype: torch.dtype) -> int:
     """Return the bytes of activations that a token takes at most while a block computes."""
+    hidden, widest = _widths(config)
+    return (6 * hidden + 3 * widest) * dtype.itemsize
+
+
+def _held_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Return those that outlive a lane's turn: it waits in attention with its inputs, or in the MLP with two of its."""
+    hidden, widest = _widths(config)
+    return max(6 * hidden, 2 * hidden + 2 * widest) * dtype.itemsize
+
+
+def _widths(config: Any) -> tuple[int, int]:
     text = config.get_text_config()
     hidden = getattr(text, "hidden_size", 1024)
     widest = getattr(text, "intermediate_size", None)
-    widest = widest if isinstance(widest, int) else 4 * hidden
-    return (6 * hidden + 3 * widest) * dtype.itemsize
+    return hidden, widest if isinstance(widest, int) else 4 * hidden
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -95,9 +104,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _EXHAUSTED)
 
 
-def give_back_freed_memory() -> None:
-    """Return freed memory to the system: glibc keeps it, scattered, and a run would grow from block to block."""
-    if torch.cuda.is_available():
+def give_back_freed_memory(of_gpu: bool = False) -> None:
+    """Return freed memory to the system: glibc keeps it, scattered, and a run would grow from block to block.
+
+    A GPU's is used again by the next block; to give it back takes a stop, and is for when it has run out.
+    """
+    if of_gpu and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in other C libraries
@@ -108,4 +120,4 @@ def give_back_freed_memory() -> None:
 def make_room() -> None:
     """Free what nobody needs any more, after memory ran out: also what refers to itself in circles."""
     gc.collect()
-    give_back_freed_memory()
+    give_back_freed_memory(of_gpu=True)

@@ -12,6 +12,7 @@ from llmprune.errors import NumericalError, RecipeError, did_you_mean
 from llmprune.model.experts import stacks_of
 
 _CHECKED_AT_ONCE = 1 << 20  # elements whose finiteness is checked at once: the check needs several times their size
+_CHECKED_ON_A_GPU = 1 << 28  # which stops for each answer
 
 # Routers choose experts; pruning one saves nothing and derails the model. Transformers 5 keeps most of them in plain
 # parameters, which are no sites anyway; these globs catch those that are Linear modules.
@@ -154,7 +155,8 @@ def out_of_range(dtype: torch.dtype) -> str:
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:
     rows = weight.reshape(-1, weight.shape[-1]) if weight.ndim else weight.reshape(1, 1)
-    parts: tuple[Tensor, ...] = rows.split(max(1, _CHECKED_AT_ONCE // max(1, rows.shape[1])))
+    size = _CHECKED_ON_A_GPU if weight.device.type == "cuda" else _CHECKED_AT_ONCE
+    parts: tuple[Tensor, ...] = rows.split(max(1, size // max(1, rows.shape[1])))
     return parts
 
 

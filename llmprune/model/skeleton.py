@@ -96,9 +96,16 @@ class Loader:
                 mapped[key] = name
                 if converter is None:
                     self._renamed[name] = key
+        self._require_dtypes(known, mapped)
         self._require_shapes(known)
         self._require_sizes(known, mapped)
         return mapped
+
+    def _require_dtypes(self, known: dict[str, Tensor], mapped: dict[str, str]) -> None:
+        for key, name in mapped.items():
+            stored = self._source.entries[key].torch_dtype
+            if known[name].is_floating_point() and not stored.is_floating_point:
+                raise CheckpointError(f"{key} is stored as {stored}: dequantize the checkpoint first")
 
     def _require_shapes(self, known: dict[str, Tensor]) -> None:
         for name, key in self._renamed.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint import Source
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, one_line
 from llmprune.model.blocks import find_stages
 from llmprune.model.configuration import read_config, unknown_fields
 from llmprune.model.lanes import Lanes
@@ -112,7 +112,7 @@ class Streamed:
             notes.append(f"{len(unused)} stored tensors are no part of the model and were copied, such as {unused[0]}")
         if ignored := unknown_fields(self.source.config, self.config):
             notes.append(f"config.json has fields that transformers does not know and ignores: {', '.join(ignored)}")
-        return notes
+        return [one_line(note) for note in notes]
 
     def weight(self, site: Site) -> Tensor:
         """Return the site's matrix [outputs, inputs], a view: writing to it changes what `stored` returns."""

@@ -19,6 +19,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers and optional packages raise
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise CheckpointError(
+                f"the tokenizer of {folder} runs code of its own; read it, then allow it with --trust-remote-code"
+            ) from None
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{folder} has no tokenizer that loads ({cause}): add one, or give data with an input_ids column"

@@ -15,12 +15,13 @@ PAGE = "comparison.html"
 def write_comparison(folders: Sequence[str | Path], path: str | Path | None = None) -> Path:
     """Write the comparison of output folders as one HTML file, `comparison.html` by default; return where it is.
 
+    Where `png.can_draw`, its figures also become PNG files in a folder beside it.
+
     Raises:
         CheckpointError: a folder is no output of llmprune.
     """
     target = Path(PAGE if path is None else path)
-    target.write_text(comparison_page(_named(folders)), "utf-8")
-    return target
+    return html.write(target, comparison_page(_named(folders)))
 
 
 def comparison_page(runs: dict[str, dict[str, Any]]) -> str:
@@ -33,7 +34,7 @@ def comparison_page(runs: dict[str, dict[str, Any]]) -> str:
             f"<h1>{title}</h1>\n<p class=soft>{escape(', '.join(models))}</p>",
             _table(runs),
             _evaluations(runs),
-            html.figures("By depth", [_sparsities(runs), *_errors(runs)]),
+            html.figures("By depth", [_sparsities(runs), _against_magnitude(runs), *_errors(runs)]),
             html.figures("Perplexity", _perplexities(runs)),
         ],
     )
@@ -54,12 +55,14 @@ def _table(runs: dict[str, dict[str, Any]]) -> str:
             percent(run["sparsity"]["sites"]),
             percent(run["sparsity"]["all_parameters"]),
             f"{facts.mean_error(run['sites']):.4g}",
+            _or_empty(facts.mean_share(run["sites"]), ".3f"),
             f"{sum(run['timings'].values()):.1f} s",
             f"{run['peak_memory_bytes']['host'] / 2**30:.2f} GiB",
         ]
         for name, run in runs.items()
     ]
-    header = ["run", "method", "zeros in matrices", "in all parameters", "mean output error", "time", "peak memory"]
+    header = ["run", "method", "zeros in matrices", "in all parameters", "mean output error", "of magnitude's", "time",
+              "peak memory"]  # fmt: skip
     return f"<h2>Runs</h2>\n{html.table(header, rows)}"
 
 
@@ -104,6 +107,18 @@ def _errors_by(norm: str, runs: dict[str, dict[str, Any]]) -> str:
             series.append(Series(name, points, colour=colour))
     caption = "Mean over the matrices of a block; errors by another norm are no measure to compare with."
     return _figure(f"Output error by {norm.replace('_', ' ')}", "relative output error", series, caption, plain)
+
+
+def _against_magnitude(runs: dict[str, dict[str, Any]]) -> str:
+    """Return each run's errors over those of magnitude pruning in that run, which are measured in the same way."""
+    series = []
+    for colour, (name, run) in enumerate(runs.items()):
+        shares = {block: facts.mean_share(sites) for block, sites in facts.by_block(run["sites"]).items()}
+        points = [(float(block), share) for block, share in shares.items() if share is not None]
+        series += [Series(name, points, colour=colour)] if points else []
+    caption = "Mean over the matrices of a block. Below 1 the outputs change less than under magnitude pruning."
+    title = "Output error, against that of magnitude pruning"
+    return _figure(title, "share of its error", series, caption, plain, 1.0)
 
 
 def _sparsities(runs: dict[str, dict[str, Any]]) -> str:

@@ -70,6 +70,18 @@ def mean_error(sites: Iterable[Site]) -> float:
     return float(sum(errors) / max(len(errors), 1))
 
 
+def share_of_magnitude(site: Site) -> float | None:
+    """Return the site's error over that of magnitude pruning; None where that one is zero or was not measured."""
+    yardstick = site.get("magnitude_error")
+    return float(site["error"]) / yardstick if yardstick else None
+
+
+def mean_share(sites: Iterable[Site]) -> float | None:
+    """Return the mean of the sites' errors over those of magnitude pruning, None where there is none."""
+    shares = [share for site in sites if (share := share_of_magnitude(site)) is not None]
+    return float(sum(shares) / len(shares)) if shares else None
+
+
 def title_of(run: dict[str, Any]) -> str:
     """Return a run's method and pattern."""
     return f"{run['recipe']['method']} {run['recipe']['pattern']}"

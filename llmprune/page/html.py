@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
+
+from llmprune.page import png
 
 
 def document(title: str, sections: Sequence[str]) -> str:
@@ -15,6 +18,14 @@ def document(title: str, sections: Sequence[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def write(path: Path, page: str) -> Path:
+    """Write a page, and its figures as PNG files where that is possible; return where it is."""
+    path.write_text(page, "utf-8")
+    if png.can_draw():
+        png.write_figures(path)
+    return path
 
 
 def figure(title: str, picture: str, caption: str, legend: str = "") -> str:

@@ -15,14 +15,15 @@ PAGE = "report.html"
 def write_page(folder: str | Path, path: str | Path | None = None) -> Path:
     """Write the report of an output folder as one HTML file, OUT/report.html by default, and return where it is.
 
+    Where `png.can_draw`, its figures also become PNG files in a folder beside it, `OUT/report`.
+
     Raises:
         CheckpointError: the folder is no output of llmprune.
     """
     folder = Path(folder)
     target = folder / PAGE if path is None else Path(path)
     run = read_run(folder)
-    target.write_text(run_page(run, histograms(folder, run)), "utf-8")
-    return target
+    return html.write(target, run_page(run, histograms(folder, run)))
 
 
 def run_page(run: dict[str, Any], weights: list[Histogram]) -> str:
@@ -34,9 +35,9 @@ def run_page(run: dict[str, Any], weights: list[Histogram]) -> str:
             _head(run),
             _tiles(run),
             evaluations(run),
-            html.figures("By depth", [_errors(sites), _sparsities(sites), _experts(sites)]),
+            html.figures("By depth", [_errors(run), _against_magnitude(sites), _sparsities(sites), _experts(sites)]),
             html.figures("Weights", [_weights(entry) for entry in weights]),
-            html.figures("Cost of the run", [_timings(run)]),
+            html.figures("Cost of the run", [_timings(run), _memory(run)]),
             html.bullets("Notes", _notes(run)),
             _left_dense(run),
             _sites(sites),
@@ -105,7 +106,8 @@ def _per_kind(sites: list[facts.Site], key: str, format: svg.Format) -> list[Ser
     return found
 
 
-def _errors(sites: list[facts.Site]) -> str:
+def _errors(run: dict[str, Any]) -> str:
+    sites, blocks = run["sites"], "dense" if run.get("one_pass") else "pruned"
     series = _per_kind(sites, "error", lambda value: f"{value:.4g}")
     if not series:
         return ""
@@ -115,9 +117,27 @@ def _errors(sites: list[facts.Site]) -> str:
     return html.figure(
         title,
         svg.chart(title, _depth(sites), y, series),
-        "Squared change of the outputs over the squared outputs on the calibration tokens, inputs from the pruned "
-        f"blocks before; measured with {', '.join(sorted(norms)).replace('_', ' ')}.",
+        "Squared change of the outputs over the squared outputs on the calibration tokens, inputs from the "
+        f"{blocks} blocks before; measured with {', '.join(sorted(norms)).replace('_', ' ')}.",
         svg.legend(series),
+    )
+
+
+def _against_magnitude(sites: list[facts.Site]) -> str:
+    shares = [site | {"share": share} for site in sites if (share := facts.share_of_magnitude(site)) is not None]
+    series = _per_kind(shares, "share", lambda value: f"{value:.3f}")
+    if not series:
+        return ""
+    title = "Output error, against that of magnitude pruning"
+    ends = [float(block) for block in facts.by_block(shares)]
+    level = Series("magnitude", [(min(ends), 1.0), (max(ends), 1.0)], marks=False, colour=7)
+    y = Axis.around("share of its error", [1.0, *(b for entry in series for _, b in entry.points)], plain, zero=True)
+    return html.figure(
+        title,
+        svg.chart(title, _depth(shares), y, [*series, level]),
+        "Below 1 the outputs change less than if the smallest weights of the matrix were removed. Magnitude's error is "
+        "measured in the same way, on 512 rows of a matrix at most.",
+        svg.legend([*series, level]),
     )
 
 
@@ -173,6 +193,22 @@ def _timings(run: dict[str, Any]) -> str:
     return html.figure(title, svg.bars(title, rows, lambda value: f"{value:.3g} s"), f"On {where}.")
 
 
+def _memory(run: dict[str, Any]) -> str:
+    stages = list(run.get("memory_bytes", {}).values())
+    if not stages:
+        return ""
+    parts = [("resident", "host")] + ([("on the GPU", "device")] if any(used["device"] for used in stages) else [])
+    series = [
+        Series(name, [(float(block), used[key] / 2**30) for block, used in enumerate(stages)], marks=len(stages) < 40)
+        for name, key in parts
+    ]
+    title = "Memory over the run"
+    x = Axis.around("part of the model, in the order of the run", [0.0, len(stages) - 1.0], plain, whole=True)
+    y = Axis.around("GiB", [b for entry in series for _, b in entry.points], plain, zero=True)
+    caption = "The most that was seen while each part was pruned; resident counts the libraries and mapped files too."
+    return html.figure(title, svg.chart(title, x, y, series), caption, svg.legend(series))
+
+
 def _notes(run: dict[str, Any]) -> list[str]:
     return [*run["notes"], *(f"{site['name']}: {note}" for site in run["sites"] for note in site["notes"])]
 
@@ -184,6 +220,10 @@ def _left_dense(run: dict[str, Any]) -> str:
     return f"<h2>Left dense</h2>\n<details><summary>{len(rows)} matrices beside norms</summary>{_two(rows)}</details>"
 
 
+def _or_empty(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _two(rows: list[list[str]]) -> str:
     return html.table(["matrix", "why"], rows)
 
@@ -191,8 +231,9 @@ def _two(rows: list[list[str]]) -> str:
 def _sites(sites: list[facts.Site]) -> str:
     rows = [
         [site["name"], "x".join(map(str, site["shape"])), site["pattern"], percent(site["sparsity"]),
-         f"{site['error']:.4g}", plain(site["tokens"])]
+         f"{site['error']:.4g}", _or_empty(facts.share_of_magnitude(site)), plain(site["tokens"])]
         for site in sites
     ]  # fmt: skip
-    found = html.table(["matrix", "shape", "pattern", "zeros", "output error", "tokens"], rows)
+    header = ["matrix", "shape", "pattern", "zeros", "output error", "of magnitude's", "tokens"]
+    found = html.table(header, rows)
     return f"<h2>Every matrix</h2>\n<details><summary>{len(rows)} matrices</summary>{found}</details>"

@@ -197,16 +197,14 @@ class _Rates:
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of all weights of a model."""
-    sparse = sum(layer.tiles.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear))
+    sparse = sum(layer.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear))
     return sparse + sum(parameter.nbytes for parameter in model.parameters())
 
 
 def linear_bytes(model: nn.Module) -> int:
     """Return the bytes that a step reads of the linear layers' weights."""
     dense = {id(layer.weight): layer.weight.nbytes for layer in model.modules() if type(layer) is nn.Linear}
-    return sum(dense.values()) + sum(
-        layer.tiles.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear)
-    )
+    return sum(dense.values()) + sum(layer.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear))
 
 
 def _prompt(model: Any, batch: int, tokens: int) -> Tensor:

@@ -1,17 +1,16 @@
 """Which implementation is fastest here: each is measured once per machine, the answer kept on disk.
 
-Timings are those of the weights themselves, taken in turn, as a model reads them: what stays in the processor's cache
-from one call to the next would flatter the larger candidate. Where the machine was busy at the time, delete `gate.json`
-in the cache folder (`$XDG_CACHE_HOME/llmprune`, or `~/.cache/llmprune`) to measure anew.
+Dense is always among the candidates, so what is chosen for a number of tokens is never slower than dense was. Timings
+are those of the weights themselves, taken in turn, as a model reads them: what stays in a cache from one call to the
+next would flatter the larger candidate. Where the machine was busy at the time, delete `gate.json` in the cache folder
+(`$XDG_CACHE_HOME/llmprune`, or `~/.cache/llmprune`) to measure anew.
 """
 
-import hashlib
 import json
-import platform
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmprune_kernels.bitmask.layout import Tiles, multiply, multiply_expanded
-from llmprune_kernels.native import cache_folder, sources
+from llmprune.sparse.forms import Form, Step
+from llmprune.sparse.machine import Machine, machine_of
+from llmprune_kernels.native import cache_folder
 
 TOKENS = (1, 4, 16, 64, 256)
-NEVER = 1 << 40
-_RUNS = 5  # of each candidate with each weight
-_SHORTEST, _LONGEST = 0.15, 1.0  # seconds for one number of tokens
+_WRONG = 0.02  # of the largest output: more than rounding explains
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one product with a weight, by implementation: dense, and sparse of two kinds."""
+    """Seconds of one product with a weight, by kernel, and the settings of the kernels that have some."""
 
     tokens: int
-    dense: float
-    bitmask: float
-    expand: float
+    seconds: Mapping[str, float]
+    settings: Mapping[str, int] = field(default_factory=dict)
 
-    def sparse(self) -> float:
-        """Return the seconds of the better sparse implementation."""
-        return min(self.bitmask, self.expand)
+    def fastest(self, among: Iterable[str]) -> str:
+        """Return the fastest of some kernels; where dense is no faster than another, the other."""
+        known = [kernel for kernel in among if kernel in self.seconds]
+        return min(known, key=lambda kernel: (self.seconds[kernel], kernel == "dense"))
 
 
 @dataclass(frozen=True)
@@ -48,75 +48,96 @@ class Verdict:
 
     timings: tuple[Timing, ...]
 
-    def expand_from(self) -> int:
-        """Return the tokens from which on it pays to make the weight dense first."""
-        return next((timing.tokens for timing in self.timings if timing.expand < timing.bitmask), NEVER)
-
-    def slower_than_dense(self, tokens: int) -> bool:
-        """Say whether sparse loses at the measured number of tokens nearest to `tokens`."""
+    def fastest(self, tokens: int) -> str:
+        """Return the fastest kernel at the measured number of tokens nearest to `tokens`."""
         nearest = min(self.timings, key=lambda timing: abs(timing.tokens - tokens))
-        return nearest.sparse() > nearest.dense
+        return nearest.fastest(nearest.seconds)
+
+    def steps(self, kernels: Sequence[Sequence[str]]) -> tuple[Step, ...]:
+        """Return which kernel to run from which number of tokens on, if a layer keeps forms with these kernels."""
+        place = {kernel: number for number, group in enumerate(kernels) for kernel in group}
+        steps: list[Step] = []
+        for timing in (each for each in self.timings if place.keys() & each.seconds.keys()):
+            kernel = timing.fastest(place)
+            step = Step(timing.tokens if steps else 1, place[kernel], kernel, timing.settings.get(kernel, 0))
+            if not steps or (steps[-1].kernel, steps[-1].setting) != (kernel, step.setting):
+                steps.append(step)
+        return tuple(steps)
 
 
-def judge(weights: Sequence[Tensor], packed: Sequence[Tiles], tokens: Sequence[int] = TOKENS) -> Verdict:
-    """Measure the products with weights [O, I] of one shape, dense and in tiles, for each number of tokens."""
-    share = sum(len(tiles.values) for tiles in packed) / sum(weight.numel() for weight in weights)
+def judge(
+    weights: Sequence[Tensor],
+    packed: Sequence[Sequence[Form]],
+    tokens: Iterable[int] = TOKENS,
+    machine: Machine | None = None,
+) -> Verdict:
+    """Measure products with weights [O, I] of one shape, dense and in sparse forms, for each number of tokens.
+
+    Args:
+        packed: for each form, the weights in it, in the same order.
+        machine: what measures; by default that of the weights' device.
+    """
+    machine = machine or machine_of(weights[0].device)
+    kernels = [kernel for forms in packed for kernel in forms[0].kernels]
     shape = tuple(weights[0].shape)
-    timings = []
-    for count in sorted(set(tokens)):
-        key = f"{_here()} {weights[0].dtype} {shape} {round(share * 20) / 20:.2f} {count}"
-        known = _read().get(key)
-        timing = Timing(**known) if known else _measure(weights, packed, count)
-        if not known:
-            _write(key, timing)
-        timings.append(timing)
-    return Verdict(tuple(timings))
+    described = f"{machine.name} {weights[0].dtype} {shape} {_share(weights[0]):.2f} {'+'.join(kernels)}"
+    return Verdict(
+        tuple(_known(f"{described} {count}", count, weights, packed, machine) for count in sorted(set(tokens)))
+    )
 
 
-def _measure(weights: Sequence[Tensor], packed: Sequence[Tiles], tokens: int) -> Timing:
-    x_TI = torch.randn(tokens, weights[0].shape[1], generator=torch.Generator().manual_seed(0)).to(weights[0].dtype)
-    candidates: list[Callable[[int], Tensor]] = [
-        lambda index: functional.linear(x_TI, weights[index]),
-        lambda index: multiply(x_TI, packed[index]).to(x_TI.dtype),
-        lambda index: multiply_expanded(x_TI, packed[index]),
-    ]
-    return Timing(tokens, *_best_seconds(candidates, len(weights)))
+def _known(
+    key: str, tokens: int, weights: Sequence[Tensor], packed: Sequence[Sequence[Form]], machine: Machine
+) -> Timing:
+    found = _read().get(key)
+    if found is not None:
+        return Timing(**found)
+    timing = _measure(weights, packed, tokens, machine)
+    _write(key, timing)
+    return timing
 
 
-def _best_seconds(candidates: Sequence[Callable[[int], Tensor]], count: int) -> list[float]:
-    """Return the shortest run of each candidate; they take turns, and so do the `count` weights they are given."""
-    best = [float("inf")] * len(candidates)
-    began, runs = time.perf_counter(), 0
-    while not _enough(runs, count, time.perf_counter() - began):
-        for number, candidate in enumerate(candidates):
-            start = time.perf_counter()
-            candidate(runs % count)
-            best[number] = min(best[number], time.perf_counter() - start)
-        runs += 1
-    return best
+def _share(weight_OI: Tensor) -> float:
+    """Return the share of a weight that is not zero, roughly: weights of nearly the same share cost the same."""
+    part = weight_OI[: max(1, (1 << 24) // weight_OI.shape[1])]
+    return round(int(part.count_nonzero()) / part.numel() * 20) / 20
 
 
-def _enough(runs: int, count: int, seconds: float) -> bool:
-    """Say whether each weight had its turns, or fewer where one turn takes long."""
-    return runs >= _RUNS and (seconds > _LONGEST or (runs >= _RUNS * count and seconds > _SHORTEST))
+def _measure(weights: Sequence[Tensor], packed: Sequence[Sequence[Form]], tokens: int, machine: Machine) -> Timing:
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(tokens, weights[0].shape[1], generator=generator).to(weights[0])
+    candidates: dict[str, Callable[[int], Tensor]] = {"dense": lambda index: functional.linear(x_TI, weights[index])}
+    expected_TO = candidates["dense"](0)
+    settings = {}
+    for forms in packed:
+        for kernel in forms[0].kernels:
+            setting = _working(forms[0], kernel, x_TI, expected_TO)
+            if setting is not None:
+                settings[kernel] = setting
+                candidates[kernel] = _product(x_TI, forms, kernel, setting)
+    seconds = machine.seconds(list(candidates.values()), len(weights))
+    named = {kernel: setting for kernel, setting in settings.items() if setting}
+    return Timing(tokens, dict(zip(candidates, seconds, strict=True)), named)
 
 
-def _here() -> str:
-    """Return what the timings depend on beside the weight: processor, threads, torch, kernels."""
-    return f"{_processor()} threads={torch.get_num_threads()} torch={torch.__version__} kernels={_kernels()}"
+def _product(x_TI: Tensor, forms: Sequence[Form], kernel: str, setting: int) -> Callable[[int], Tensor]:
+    return lambda index: forms[index].linear(x_TI, kernel, setting, None)
 
 
-@cache
-def _kernels() -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()[:8]
-
-
-@cache
-def _processor() -> str:
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text("utf-8").splitlines() if described.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _working(form: Form, kernel: str, x_TI: Tensor, expected_TO: Tensor) -> int | None:
+    """Return a kernel's setting; None, with one line in the log, where it fails or computes something else here."""
+    try:
+        setting = form.search(x_TI, kernel)
+        found_TO = form.linear(x_TI, kernel, setting, None)
+        error = float((found_TO.float() - expected_TO.float()).abs().max())
+    except Exception as failure:  # whatever a compiler, a driver or a library may raise: dense is left
+        lines = str(failure).splitlines() or [type(failure).__name__]
+        logger.warning("sparse kernel %s is not used, as it fails here: %s", kernel, lines[0])
+        return None
+    if not error <= _WRONG * float(expected_TO.float().abs().max()):
+        logger.warning("sparse kernel %s is not used, as its results are off by %g here", kernel, error)
+        return None
+    return setting
 
 
 def _file() -> Path:
@@ -124,11 +145,19 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, Any]:
+    """Return what is on disk: nothing where nothing was measured yet."""
     try:
-        found: dict[str, Any] = json.loads(_file().read_text("utf-8"))
+        text = _file().read_text("utf-8")
+    except OSError:
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(text)
+        for timing in found.values():
+            Timing(**timing)
         return found
-    except (OSError, ValueError):
-        return {}  # nothing measured yet, or a file cut short: measure again
+    except (ValueError, TypeError, AttributeError):
+        logger.warning("%s is damaged: kernels are measured anew", _file())
+        return {}
 
 
 def _write(key: str, timing: Timing) -> None:

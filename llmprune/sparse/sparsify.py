@@ -4,13 +4,14 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmprune.progress import Progress
+from llmprune.sparse.forms import Dense, Form, Step, obstacle, sparse_forms
 from llmprune.sparse.gate import TOKENS, Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
-from llmprune_kernels.bitmask.layout import TYPES, Tiles
-from llmprune_kernels.native import library
+from llmprune.sparse.machine import machine_of
 
 _SAMPLE_BYTES = 256 << 20  # dense weights of one shape that are measured: more than a processor's cache holds
 _WORTH = 0.95  # of the dense bytes: what a layer must shrink to
@@ -21,7 +22,8 @@ class Choice:
     """What became of the linear layers of one shape.
 
     Attributes:
-        kernel: "bitmask", or "dense" with the reason.
+        kernel: what runs at the asked number of tokens, "dense" with the reason.
+        steps: what runs from which number of tokens on; empty where the layers are dense.
         bytes: of their weights, dense and as they are now.
         timings: seconds for each number of tokens, by implementation; empty where nothing was measured.
     """
@@ -33,6 +35,12 @@ class Choice:
     reason: str
     bytes: tuple[int, int]
     timings: tuple[Timing, ...]
+    steps: tuple[Step, ...] = ()
+
+    def __str__(self) -> str:
+        others = ", ".join(f"{step.kernel} from {step.tokens} tokens" for step in self.steps[1:])
+        kernels = self.kernel + (f"; {others}" if others else "")
+        return f"{self.layers:4} x {self.shape[0]} x {self.shape[1]} {self.dtype}: {kernels} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -47,33 +55,35 @@ class Sparsified:
         return {"choices": [asdict(choice) for choice in self.choices], "fused_experts_left_dense": self.fused}
 
     def __str__(self) -> str:
-        lines = [
-            f"{choice.layers:4} x {choice.shape[0]} x {choice.shape[1]} {choice.dtype}: {choice.kernel} ({choice.reason})"
-            for choice in self.choices
-        ]
+        lines = [str(choice) for choice in self.choices]
         if self.fused:
             lines.append(f"{len(self.fused)} fused expert parameters stay dense: no sparse kernel takes them")
         return "\n".join(lines)
 
 
-def sparsify(model: nn.Module, *, batch: int = 1) -> Sparsified:
-    """Make the linear layers of a model on the CPU sparse, in place, where that is no slower at `batch` tokens a step.
+def sparsify(model: nn.Module, *, batch: int = 1, prompt_tokens: int | None = None, graphs: bool = False) -> Sparsified:
+    """Make the linear layers of a model sparse, in place, where that is no slower at `batch` tokens a step.
 
     Layers that are sparse already are measured too, and made dense where that is faster. Layers whose weight is tied
-    to another's, lies on another device or has too few zeros stay as they are, and so do fused experts.
+    to another's, lies on a device without sparse kernels or has too few zeros stay as they are, and so do fused experts.
 
     Args:
         model: any module; what `generate`, `state_dict` and `torch.compile` do with it keeps working.
         batch: tokens a forward, which is the number of sequences while decoding.
+        prompt_tokens: be no slower than dense with this many tokens in a forward either, even if a second form of the
+            weight must be kept for that: it may be the dense one. By default the form for `batch` serves all.
+        graphs: the model will run as CUDA graphs: measure kernels without what it takes to start them one by one.
     """
-    groups: dict[tuple[Any, ...], dict[str, Any]] = defaultdict(dict)
+    asked = (batch,) if prompt_tokens is None else (batch, prompt_tokens)
+    groups: dict[_Kind, list[str]] = defaultdict(list)
     for name, layer in _linear_layers(model).items():
-        weight = layer.weight
-        groups[tuple(weight.shape), weight.dtype, _obstacle(layer, weight)][name] = layer
+        groups[_Kind.of(layer)].append(name)
     choices = []
     with Progress(len(groups), "measuring layers", "shape") as bar:
-        for (_, _, obstacle), layers in groups.items():
-            choices.append(_choose(model, layers, batch) if obstacle is None else _left_dense(layers, obstacle))
+        for kind, names in groups.items():
+            choices.append(
+                kind.choice(names, kind.obstacle) if kind.obstacle else _choose(model, kind, names, asked, graphs)
+            )
             bar.step()
     fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
     return Sparsified(choices, fused)
@@ -92,7 +102,7 @@ def make_sparse(model: nn.Module, parameter: str, weight_OI: Tensor) -> bool:
     layer = model.get_submodule(path)
     if type(layer) is not nn.Linear or attribute != "weight" or _obstacle(layer, weight_OI) is not None:
         return False
-    model.set_submodule(path, SparseLinear(Tiles.pack(weight_OI), layer.bias))
+    model.set_submodule(path, SparseLinear([sparse_forms(weight_OI)[0].of(weight_OI)], layer.bias))
     return True
 
 
@@ -106,56 +116,85 @@ def _linear_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What layers must have in common to be measured together."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    obstacle: str | None
+    forms: tuple[type[Form], ...] = ()
+
+    @classmethod
+    def of(cls, layer: Any) -> "_Kind":
+        """Return the kind of a layer, sparse or dense."""
+        weight = layer.weight
+        found = _obstacle(layer, weight)
+        forms = () if found else tuple(sparse_forms(weight))
+        return cls((weight.shape[0], weight.shape[1]), weight.dtype, weight.device, found, forms)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a dense weight."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def choice(self, names: list[str], reason: str, **how: Any) -> Choice:
+        """Return a choice for the layers with these names; dense, unless `how` says otherwise."""
+        dense = len(names) * self.nbytes
+        fields: dict[str, Any] = {"kernel": "dense", "bytes": (dense, dense), "timings": (), **how}
+        return Choice(self.shape, str(self.dtype).removeprefix("torch."), len(names), reason=reason, **fields)
+
+
 def _obstacle(layer: nn.Module, weight: Tensor) -> str | None:
     """Return why a layer cannot be sparse, None if it can."""
-    if weight.device.type != "cpu":
-        return f"on {weight.device.type}, where there is no sparse kernel yet"
-    if weight.dtype not in TYPES:
-        return "a dtype without a sparse kernel"
-    if library() is None:
-        return "no compiled kernels"
-    if not isinstance(layer, SparseLinear) and _packed_share(weight) > _WORTH:
+    found = obstacle(weight)
+    if found is None and not isinstance(layer, SparseLinear) and _packed_share(weight) > _WORTH:
         return "too few zeros"
-    return None
+    return found
 
 
 def _packed_share(weight: Tensor) -> float:
-    """Return the bytes of the weight in tiles over those it has."""
+    """Return the bytes of the weight as a bitmask and values over those it has."""
     values = sum(int(rows.count_nonzero()) for rows in weight.split(1024))
     return values / weight.numel() + 1 / (8 * weight.element_size())
 
 
-def _choose(model: nn.Module, layers: dict[str, Any], batch: int) -> Choice:
-    """Measure a sample of layers of one shape, and make all of them what was faster."""
-    first = next(iter(layers.values())).weight
-    sample = list(layers.values())[: max(1, _SAMPLE_BYTES // first.nbytes)]
-    verdict = judge([layer.weight for layer in sample], [_tiles(layer) for layer in sample], (*TOKENS, batch))
-    if verdict.slower_than_dense(batch):
-        for name, layer in layers.items():
+def _choose(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, ...], graphs: bool) -> Choice:
+    """Measure a sample of layers of one kind, and make all of them what was faster."""
+    verdict = _measured(model, kind, names, asked, graphs)
+    fastest = {verdict.fastest(tokens) for tokens in asked}
+    forms: list[type[Form]] = [*kind.forms, Dense]
+    kept = sorted((form for form in forms if fastest & {*form.kernels}), key=lambda form: not form.exact)
+    if kept == [Dense]:
+        for name in names:
+            layer = model.get_submodule(name)
             model.set_submodule(name, layer.dense() if isinstance(layer, SparseLinear) else layer)
-        return _left_dense(layers, "measured faster", verdict)
+        return kind.choice(names, "measured faster", timings=verdict.timings)
+    steps = verdict.steps([form.kernels for form in kept])
     used = 0
-    for name, layer in layers.items():
-        tiles = _tiles(layer)
-        model.set_submodule(name, SparseLinear(tiles, layer.bias, verdict.expand_from()))
-        used += tiles.nbytes()
-    nbytes = (len(layers) * first.nbytes, used)
-    return _choice(layers, first, "bitmask", "measured faster", nbytes, verdict)
+    for name in names:
+        layer = _sparse(model.get_submodule(name), kept, steps)
+        model.set_submodule(name, layer)
+        used += layer.nbytes()
+    sizes = (len(names) * kind.nbytes, used)
+    return kind.choice(
+        names, "measured faster", kernel=verdict.fastest(asked[0]), bytes=sizes, timings=verdict.timings, steps=steps
+    )
 
 
-def _left_dense(layers: dict[str, Any], reason: str, verdict: Verdict | None = None) -> Choice:
-    first = next(iter(layers.values())).weight
-    nbytes = len(layers) * first.nbytes
-    return _choice(layers, first, "dense", reason, (nbytes, nbytes), verdict)
+def _measured(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, ...], graphs: bool) -> Verdict:
+    sample: list[Any] = [model.get_submodule(name) for name in names[: max(1, _SAMPLE_BYTES // kind.nbytes)]]
+    weights = [layer.weight.detach() for layer in sample]
+    packed = [[_in_form(layer, form) for layer in sample] for form in kind.forms]
+    return judge(weights, packed, (*TOKENS, *asked), machine_of(kind.device, graphs))
 
 
-def _choice(
-    layers: dict[str, Any], weight: Tensor, kernel: str, reason: str, nbytes: tuple[int, int], verdict: Verdict | None
-) -> Choice:
-    shape = (weight.shape[0], weight.shape[1])
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return Choice(shape, dtype, len(layers), kernel, reason, nbytes, verdict.timings if verdict else ())
+def _sparse(layer: Any, kept: list[type[Form]], steps: tuple[Step, ...]) -> SparseLinear:
+    return SparseLinear([_in_form(layer, form) for form in kept], layer.bias, steps)
 
 
-def _tiles(layer: Any) -> Tiles:
-    return layer.tiles if isinstance(layer, SparseLinear) else Tiles.pack(layer.weight.detach())
+def _in_form(layer: Any, kind: type[Form]) -> Form:
+    """Return a layer's weight in a form: as it is, if it has that already."""
+    held = layer.forms if isinstance(layer, SparseLinear) else ()
+    return next((form for form in held if type(form) is kind), None) or kind.of(layer.weight)

@@ -1,7 +1,7 @@
-"""Products with 2:4 weights in plain Triton: they read 9/16 of the bytes of the dense weight.
+"""Products with 2:4 weights in plain Triton, on any GPU: they read 9/16 of the bytes of the dense weight.
 
 One kernel for a single token, where nothing counts but reading, and one for more, which expands a block of weights in
-registers and hands it to the tensor cores. Both run in Triton's interpreter.
+registers and hands it to the tensor cores. A third expands whole weights. All run in Triton's interpreter.
 """
 
 import os
@@ -21,19 +21,33 @@ def linear(x_TI: Tensor, pairs_OG: Tensor, codes: Tensor) -> Tensor:
     tokens, inputs = x_TI.shape
     outputs = len(pairs_OG)
     y_TO = x_TI.new_empty(tokens, outputs)
+    if tokens == 0:
+        return y_TO
     half = x_TI.dtype is torch.float16
     if tokens == 1:
         one_token[(triton.cdiv(outputs, 4),)](
-            x_TI, pairs_OG, codes, y_TO, outputs, inputs, HALF=half, ROWS=4, GROUPS=256, num_warps=4
+            x_TI.contiguous(), pairs_OG, codes, y_TO, outputs, inputs, HALF=half, ROWS=4, GROUPS=256, num_warps=4
         )
         return y_TO
-    by_place = x_TI.view(tokens, -1, 4).permute(2, 0, 1).contiguous()  # [4, T, G]: a group's columns lie apart
+    by_place = x_TI.reshape(tokens, -1, 4).permute(2, 0, 1).contiguous()  # [4, T, G]: a group's columns lie apart
     grid = (triton.cdiv(outputs, 32), triton.cdiv(tokens, TOKENS_A_BLOCK))
     many_tokens[grid](
         by_place, pairs_OG, codes, y_TO, tokens, outputs, inputs,
         HALF=half, WIDEN=INTERPRETED, TOKENS=TOKENS_A_BLOCK, ROWS=32, GROUPS=32, num_warps=4,
     )  # fmt: skip
     return y_TO
+
+
+def expand(words: Tensor, codes: Tensor, outputs: int, inputs: int, dtype: torch.dtype, fragments: bool) -> Tensor:
+    """Return the dense weight [O, I] of the pairs and codes of `reference`, or of the values and places of `fragments`."""
+    weight_OI = torch.empty(outputs, inputs, dtype=dtype, device=words.device)
+    grid = (triton.cdiv(outputs, 16), triton.cdiv(inputs, 4 * 64))
+    steps = codes.shape[1]  # of 64 columns, or words of 32
+    scatter[grid](
+        words, codes, weight_OI.view(torch.int64), outputs, inputs, steps,
+        FRAGMENTS=fragments, ROWS=16, GROUPS=64, num_warps=4,
+    )  # fmt: skip
+    return weight_OI
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -112,3 +126,29 @@ def many_tokens(  # type: ignore[no-untyped-def]
                 sums = tl.dot(x_now, weights.to(x_now.dtype), sums)
     inside = (token < tokens)[:, None] & (rows < outputs)[None, :]
     tl.store(y_ptr + token[:, None].to(tl.int64) * outputs + rows[None, :], sums, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scatter(  # type: ignore[no-untyped-def]
+    words_ptr, codes_ptr, weight_ptr, outputs, inputs, steps,
+    FRAGMENTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Write ROWS rows x GROUPS groups of four columns, a group at a time as one 64-bit word."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :]
+    if FRAGMENTS:
+        tile = (row // 16).to(tl.int64) * steps
+        half, lane = row // 8 % 2, row % 8 * 4
+        word = ((tile * 2 + group // 8) * 32 + lane + group % 4) * 4 + group // 4 % 2 * 2 + half
+        code = (tile + group // 16) * 32 + lane + group % 16 // 4
+        shift = half * 16 + group % 4 * 4
+    else:
+        word = row.to(tl.int64) * (inputs // 4) + group
+        code = row.to(tl.int64) * steps + group // 8
+        shift = group % 8 * 4
+    inside = (row < outputs) & (group < inputs // 4)
+    pair = tl.load(words_ptr + word, mask=inside, other=0)
+    place = tl.load(codes_ptr + code, mask=inside, other=0) >> shift
+    low = (pair & 0xFFFF).to(tl.int64) << ((place & 3) * 16).to(tl.int64)
+    high = ((pair >> 16) & 0xFFFF).to(tl.int64) << (((place >> 2) & 3) * 16).to(tl.int64)
+    tl.store(weight_ptr + row.to(tl.int64) * (inputs // 4) + group, low | high, mask=inside)

@@ -1,0 +1,161 @@
+"""The branches of a calibration pass: each solves the same blocks in its own way, and none changes the model."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from llmprune.checkpoint import Sink
+from llmprune.model import Streamed
+from llmprune.model.groups import Group
+from llmprune.model.sites import Site, Stage
+from llmprune.patterns import Pattern
+from llmprune.planning import Plan
+from llmprune.report import Report
+from llmprune.run import Run
+from llmprune.storing import OnDisk
+
+SOLVE = "solve"  # the phase whose time each branch counts for itself; all others are shared
+
+
+class OnBranch(OnDisk):
+    """Takes the matrices of one branch, which are copies of the model's, and writes each when it is solved.
+
+    A tensor that holds several matrices, such as fused experts, waits until all of them are.
+
+    Args:
+        shared: the report of the pass, which counts its time and memory.
+    """
+
+    def __init__(self, host: Streamed, plan: Plan, sink: Sink, report: Report, shared: Report) -> None:
+        super().__init__(host, sink, report)
+        stages = {stage.name: stage for stage in [host.embedding, *host.blocks, host.head]}
+        self._stage_of = {site.tensor: stages[name] for name, sites in plan.sites.items() for site in sites}
+        self._matrices = Counter(site.tensor for site in plan.all_sites())
+        self._own: dict[str, Tensor] = {}
+        self._unsolved: dict[str, int] = {}
+        self._shared = shared
+        shared.clock.seconds |= {name: took for name, took in report.clock.seconds.items() if name != SOLVE}
+        shared.memory |= report.memory
+        shared.retries.extend(retry for retry in report.retries if retry not in shared.retries)
+        report.memory, report.retries = shared.memory, shared.retries
+
+    def lacks(self, site: Site) -> bool:
+        """Say whether the stage of a site is still to be pruned."""
+        return not self.has(self._stage_of[site.tensor])
+
+    def weight(self, site: Site) -> Tensor:
+        """Return the branch's own matrix [outputs, inputs], dense until it is overwritten."""
+        if site.tensor not in self._own:
+            self._own[site.tensor] = site.module.get_parameter(site.parameter).data.clone()
+            self._unsolved[site.tensor] = self._matrices[site.tensor]
+        return site.view(self._own[site.tensor])
+
+    def solved(self, site: Site) -> None:
+        """Write the tensor of a site if this was the last of its matrices."""
+        self._unsolved[site.tensor] -= 1
+        if not self._unsolved[site.tensor]:
+            with self._shared.clock.phase("write"):
+                self._write(site)
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        for site in sites:
+            if site.tensor in self._own:
+                self._write(site)
+        self._report.most_runs = self._shared.most_runs
+        self._report.clock.seconds |= self._shared.clock.seconds
+        self._finish(stage)
+
+    def go_back(self) -> bool:
+        self._own.clear()
+        return super().go_back()
+
+    def _write(self, site: Site) -> None:
+        parameter = site.module.get_parameter(site.parameter)
+        dense, parameter.data = parameter.data, self._own.pop(site.tensor)
+        try:
+            for name, tensor in self._host.stored(self._stage_of[site.tensor], [site]):
+                self._sink.write(name, tensor)
+        finally:
+            parameter.data = dense
+
+
+@dataclass
+class Branch:
+    """One result of a pass: the run that it would be alone, and where its matrices go."""
+
+    run: Run
+    store: OnBranch
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+
+    def solve(self, group: Group) -> None:
+        """Solve the sites of a group in this branch's way."""
+        for site in group.sites:
+            if self.store.lacks(site):
+                self.run.solve_site(site, self.store.weight(site), group, self.patterns[site.name])
+                self.store.solved(site)
+
+
+class Branches:
+    """The store of a pass: a stage is kept when every branch has kept it, and is always recalled as it was."""
+
+    allocation: dict[str, Any] | None = None  # each branch has its own
+
+    def __init__(self, host: Streamed, stores: Sequence[OnBranch]) -> None:
+        self._host, self._stores = host, stores
+
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        """Nothing to take: each branch keeps its own."""
+
+    @property
+    def batch_size(self) -> int:
+        return max(store.batch_size for store in self._stores)
+
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        for store in self._stores:
+            store.batch_size = size
+
+    def has(self, stage: Stage) -> bool:
+        return all(store.has(stage) for store in self._stores)
+
+    def recall(self, stage: Stage) -> None:
+        self._host.load(stage)
+
+    def begin(self, sites: list[Site]) -> None:
+        """Nothing to take note of: the model stays as it is."""
+
+    def keep(self, stage: Stage, sites: list[Site]) -> None:
+        for store in self._stores:
+            if not store.has(stage):
+                store.keep(stage, sites)
+
+    def go_back(self) -> bool:
+        return all([store.go_back() for store in self._stores])
+
+
+@dataclass(frozen=True)
+class Pass(Run):
+    """A run through the dense model whose groups are solved by branches, one after another."""
+
+    branches: tuple[Branch, ...] = ()
+
+    def prune(self) -> None:
+        super().prune()
+        for branch in self.branches:
+            report = branch.run.report
+            report.clock.seconds |= self.report.clock.seconds
+            report.close(branch.run.plan)
+            report.notes.extend(note for note in self.report.notes if note not in report.notes)
+
+    def patterns(self) -> dict[str, Pattern]:
+        for branch in self.branches:
+            branch.patterns = branch.run.patterns()
+        return {}
+
+    def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
+        for group in groups:
+            for branch in self.branches:
+                branch.solve(group)

@@ -1,0 +1,81 @@
+"""What the work costs each of several ranks: what is dealt out, what is not, and what goes over the network.
+
+See `llmprune/model/tally.py` for who does what.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from llmprune.forecast.parts import Part, Workload
+from llmprune.forecast.yardstick import SolvingTime, statistic_work
+from llmprune.model import Outline
+from llmprune.model.groups import Group, StatisticType
+from llmprune.model.probe import Trial
+from llmprune.planning import Plan
+from llmprune.recipe import Recipe
+from llmprune.statistics import ColumnNorm, Gram
+from llmprune.team.team import deal
+
+NETWORK = 1.25e9  # bytes a second: 10 Gbit/s
+
+
+def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: Outline, on: str) -> list[Part]:
+    """Return what a rank holds to hand round: copies of the inputs of its batch, and the sums that it has made."""
+    size = 0.0 if needs is ColumnNorm else workload.tokens_at_once * trial.input_bytes
+    sums = max(_dealt_bytes(needs, group.inputs, host, workload.ranks) for group in trial.groups)
+    return [
+        Part("inputs handed round", 2 * size, "copies of the inputs of one batch, and a buffer as large", on),
+        Part("sums handed round", sums, "a rank's share of the widest Gram matrix, in one buffer", on),
+    ]
+
+
+def statistics_share(
+    groups: Sequence[Group], fed: Sequence[float], needs: StatisticType, host: Outline, ranks: int
+) -> float:
+    """Return the largest share of the work of the statistics that a rank of several has."""
+    work = [part * statistic_work(needs, group.inputs) for group, part in zip(groups, fed, strict=True)]
+    if needs is ColumnNorm or _in_tiles(host):
+        return 1 / ranks
+    load = [0.0] * ranks
+    for one in work:
+        deal([one], load)
+    return max(load) / max(sum(work), 1e-9)
+
+
+def solving_share(groups: Sequence[Group], times: SolvingTime, recipe: Recipe, ranks: int) -> float:
+    """Return the seconds that a block's matrices take the rank that has the most of them."""
+    sites = [site for group in groups for site in group.sites]
+    if recipe.true_sequential and all(site.expert is None for site in sites):
+        return sum(times.seconds([site.shape]) for site in sites)  # each waits for the one before it
+    load = [0.0] * ranks
+    deal([times.seconds([site.shape]) for site in sites], load)
+    return max(load)
+
+
+def network_seconds(
+    plan: Plan, trials: Mapping[str, Trial], workload: Workload, needs: StatisticType, host: Outline
+) -> Part:
+    """Return the time that all exchanges take at `NETWORK`."""
+    others = 1 - 1 / workload.ranks
+    inputs = sums = 0.0
+    for stage in plan.stages:
+        trial = trials[stage.name]
+        for group, fed in zip(trial.groups, trial.fed, strict=True):
+            row = 4 / workload.length if needs is ColumnNorm else host.dtype.itemsize
+            inputs += workload.tokens * fed * group.inputs * row
+            sums += 0 if needs is ColumnNorm else needs.nbytes(group.inputs) / 2
+    weights = sum(site.shape[0] * site.shape[1] for site in plan.all_sites()) * host.dtype.itemsize
+    total = others * (inputs + sums + weights)
+    origin = f"{total / 1e9:.1f} GB come to each rank (inputs {others * inputs / 1e9:.1f}), at an assumed 10 Gbit/s"
+    return Part("exchange", total / NETWORK, origin)
+
+
+def _in_tiles(host: Outline) -> bool:
+    return len(Gram.tiles(torch.empty(1, 1 << 12, dtype=host.dtype, device=host.place))) > 1
+
+
+def _dealt_bytes(needs: StatisticType, inputs: int, host: Outline, ranks: int) -> float:
+    if needs is ColumnNorm:
+        return 0.0
+    return needs.nbytes(inputs) / 2 / ranks if _in_tiles(host) else needs.nbytes(inputs)

@@ -1,0 +1,107 @@
+"""Statistics of what the lanes of several ranks feed to sites, the same to the bit as those of one process."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import UnsupportedModelError
+from llmprune.model.collect import Collector, require_all_finite
+from llmprune.model.groups import Group
+from llmprune.model.sites import Site
+from llmprune.model.tally import Fed, Tally
+from llmprune.model.walks import Walks
+from llmprune.statistics import ColumnNorm, Gram
+from llmprune.team.team import Team
+
+
+@dataclass
+class SharedCollector(Collector):
+    """A `Collector` whose lanes are this rank's share; see there for the other arguments.
+
+    Args:
+        team: the ranks, of which the first has the first lane and no other has more of them.
+        settle: called before the stage is run anew: brings the weights that other ranks have solved.
+    """
+
+    team: Team = field(default_factory=Team)
+    settle: Callable[[], None] = lambda: None
+    _given: list[Fed] = field(default_factory=list, init=False)
+    _number: dict[Site, int] = field(default_factory=dict, init=False)  # of a group, by its first site
+
+    def __post_init__(self) -> None:
+        lanes = self.team.gather(self._batches)
+        self._turns, self._ranks = lanes[0], sum(count > 0 for count in lanes)  # these are the first ranks
+
+    def run_twins(self, index: int) -> None:
+        self.settle()
+        super().run_twins(index)
+
+    def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
+        """As the first rank's first lane tells; the others give no inputs, but an empty mapping where it does."""
+        self.settle()
+        groups, seen = super()._first_lane(index, sites) if self.team.leads else ([], None)
+        number = {site: place for place, site in enumerate(sites)}
+        found = [([number[site] for site in group.sites], group.calls) for group in groups]
+        found, known = self.team.tell((found, seen is not None))
+        groups = [Group([sites[place] for place in places], calls) for places, calls in found]
+        return groups, (seen or {}) if known else None
+
+    def _sum(self, index: int, groups: Sequence[Group], seen: Mapping[Site, Sequence[Tensor]] | None = None) -> None:
+        self.settle()
+        by_leader = {group.sites[0]: group for group in groups}
+        self._number = {site: number for number, site in enumerate(by_leader)}
+        tally = Tally(self.team, self.needs, groups, self.lanes.device(index))
+        for turn in range(self._turns):
+            if turn == 0 and seen is not None and self.team.leads:
+                for leader in by_leader.keys() & seen.keys():
+                    for x in seen[leader]:
+                        self._add(by_leader[leader], x, turn)
+            elif turn < self._batches:
+                self._sum_lane(index, turn, by_leader)
+            tally.add(self._take())
+        tally.complete()
+        require_all_finite(groups)
+
+    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
+        group = Group([site])
+        self._number = {site: 0}
+        given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))
+        tally = Tally(self.team, self.needs, [group], self.lanes.device(index))
+        for turn in range(self._turns):
+            if turn < self._batches and turn in given:  # those beyond are twins
+                self._add(group, given[turn], turn, given.get(turn + self._batches) if self.twins else None)
+            tally.add(self._take())
+        tally.complete()
+        require_all_finite([group])
+        return group.statistic
+
+    def _stops(self, index: int, walks: Walks, sites: Sequence[Site]) -> Iterator[tuple[Site, list[Tensor], bool]]:
+        """As the first rank's lanes come to them; a rank without lanes follows."""
+        own = super()._stops(index, walks, sites)
+        number = {site: place for place, site in enumerate(sites)}
+        while True:
+            self.settle()
+            site, inputs, fresh = next(own, (None, [], False))
+            here = self.team.gather(None if site is None else number[site])[: self._ranks]
+            if len(set(here)) > 1:
+                raise UnsupportedModelError(
+                    f"{self.lanes.stage(index).name}: not all sequences pass through it in the same order; "
+                    "leave out --true-sequential"
+                )
+            place, fresh = self.team.tell((here[0], fresh))
+            if place is None:
+                return
+            yield sites[place], inputs, fresh
+
+    def _add(self, group: Group, x: Tensor, lane: int, dense: Tensor | None = None) -> None:
+        """Keep a lane's input, as it is now: the model may change it later."""
+        number = self._number[group.sites[0]]
+        for sequences, tensors in self._pieces(x, lane, dense):
+            with torch.autocast(x.device.type, enabled=False):
+                self._given.append(Fed.of(number, sequences, tensors, self.needs))
+
+    def _take(self) -> list[Fed]:
+        given, self._given = self._given, []
+        return given

@@ -1,0 +1,52 @@
+"""Who solves which matrix: each is solved by one rank of the team, and handed to the others before they need it."""
+
+from collections.abc import Callable
+
+from llmprune.methods import Method
+from llmprune.model.sites import Site
+from llmprune.planning import Host, Plan
+from llmprune.report import Report, SiteReport
+from llmprune.statistics import Gram
+from llmprune.team.team import Team, deal
+
+
+class Portions:
+    """Deals the matrices of each stage out to the ranks of a team by what they cost.
+
+    Args:
+        team: the ranks.
+        host: the model.
+        plan: the stages and their sites.
+        method: solves them.
+        report: takes the reports on the sites, in the order in which they were solved.
+    """
+
+    def __init__(self, team: Team, host: Host, plan: Plan, method: Method, report: Report) -> None:
+        self._team, self._host, self._report = team, host, report
+        self._owners: dict[str, int] = {}
+        for sites in plan.sites.values():
+            owners = deal([_cost(method, *site.shape) for site in sites], [0.0] * team.size)
+            self._owners |= {site.name: owner for site, owner in zip(sites, owners, strict=True)}
+        self._pending: list[tuple[Site, SiteReport | None]] = []
+
+    def take(self, site: Site, solve: Callable[[], SiteReport]) -> None:
+        """Solve a matrix, if it is this rank's."""
+        self._pending.append((site, solve() if self._owners[site.name] == self._team.rank else None))
+
+    def settle(self) -> None:
+        """Bring all matrices that were taken since the last time to all ranks."""
+        if not self._pending:
+            return
+        solved = self._team.gather([report for _, report in self._pending])
+        for place, (site, _) in enumerate(self._pending):
+            owner = self._owners[site.name]
+            self._team.hand(self._host.weight(site), owner)
+            report = solved[owner][place]
+            assert report is not None
+            self._report.sites.append(report)
+        self._pending.clear()
+
+
+def _cost(method: Method, outputs: int, inputs: int) -> float:
+    """Return the operations that solving takes, up to a factor: a factor of the Gram matrix, and a sweep over it."""
+    return float(inputs * inputs * (inputs + outputs) if method.needs is Gram else inputs * outputs)

@@ -1,0 +1,266 @@
+"""What only a GPU can show: the kernels' numbers, sparse models on it, and pruning there. `scripts/gpu_suite.sh` runs it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import llmprune
+import tiny
+from llmprune.model import lanes, memory
+from llmprune.sparse.bench import twin
+from llmprune.sparse.forms import CuSparseLt, Form, Fragments, Pairs, Rows, Step, gpu_forms
+from llmprune.sparse.gate import judge
+from llmprune.sparse.linear import SparseLinear
+from llmprune_kernels.support import cusparselt_missing, sparse_cores_missing, triton_missing
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+]
+GPU = torch.device("cuda")
+TOKENS = (1, 2, 3, 8, 9, 16, 31, 64, 65, 200)
+SHAPES = ((16, 64), (40, 100), (1024, 4096), (1000, 2080))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Let all memory begin as NaN, so that what a kernel does not write shows; and keep the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def missing(kind: type[Form]) -> str | None:
+    """Return why a form's kernels cannot run here."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    needs = {Fragments: sparse_cores_missing, CuSparseLt: cusparselt_missing}
+    return needs[kind](GPU) if kind in needs else triton_missing()
+
+
+def pruned(weight_OI: Tensor, pattern: str) -> Tensor:
+    if pattern == "2:4":
+        groups = weight_OI.view(len(weight_OI), -1, 4)
+        groups.scatter_(2, groups.float().abs().topk(2, -1, largest=False).indices, 0)
+        return weight_OI
+    return weight_OI.masked_fill_(torch.rand(weight_OI.shape, device=weight_OI.device) < float(pattern), 0)
+
+
+def random_weight(shape: tuple[int, int], dtype: torch.dtype, pattern: str) -> Tensor:
+    torch.manual_seed(shape[0])
+    weight_OI = pruned(torch.randn(shape, device=GPU).to(dtype), pattern)
+    weight_OI[0] = 0
+    return weight_OI
+
+
+def assert_near(found_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> None:
+    """Compare with float64: an output is rounded once, and sums of float32 stray by less than that."""
+    expected_TO = x_TI.double() @ weight_OI.double().T
+    limit = max(torch.finfo(found_TO.dtype).eps, 1e-5) * expected_TO.abs().max()
+    assert found_TO.shape == expected_TO.shape
+    assert bool(((found_TO.double() - expected_TO).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [Fragments, Pairs, CuSparseLt])
+def test_two_four_kernels_compute_the_product(kind: type[Form], shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if reason := missing(kind):
+        pytest.skip(reason)
+    if (kind is Pairs and shape[1] % 32) or (kind is CuSparseLt and any(size % 16 for size in shape)):
+        pytest.skip("a shape that this form is not for")
+    weight_OI = random_weight(shape, dtype, "2:4")
+    form = kind.of(weight_OI)
+    assert torch.equal(form.expand(), weight_OI)
+    for tokens in TOKENS:
+        x_TI = torch.randn(tokens, shape[1], device=GPU).to(dtype)
+        for kernel in kind.kernels:
+            assert_near(form.linear(x_TI, kernel, form.search(x_TI, kernel), None), x_TI, weight_OI)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("pattern", ["0", "0.5", "0.7", "0.97"])
+def test_bitmask_kernels_compute_the_product(pattern: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if reason := missing(Rows):
+        pytest.skip(reason)
+    weight_OI = random_weight(shape, dtype, pattern)
+    form = Rows.of(weight_OI)
+    assert torch.equal(form.expand(), weight_OI)
+    for tokens in TOKENS:
+        x_TI = torch.randn(tokens, shape[1], device=GPU).to(dtype)
+        assert_near(form.linear(x_TI, "bitmask", 0, None), x_TI, weight_OI)
+
+
+def test_every_bit_survives_a_form() -> None:
+    weight_OI = random_weight((32, 128), torch.bfloat16, "2:4")
+    weight_OI[1, :4] = torch.tensor([0, -0.0, torch.nan, 0])
+    for kind in (Fragments, Pairs, Rows):
+        if missing(kind) is None:
+            assert torch.equal(kind.of(weight_OI).expand().view(torch.int16), weight_OI.view(torch.int16))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_the_gate_measures_all_candidates(pattern: str, graphs: bool) -> None:
+    from llmprune.sparse.machine import machine_of
+
+    weight_OI = random_weight((1024, 1024), torch.bfloat16, pattern)
+    packed = [[kind.of(weight_OI)] for kind in gpu_forms(weight_OI)]
+    verdict = judge([weight_OI], packed, (1, 64), machine_of(GPU, graphs))
+    kernels = {"dense"} | {kernel for forms in packed for kernel in forms[0].kernels}
+    for timing in verdict.timings:
+        assert set(timing.seconds) == kernels  # none failed, none was wrong
+        assert all(0 < value < 1 for value in timing.seconds.values())
+
+
+def model(pattern: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    made: Any = tiny.model("llama", dtype)
+    with torch.no_grad():
+        for name, layer in made.named_modules():
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                pruned(layer.weight, pattern)
+    return made.to(GPU)
+
+
+def made_sparse(dense: Any) -> Any:
+    """Return a twin all of whose pruned layers are sparse, whatever would be faster."""
+    made = twin(dense)
+    for name, layer in list(made.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            kind = gpu_forms(layer.weight.detach())[0]
+            made.set_submodule(name, SparseLinear([kind.of(layer.weight)], layer.bias))
+    return made
+
+
+def near(found: Tensor, expected: Tensor) -> None:
+    scale = float(expected.float().abs().max())
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=0.04 * scale)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_a_sparse_model_computes_and_generates_what_the_dense_one_does(pattern: str) -> None:
+    dense = model(pattern)
+    made = made_sparse(dense)
+    for batch in (1, 4):
+        ids = tiny.ids(batch, 12).to(GPU)
+        near(tiny.logits(made, ids), tiny.logits(dense, ids))
+        assert made.generate(ids, max_new_tokens=5, do_sample=False).shape == (batch, 17)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_sparsify_chooses_by_measurement(pattern: str) -> None:
+    dense = model(pattern)
+    made = twin(dense)
+    result = llmprune.sparsify(made, prompt_tokens=512)
+    ids = tiny.ids(2).to(GPU)
+    near(tiny.logits(made, ids), tiny.logits(dense, ids))
+    measured = [choice for choice in result.choices if choice.timings]
+    assert measured
+    for choice in measured:
+        first = next(timing for timing in choice.timings if timing.tokens == 1)
+        assert first.seconds[choice.kernel] <= first.seconds["dense"]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_a_sparse_model_moves_between_devices_and_is_saved(pattern: str) -> None:
+    dense = model(pattern)
+    made = made_sparse(dense)
+    expected = tiny.logits(dense, tiny.ids(2).to(GPU))
+    state = made.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in dense.state_dict().items())
+    made.load_state_dict(dense.state_dict())
+    near(tiny.logits(made, tiny.ids(2).to(GPU)), expected)
+    made.to("cpu")
+    near(tiny.logits(made, tiny.ids(2)), expected.cpu())
+    made.to(GPU)
+    near(tiny.logits(made, tiny.ids(2).to(GPU)), expected)
+
+
+def test_sparse_layers_need_less_memory() -> None:
+    weight_OI = random_weight((4096, 4096), torch.bfloat16, "2:4")
+    holder = nn.Sequential(nn.Linear(4096, 4096, bias=False, device="meta"))
+    holder[0].weight = nn.Parameter(weight_OI, requires_grad=False)
+    del weight_OI
+    before = torch.cuda.memory_allocated()
+    kind = gpu_forms(holder[0].weight.detach())[0]
+    holder[0] = SparseLinear([kind.of(holder[0].weight)], None)
+    assert torch.cuda.memory_allocated() - before <= -0.4 * 2 * 4096 * 4096
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_sparse_layers_compile(mode: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    for pattern in ("2:4", "0.5"):
+        weight_OI = random_weight((256, 512), torch.bfloat16, pattern)
+        kind = gpu_forms(weight_OI)[0]
+        steps = [Step(1, 0, kind.kernels[0]), Step(32, 0, "expand")]
+        layer = SparseLinear([kind.of(weight_OI)], None, steps)
+        compiled = torch.compile(layer, mode=mode, fullgraph=True)
+        for tokens in (1, 64):
+            x_TI = torch.randn(tokens, 512, device=GPU).bfloat16()
+            with torch.no_grad():
+                for _ in range(3):
+                    found = compiled(x_TI).clone()
+            assert_near(found, x_TI, weight_OI)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tiny.tensors(folder).items() if "proj" in name}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_pruning_on_the_gpu_is_close_to_pruning_on_the_cpu(method: str, pattern: str, tmp_path: Path) -> None:
+    pytest.importorskip("greenlet")
+    source = tiny.save(tiny.model("llama"), tmp_path / "model")
+    for device in ("cpu", "cuda"):
+        options: dict[str, Any] = {"method": method, "pattern": pattern, "calibration": tiny.ids(6, 24)}
+        llmprune.prune(source, tmp_path / device, device=device, **options)
+    ours, theirs = weights(tmp_path / "cuda"), weights(tmp_path / "cpu")
+    kept = [(ours[name] != 0) == (theirs[name] != 0) for name in ours]
+    assert sum(int(same.sum()) for same in kept) >= 0.99 * sum(same.numel() for same in kept)
+    for name, tensor in ours.items():
+        assert int(tensor.count_nonzero()) == int(theirs[name].count_nonzero())
+        near(tensor, theirs[name]) if method == "magnitude" else None
+
+
+def test_hidden_states_wait_in_pinned_memory_where_the_gpu_is_too_small(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("greenlet")
+    source = tiny.save(tiny.model("llama"), tmp_path / "model")
+    options: dict[str, Any] = {"method": "wanda", "calibration": tiny.ids(6, 24), "device": "cuda"}
+    llmprune.prune(source, tmp_path / "on the GPU", **options)
+    pinned: list[bool] = []
+    to_pinned = lanes._to_pinned
+
+    def watched(tensor: Tensor) -> Tensor:
+        moved = to_pinned(tensor)
+        pinned.append(moved.is_pinned())
+        return moved
+
+    monkeypatch.setattr(memory, "_HIDDEN_SHARE", 0.0)
+    monkeypatch.setattr(lanes, "_to_pinned", watched)
+    llmprune.prune(source, tmp_path / "on the host", **options)
+    assert pinned and all(pinned)
+    ours, theirs = weights(tmp_path / "on the GPU"), weights(tmp_path / "on the host")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_batches_are_sized_to_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("greenlet")
+    source = tiny.save(tiny.model("llama"), tmp_path / "model")
+    config = tiny.load(source).config
+    assert memory.batch_size(24, config, torch.float32, GPU) > 6
+    options: dict[str, Any] = {"method": "wanda", "calibration": tiny.ids(6, 24), "device": "cuda"}
+    llmprune.prune(source, tmp_path / "sized", **options)
+    llmprune.prune(source, tmp_path / "single", batch_size=1, **options)
+    ours, theirs = weights(tmp_path / "sized"), weights(tmp_path / "single")
+    kept = [(ours[name] != 0) == (theirs[name] != 0) for name in ours]
+    assert sum(int(same.sum()) for same in kept) >= 0.99 * sum(same.numel() for same in kept)
