@@ -18,6 +18,7 @@ from llmprune.model.sites import require_finite
 from llmprune.planning import draw_tokens, make_plan, warn_of_small_share
 from llmprune.recipe import Recipe
 from llmprune.report import Report
+from llmprune.reverse import ReverseRun
 from llmprune.run import Run
 from llmprune.several import prune_patterns
 from llmprune.statistics import Gradient
@@ -141,12 +142,17 @@ def _prune_checkpoint(
             with report.clock.phase("copy"):
                 sink.copy_source()
         store = (OnDisk if team.leads else Beside)(host, sink, report)
-        Run(host, plan, tokens, recipe, home, report, store, team=team).prune()
+        _line(recipe)(host, plan, tokens, recipe, home, report, store, team=team).prune()
         report.peak = _most(team.gather(report.peak))
         if team.leads:
             sink.commit(report.to_json())
     report.out = out
     return report
+
+
+def _line(recipe: Recipe) -> type[Run]:
+    """Return the kind of run that brings what the recipe's methods need."""
+    return ReverseRun if recipe.needs is Gradient else Run
 
 
 def _require_alike(team: Team, decisive: dict[str, Any]) -> None:
@@ -174,7 +180,7 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
     store = InMemory(host, report, once=bool(recipe.dense_target) or recipe.needs is Gradient)
     try:
-        Run(host, plan, tokens, recipe, host.home, report, store).prune()
+        _line(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
     except BaseException:
         store.go_back()  # every block is as it was, or pruned
         raise

@@ -32,9 +32,8 @@ from llmprune.portions import Portions
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.report import Report, SiteReport
-from llmprune.reverse import fitting_rows, reversed_stages
 from llmprune.solving import prune_matrix
-from llmprune.statistics import CrossGram, Gradient
+from llmprune.statistics import CrossGram
 from llmprune.storing import Store
 from llmprune.team.team import Team
 from llmprune.thrift import SolvingError, Thrift
@@ -122,31 +121,6 @@ class Run:
         return choose(self.host, self.plan, self.recipe, self.tokens, self.home, known)
 
     def _stream(self, patterns: dict[str, Pattern]) -> None:
-        if self.recipe.needs is Gradient:
-            self._stream_back(patterns)
-        else:
-            self._stream_on(patterns)
-
-    def _stream_back(self, patterns: dict[str, Pattern]) -> None:
-        """Visit the stages in reverse, once a backward pass of the dense model has come to them: solve, store."""
-        assert self.tokens is not None
-        rows = fitting_rows(self.host, self.tokens.rows)
-        with closing(reversed_stages(self.host, self.plan, rows, self.home)) as stages:
-            while True:
-                with out_of_memory_in("the backward pass"), self.report.clock.phase("gradients"):
-                    stage, groups = next(stages, (None, []))
-                if stage is None:
-                    break
-                if stage in self.plan.stages and not self.store.has(stage):
-                    sites = self.plan.sites.get(stage.name, [])
-                    self.store.begin(sites)
-                    self._solve(groups, patterns)
-                    with self.report.clock.phase("write"):
-                        self.store.keep(stage, sites)
-        if len(rows) < len(self.tokens.rows):
-            self.report.notes.append(f"gradients are those of {len(rows)} sequences, to bound their memory")
-
-    def _stream_on(self, patterns: dict[str, Pattern]) -> None:
         """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
         stages, clock = self.plan.stages, self.report.clock
         with (

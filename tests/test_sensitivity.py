@@ -158,7 +158,11 @@ def test_a_sweep_measures_how_fast_each_decodes(folder: Path, tmp_path: Path) ->
     )
     for row in found.rows:
         saved = runs.read_run(row.out)["speed"]
-        assert row.decode is not None and row.decode == saved["sparse"]["decode"]["median"] > 0 and row.layers in ("sparse", "dense")
+        assert (
+            row.decode is not None
+            and row.decode == saved["sparse"]["decode"]["median"] > 0
+            and row.layers in ("sparse", "dense")
+        )
         faster = any((other.decode or 0) >= row.decode and other.perplexity < row.perplexity for other in found.rows)
         assert row.fastest is not faster
     assert found.dense_decode and "tokens/s: decoding on the CPU" in str(found)

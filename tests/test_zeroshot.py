@@ -102,7 +102,9 @@ def test_an_option_that_means_nothing_for_tasks_is_one_line() -> None:
 
 
 def test_an_option_of_tasks_without_tasks_is_one_line() -> None:
-    with pytest.raises(RecipeError, match="--limit goes with --tasks: give --tasks too; for a part of a text use --win"):
+    with pytest.raises(
+        RecipeError, match="--limit goes with --tasks: give --tasks too; for a part of a text use --win"
+    ):
         cli.cli.main(["eval", "demo", "--limit", "4"], standalone_mode=False)
     with pytest.raises(RecipeError, match="--include-path goes with --tasks: give --tasks too$"):
         cli.cli.main(["eval", "demo", "--include-path", "."], standalone_mode=False)
