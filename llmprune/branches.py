@@ -76,7 +76,7 @@ class OnBranch(OnDisk):
         parameter = site.module.get_parameter(site.parameter)
         dense, parameter.data = parameter.data, self._own.pop(site.tensor)
         try:
-            for name, tensor in self._host.stored(self._stage_of[site.tensor], [site]):
+            for name, tensor in self._host.stored(self._stage_of[site.tensor], [site.tensor]):
                 self._sink.write(name, tensor)
         finally:
             parameter.data = dense

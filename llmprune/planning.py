@@ -140,6 +140,7 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 
     Raises:
         DataError: the calibration data cannot be read or does not fit the model.
+        RecipeError: it is too little to hold some of it out from block tuning.
     """
     if not recipe.calibrates:
         return None
@@ -148,6 +149,8 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
     documents = data.read(DEFAULT_CALIBRATION if recipe.calibration is None else recipe.calibration, "calibration")
     reader = None if documents.kind == "input_ids" else tokenizer()
     tokens = calibration.sample(documents, reader, samples=recipe.samples, length=length, seed=recipe.seed)
+    if recipe.tune_epochs and len(calibration.batches(tokens, recipe.batch_size or 1)) < 2:
+        raise RecipeError("tune_epochs holds out a tenth of the batches: ask for more samples or a smaller batch_size")
     calibration.check(tokens, vocabulary=host.embedding.module.get_parameter("weight").shape[0], context=context)
     return tokens
 

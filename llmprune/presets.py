@@ -13,8 +13,13 @@ _BY_LOSS = {"allocation": "fisher"}  # of unstructured patterns; N:M is the same
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "method_options": {"arithmetic": "fast"}, **_TOWARDS_DENSE},
-    "balanced": {"method": "admm", "method_options": {"iterations": 20, "stages": 5}, **_TOWARDS_DENSE, **_BY_LOSS},
-    "best": {"method": "admm", **_TOWARDS_DENSE, **_BY_LOSS},
+    "balanced": {
+        "method": "admm",
+        "method_options": {"iterations": 24, "stages": 5, "first_rho": 0.2, "refit": 5},
+        **_TOWARDS_DENSE,
+        **_BY_LOSS,
+    },
+    "best": {"method": "admm", **_TOWARDS_DENSE, **_BY_LOSS, "tune_epochs": 10},
 }
 
 

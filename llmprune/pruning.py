@@ -119,6 +119,8 @@ def _prune_checkpoint(
     model: str | Path, out: Path, recipe: Recipe, overwrite: bool, resume: bool, team: Team
 ) -> Report:
     require_own_name(out)
+    if team.size > 1 and recipe.tune_epochs:
+        raise RecipeError("blocks are tuned by one process: with torchrun leave out tune_epochs, and presets with it")
     source = Source.open(locate(model, recipe.revision))
     if team.leads:
         require_place(source, out, overwrite, resume)
@@ -129,7 +131,7 @@ def _prune_checkpoint(
     warn_of_small_share(plan, recipe)
     report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
-    rows = team.share(tokens.rows) * (2 if recipe.dense_target else 1) if tokens else []
+    rows = team.share(tokens.rows) * (2 if recipe.dense_stream else 1) if tokens else []
     home = home_device(recipe.place(), rows, host.config, host.dtype)
     decisive = fingerprint(source, report)
     _require_alike(team, decisive)
@@ -173,12 +175,12 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     plan = make_plan(host, recipe)
     tokens = draw_tokens(host, recipe, lambda: tokenizer)
     warn_of_small_share(plan, recipe)
-    if recipe.dense_target:
+    if recipe.dense_stream:
         require_in_memory(plan.all_sites())
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
-    store = InMemory(host, report, once=bool(recipe.dense_target) or recipe.needs is Gradient)
+    store = InMemory(host, report, once=recipe.dense_stream or recipe.needs is Gradient)
     try:
         _line(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
     except BaseException:

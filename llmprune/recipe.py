@@ -1,6 +1,7 @@
 """What the user asked for, checked as far as that is possible without a model."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from llmprune.locate import DEMO
 from llmprune.methods import Method
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
 from llmprune.presets import expanded
-from llmprune.statistics import ColumnNorm, Gradient, Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
 
 ALLOCATIONS = ("uniform", "owl", "error", "fisher")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -46,6 +47,9 @@ class Recipe:
             sites have the pattern's own sparsity, in their sum if that is shared out.
         overrides: by glob, another `method`, `pattern`, `method_options` or `comparison_group`; the first glob that
             matches counts. A pattern stated here is kept exactly, as a sparsity stated in `sparsities` is.
+        tune_epochs: how often the calibration sequences pass through each pruned block to tune what survives in it
+            towards the dense block's output; 0 tunes nothing.
+        tune_rate: first step size of that, relative to the weights; see `llmprune.tuning`.
         autocast: in a float32 model, multiply in bfloat16 during calibration, with sums in float32, where the hardware
             is faster at that; weights and solving stay float32.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
@@ -71,6 +75,8 @@ class Recipe:
     allocation_range: float = 0.15
     sparsities: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tune_epochs: int = 0
+    tune_rate: float = 0.2
     autocast: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -97,7 +103,7 @@ class Recipe:
 
     def require_valid(self) -> None:
         """Raise RecipeError or PatternError for what is wrong whatever the model is."""
-        for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("samples", 1), ("length", 2), ("batch_size", 1), ("seed", 0), ("tune_epochs", 0)):
             require_whole(name, getattr(self, name), least)
         for name in ("true_sequential", "autocast", "deterministic", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
@@ -109,6 +115,18 @@ class Recipe:
         self._require_dense_target()
         overrides.require_valid(self, self.overrides, self.sparsities)
         self._require_allocation()
+        self._require_tuning()
+
+    @property
+    def dense_stream(self) -> bool:
+        """Whether the dense model is to run beside the pruned one."""
+        return bool(self.dense_target or self.tune_epochs)
+
+    def _require_tuning(self) -> None:
+        if not isinstance(self.tune_rate, int | float) or not 0 < self.tune_rate < math.inf:
+            raise RecipeError(f"tune_rate must be a number above 0, not {self.tune_rate!r}")
+        if self.tune_epochs and self.solver().needs is None:
+            raise RecipeError(f"{methods.name_of(self.solver())} needs no calibration: leave out tune_epochs")
 
     def _require_dense_target(self) -> None:
         if not isinstance(self.dense_target, int | float) or not 0 <= self.dense_target <= 1:
@@ -126,6 +144,12 @@ class Recipe:
             raise RecipeError(f"allocation_range must be a number between 0 and 1, not {self.allocation_range!r}")
         if self.needs is Gradient:
             self._require_gradients()
+        elif self.needs is Gram and ColumnMoments in self._needed:
+            raise RecipeError(
+                "overrides mix dsnot, which needs means of inputs, with a method that needs a Gram matrix"
+            )
+        if ColumnMoments in self._needed and self.allocation in ("error", "fisher"):
+            raise RecipeError(f"allocation '{self.allocation}' solves from Gram matrices, dsnot from means: use owl")
         pattern = self.target()
         stated = [name for name in ("sparsities", "overrides") if getattr(self, name)]
         stated += [f"allocation '{self.allocation}'"] if self.allocation != "uniform" else []
@@ -142,8 +166,9 @@ class Recipe:
         parts = [self, *(overrides.changed(self, changes) for changes in self.overrides.values())]
         solvers = [part.solver() for part in parts]
         name = next(methods.name_of(solver) for solver in solvers if solver.needs is Gradient)
-        if self.true_sequential:
-            raise RecipeError(f"{name} takes the dense model's gradients: leave out true_sequential")
+        for option in ("true_sequential", "tune_epochs"):
+            if getattr(self, option):
+                raise RecipeError(f"{name} takes the dense model's gradients: leave out {option}")
         if any(solver.needs not in (Gradient, None) for solver in solvers):
             raise RecipeError(
                 f"{name} prunes from the last block to the first: no overrides with methods that see inputs"
@@ -163,9 +188,12 @@ class Recipe:
     @property
     def needs(self) -> type[Any] | None:
         """The statistic that serves all methods of the recipe: a Gram matrix where one needs it."""
+        return next((kind for kind in (Gradient, Gram, ColumnMoments, ColumnNorm) if kind in self._needed), None)
+
+    @property
+    def _needed(self) -> set[Any]:
         parts = [self, *(overrides.changed(self, changes) for changes in self.overrides.values())]
-        needed = [part.solver().needs for part in parts]
-        return next((kind for kind in (Gradient, Gram, ColumnNorm) if kind in needed), None)
+        return {part.solver().needs for part in parts}
 
     @property
     def calibrates(self) -> bool:

@@ -21,7 +21,8 @@ from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
 from llmprune.progress import resident_bytes
 from llmprune.solving import Outcome
-from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
+from llmprune.statistics import ColumnNorm, Gradient, Gram
+from llmprune.tuning import BlockTuning
 
 if TYPE_CHECKING:
     from llmprune.uploading import Published
@@ -64,9 +65,8 @@ class SiteReport:
     ) -> "SiteReport":
         """Return the report on a solved site."""
         sparsity = outcome.zeros / (site.shape[0] * site.shape[1])
-        norm = {ColumnNorm: "column_norm", Gram: "gram", CrossGram: "gram", Gradient: "gradient"}.get(
-            type(statistic), "weights"
-        )
+        norm = "gram" if isinstance(statistic, Gram) else "gradient" if isinstance(statistic, Gradient) else None
+        norm = norm or ("column_norm" if statistic else "weights")
         tokens = statistic.tokens if statistic else 0
         notes = notes + outcome.notes
         return cls(
@@ -119,6 +119,7 @@ class Report:
     one_pass: list[str] | None = None  # the patterns of the results that share a calibration pass with this one
     most_runs: int = 0  # how often a block was run to collect its statistics, at most
     out: Path | None = None  # the output folder; None for a model that was pruned in place
+    tuning: list[BlockTuning] = field(default_factory=list)  # of each block, where that was asked for
 
     @classmethod
     def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan, tokens: Tokens | None) -> "Report":
@@ -152,6 +153,7 @@ class Report:
             memory=values["memory_bytes"],
             one_pass=values["one_pass"],
             out=out,
+            tuning=[BlockTuning.from_json(block) for block in values["tuning"]],
         )
 
     def note_memory(self, stage: str) -> None:
@@ -181,6 +183,10 @@ class Report:
         """Zeros in all pruned matrices."""
         return sum(site.zeros for site in self.sites)
 
+    def tuned_vectors(self, block: str) -> list[str]:
+        """Return the gains and biases that tuning has changed in a block."""
+        return [name for tuning in self.tuning if tuning.block == block for name in tuning.vectors]
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values."""
         return {
@@ -196,6 +202,7 @@ class Report:
             "coverage": {"all_parameters": self.site_parameters / self.parameters, "inner_parameters": self.coverage},
             "sites": [asdict(site) for site in self.sites],
             "allocation": self.allocation,
+            "tuning": [tuning.to_json() for tuning in self.tuning],
             "left_dense": self.left_dense,
             "notes": self.notes + self.retries,
             "timings": {name: round(seconds, 4) for name, seconds in self.clock.seconds.items()},
@@ -226,6 +233,7 @@ class Report:
             f"  zeros         {self.zeros / max(self.site_parameters, 1):.4%} of the pruned matrices, "
             f"{self.zeros / self.parameters:.4%} of all parameters",
             f"  output error  {self._errors()}",
+            *self._tuning(),
             f"  pruned        {self.coverage:.1%} of the parameters beside embeddings are in these matrices",
             f"  left dense    {self._left_dense()}",
             "  time          " + ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items()),
@@ -248,6 +256,14 @@ class Report:
         mean = sum(site.error for site in self.sites) / len(self.sites)
         worst = max(self.sites, key=lambda site: site.error)
         return f"mean {mean:.4g}, largest {worst.error:.4g} ({worst.name}), by {worst.error_norm}"
+
+    def _tuning(self) -> list[str]:
+        if not self.tuning:
+            return []
+        kept = sum(tuning.kept for tuning in self.tuning)
+        before, after = (sum(getattr(tuning, name) for tuning in self.tuning) for name in ("before", "after"))
+        mean = f"mean {before / len(self.tuning):.4g} before, {after / len(self.tuning):.4g} after"
+        return [f"  tuned         {kept} of {len(self.tuning)} blocks, their error on sequences held out {mean}"]
 
     def all_notes(self) -> list[str]:
         """Return the run's notes, then the sites'."""

@@ -37,6 +37,7 @@ from llmprune.statistics import CrossGram
 from llmprune.storing import Store
 from llmprune.team.team import Team
 from llmprune.thrift import SolvingError, Thrift
+from llmprune.tuning import sequences_at_once, tunable, tune
 
 _AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
 
@@ -152,9 +153,20 @@ class Run:
             with closing(collector.groups(index, sites)) as groups:
                 self._solve(self._timed(stage, groups), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
+            if self.recipe.tune_epochs and sites and stage is not self.host.head:
+                self._tune(stage, index, collector.lanes, sites)
         self.report.note_memory(stage.name)
         with clock.phase("write"):
             self.store.keep(stage, sites)
+
+    def _tune(self, stage: Stage, index: int, lanes: Lanes, sites: list[Site]) -> None:
+        recipe, tied = self.recipe, self.host.model.all_tied_weights_keys
+        inputs_of = tunable(stage, sites, {*tied, *tied.values()})
+        with self.report.clock.phase("tune"):
+            tuning = tune(lanes, index, inputs_of, recipe.tune_epochs, recipe.tune_rate, recipe.seed)
+        self.report.tuning.append(tuning)
+        if tuning.kept:
+            lanes.retract(range(len(lanes) // 2))
 
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
         with self.report.clock.phase("recall"):
@@ -217,21 +229,23 @@ class Run:
         return torch.bfloat16 if asked and kernels.multiplies_bfloat16(self.host.place) else None
 
     def _batch_size(self) -> int:
-        longest = max((len(row) for row in self.tokens.rows), default=1) if self.tokens else 1
-        if self._autocast() and self.host.place.type == "cpu" and not self.recipe.batch_size:
-            return max(1, _AUTOCAST_TOKENS // longest)
-        return self.recipe.batch_size or batch_size(longest, self.host.config, self.host.dtype, self.host.place)
+        rows = self.tokens.rows if self.tokens else []
+        longest = max((len(row) for row in rows), default=1)
+        most = batch_size(longest, self.host.config, self.host.dtype, self.host.place)
+        if self._autocast() and self.host.place.type == "cpu":
+            most = max(1, _AUTOCAST_TOKENS // longest)
+        return self.recipe.batch_size or (sequences_at_once(most, len(rows)) if self.recipe.tune_epochs else most)
 
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
         if self.tokens is None or self.recipe.needs is None:
             return nullcontext()
         rows = self.team.share(batches(self.tokens, self.store.batch_size))
-        rows = [*rows, *rows] if self.recipe.dense_target else rows
+        rows = [*rows, *rows] if self.recipe.dense_stream else rows
         stops = [*self.host.blocks, self.host.head]
         return Lanes(self.host.model, stops, rows, self.home, self.host.device_of, self._autocast())
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
-        needs, twins = self.recipe.needs, bool(self.recipe.dense_target)
+        needs, twins = self.recipe.needs, self.recipe.dense_stream
         if lanes is None or needs is None or self.tokens is None:
             return None
         room = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
@@ -241,11 +255,12 @@ class Run:
             tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
         )
         budget, fits = self.team.tell((budget, fits))
-        if twins and not fits:
+        if self.recipe.dense_target and not fits:
             raise RecipeError(
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
-        how = lanes, CrossGram if twins else needs, budget, self.recipe.true_sequential, fits, twins
+        statistic = CrossGram if self.recipe.dense_target else needs
+        how = lanes, statistic, budget, self.recipe.true_sequential, fits, twins
         shared = partial(SharedCollector, team=self.team, settle=self._portions.settle)
         self.thrift.collector = Collector(*how) if self.team.size == 1 else shared(*how)
         return self.thrift.collector

@@ -32,7 +32,11 @@ from llmprune.storing import fingerprint
 from llmprune.team.launch import launch
 from llmprune.thrift import Thrift
 
-_OF_ONE_RESULT = {"true_sequential": False, "dense_target": 0.0}  # what needs a pass for each, and its default
+_OF_ONE_RESULT = {
+    "true_sequential": False,
+    "dense_target": 0.0,
+    "tune_epochs": 0,
+}  # what needs a pass for each, and its default
 _NEEDS: list[Any] = [None, ColumnNorm, Gram]  # a later one serves methods that need an earlier one
 
 
@@ -115,8 +119,8 @@ def require_shared_inputs(recipe: Recipe) -> None:
             )
     if recipe.needs not in _NEEDS:
         raise RecipeError(
-            f"{methods.name_of(recipe.solver())} does not learn from inputs alone, and several results share what is "
-            "known of these: give one pattern at a time (a sweep: --separate)"
+            f"{methods.name_of(recipe.solver())} needs to know more than norms or the Gram of inputs, and several "
+            "results share these: give one pattern at a time (a sweep: --separate)"
         )
 
 

@@ -14,7 +14,7 @@ from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.recipe import Recipe
 from llmprune.retrying import Retry, reliefs
-from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 512  # of a matrix, from which the error of magnitude is taken
@@ -48,7 +48,7 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
     if why := pattern.misfit(*weight.shape):
         raise PatternError(f"the matrix {why}")
     require_finite("the matrix", weight)
-    generator = _generator(recipe.seed, "the matrix")
+    generator = seeded(recipe.seed, "the matrix")
     return checked_solution(
         "the matrix", method, weight, _fed(method, statistic, weight), pattern, generator, weight.dtype
     )
@@ -91,15 +91,14 @@ def prune_matrix(
     Where memory runs out the same is tried again with less; `on_host` allows that to be on the host in place of a GPU,
     where sums are rounded otherwise.
     """
-    generator, rows_apart = _generator(seed, name), method.row_wise and pattern.row_wise
+    generator, rows_apart = seeded(seed, name), method.row_wise and pattern.row_wise
     share = dense_target if method.needs is Gram else 0.0
     yardstick = None if isinstance(statistic, Gradient) else magnitude_error(weight_OI, statistic, pattern, share)
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
         goal_OI = _goal(here_OI, statistic, share)
-        given = statistic_for(method, statistic)
-        solution = checked_solution(name, method, goal_OI, given, pattern, generator, rows_OI.dtype)
+        solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
         zeros = rows_OI.numel() - int(solution.weight_OI.count_nonzero())
         part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic), solution.notes)
         rows_OI.copy_(solution.weight_OI)  # last, as what fails before is done again
@@ -131,13 +130,6 @@ def magnitude_error(weight_OI: Tensor, statistic: Any, pattern: Pattern, dense_t
     kept_OI = rows_OI * choice.keep(rows_OI.abs().float())
     change, whole = energies(_goal(rows_OI, statistic, dense_target), kept_OI, statistic)
     return change / whole if whole else 0.0
-
-
-def statistic_for(method: Method, statistic: Any) -> Any:
-    """Return what a method needs of a statistic that may tell more, as sites of other methods share it."""
-    if method.needs is ColumnNorm and isinstance(statistic, Gram):
-        return ColumnNorm.from_gram(statistic)
-    return statistic
 
 
 def checked_solution(
@@ -219,15 +211,16 @@ def _from_tensor(needs: type[ColumnNorm] | type[Gram], tensor: Tensor, inputs: i
     if tensor.ndim == 1 and len(tensor) == inputs and needs is ColumnNorm:
         return ColumnNorm.from_norms(tensor)
     if tensor.ndim != 2 or tensor.shape[1] != inputs:
-        raise RecipeError(f"the statistic must be inputs [tokens, {inputs}] or a Gram matrix, not {list(tensor.shape)}")
-    if tensor.shape[0] == inputs and torch.allclose(tensor, tensor.T):
+        other = "" if needs is ColumnMoments else " or a Gram matrix"
+        raise RecipeError(f"the statistic must be inputs [tokens, {inputs}]{other}, not {list(tensor.shape)}")
+    if tensor.shape[0] == inputs and needs is not ColumnMoments and torch.allclose(tensor, tensor.T):
         return Gram.from_matrix(tensor) if needs is Gram else ColumnNorm.from_norms(tensor.diagonal().sqrt())
     statistic = needs(inputs, tensor.device)
     statistic.add(tensor, 1)
     return statistic
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    """A stream of its own for each site, so that the result does not depend on the order of the sites."""
+def seeded(seed: int, name: str) -> torch.Generator:
+    """Return a stream of random numbers of its own for each part of a model, whatever the order in which parts come."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

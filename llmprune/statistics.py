@@ -1,4 +1,4 @@
-"""What is remembered of a site's calibration inputs: column norms (Wanda) or the Gram matrix (SparseGPT).
+"""What is remembered of a site's calibration inputs: column norms (Wanda), means too (DSnoT), or the Gram (SparseGPT).
 
 Shape suffixes: T tokens, I inputs, O outputs. Sums are fp32 whatever the dtype of the inputs.
 """
@@ -83,14 +83,6 @@ class ColumnNorm:
         statistic.sequences = 1
         return statistic
 
-    @classmethod
-    def from_gram(cls, gram: "Gram") -> "ColumnNorm":
-        """Return the statistic of inputs whose Gram matrix is known."""
-        statistic = cls(gram.inputs, gram.device)
-        statistic.sum_I += gram.hessian_II.diagonal() * gram.sequences / 2
-        statistic.sequences, statistic.tokens = gram.sequences, gram.tokens
-        return statistic
-
     @property
     def inputs(self) -> int:
         return len(self.sum_I)
@@ -143,6 +135,53 @@ class ColumnNorm:
 
     def require_finite(self, name: str) -> None:
         _require_finite(self.sum_I, name)
+
+
+class ColumnMoments(ColumnNorm):
+    """The norms, and the mean and the variance of every input."""
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self._total_I = torch.zeros_like(self.sum_I)
+        self._shrunk = False  # sums are then means per token
+
+    def add(self, x_TI: Tensor, sequences: int) -> None:
+        super().add(x_TI, sequences)
+        self._total_I += x_TI.sum(0, dtype=torch.float32)
+
+    def merge(self, other: ColumnNorm) -> None:
+        super().merge(other)
+        self._total_I += _moments(other)._total_I
+
+    def shrink(self, other: ColumnNorm, share: float) -> None:
+        other_I = _moments(other)._total_I
+        self._total_I.mul_((1 - share) / max(self.tokens, 1)).add_(other_I, alpha=share / other.tokens)
+        super().shrink(other, share)
+        self._shrunk = True
+
+    @staticmethod
+    def nbytes(inputs: int) -> int:
+        return 2 * ColumnNorm.nbytes(inputs)
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Mean over tokens of each input."""
+        return self._total_I / self._count
+
+    @property
+    def variance_I(self) -> Tensor:
+        """Variance over tokens of each input."""
+        return (self.sum_I / self._count - self.mean_I.square()).clamp_min_(0)
+
+    @property
+    def _count(self) -> int:
+        return 1 if self._shrunk else max(self.tokens, 1)
+
+
+def _moments(statistic: ColumnNorm) -> ColumnMoments:
+    if not isinstance(statistic, ColumnMoments):
+        raise AssertionError("means cannot be had from norms alone")
+    return statistic
 
 
 class Gram:

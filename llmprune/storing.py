@@ -8,6 +8,7 @@ from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
 from llmprune.report import Report, SiteReport, hardware, versions
+from llmprune.tuning import BlockTuning
 
 _DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
 
@@ -80,6 +81,7 @@ class InMemory:
     def go_back(self) -> bool:
         self._backup.restore()
         del self._report.sites[self._reported :]
+        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
         return not (self._once and self._kept)
 
 
@@ -95,6 +97,7 @@ class OnDisk:
         self._kept = set(sink.done)
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
+            report.tuning.extend(BlockTuning.from_json(block) for block in record["tuning"])
             report.clock.seconds.update(record["seconds"])
             report.memory.update(record["memory"])
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
@@ -114,11 +117,11 @@ class OnDisk:
         self._backup = Backup(self._host.weight(site) for site in sites if self._host.outlives(site))
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
-        for name, tensor in self._host.stored(stage, sites):
+        names = list(dict.fromkeys([*(site.tensor for site in sites), *self._report.tuned_vectors(stage.name)]))
+        for name, tensor in self._host.stored(stage, names):
             self._sink.write(name, tensor)
         if self._host.rounds(stage):  # the run goes on with what was solved, and so must one that resumes it
-            parameters = {site.tensor: self._host.model.get_parameter(site.tensor) for site in sites}
-            self._sink.set_aside(stage.name, {name: parameter.data for name, parameter in parameters.items()})
+            self._sink.set_aside(stage.name, {name: self._host.model.get_parameter(name).data for name in names})
         self._finish(stage)
 
     def keep_allocation(self, allocation: dict[str, Any]) -> None:
@@ -133,13 +136,16 @@ class OnDisk:
     def _note(self, name: str, record: dict[str, Any] | None = None) -> None:
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
         report = self._report
+        tuning = [block.to_json() for block in report.tuning if block.block == name]
         run = {"runs": report.most_runs, "retries": report.retries, "seconds": report.clock.seconds}
         run["memory"] = {stage: used for stage, used in report.memory.items() if stage == name}
-        self._sink.finish(name, {"sites": reports, "batch_size": self.batch_size, **run, **(record or {})})
+        known = {"sites": reports, "tuning": tuning, "batch_size": self.batch_size, **run}
+        self._sink.finish(name, known | (record or {}))
 
     def go_back(self) -> bool:
         self._backup.restore()
         del self._report.sites[self._reported :]
+        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
         return True
 
 

@@ -1,6 +1,7 @@
 """Slow, plain forms of what llmprune computes, written from the papers: the truth that the tests compare with."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -92,3 +93,51 @@ def can_swap(weight_I: Tensor, hessian_II: Tensor, keep_I: Tensor, group: int) -
             if error(swapped_I) < limit:
                 return True
     return False
+
+
+def thanos(
+    weight_OI: Tensor, hessian_II: Tensor, keep: Callable[[Tensor], Tensor], damp: float = 0.01, block: int = 64
+) -> Tensor:
+    """Thanos as in algorithm 1 of arXiv:2504.05346, row after row, the remaining Hessian inverted for every block.
+
+    `keep` chooses a mask from the scores of the whole matrix.
+    """
+    weight, hessian = weight_OI.double(), hessian_II.double()
+    norm = hessian.diagonal().sqrt()
+    hessian = hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian))
+    decided = torch.zeros_like(weight_OI)
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
+        score = torch.where(decided != 0, decided * torch.inf, (weight.abs() * norm).float())
+        drop = ~keep(score)[:, start:stop]
+        decided[:, start:stop] = torch.where(drop, -1.0, 1.0)
+        inverse = torch.linalg.inv(hessian[start:, start:])
+        for row, dropped in zip(weight, drop, strict=True):
+            q = dropped.nonzero().squeeze(1)
+            row[start:] -= torch.linalg.solve(inverse[q][:, q], row[start + q]) @ inverse[q]
+            row[start + q] = 0
+    return weight
+
+
+def dsnot(weight_I: Tensor, x_TI: Tensor, keep_I: Tensor, group: int, cycles: int, threshold: float) -> Tensor:
+    """The mask of one row after the exchanges of arXiv:2310.08915, equations 4 and 5, each candidate looked at."""
+    keep, inputs = keep_I.tolist(), range(len(weight_I))
+    share = [float(weight_I[i] * x_TI[:, i].mean()) for i in inputs]
+    score = [float(weight_I[i].abs() * x_TI[:, i].norm()) for i in inputs]
+    gain = [share[i] / float(x_TI[:, i].var(correction=0)) for i in inputs]
+    lost = sum(share[i] for i in inputs if not keep[i])
+    enough = threshold * abs(lost)
+    for _ in range(cycles):
+        sign = 1 if lost > 0 else -1
+        back = max((i for i in inputs if not keep[i]), key=lambda i: sign * gain[i])
+        fellows = [i for i in inputs if keep[i] and i // group == back // group and sign * share[i] < 0]
+        if not fellows:
+            break
+        out = min(fellows, key=lambda i: score[i])
+        after = lost - share[back] + share[out]
+        if abs(after) >= abs(lost):
+            break
+        keep[back], keep[out], lost = True, False, after
+        if abs(lost) <= enough:
+            break
+    return torch.tensor(keep)

@@ -26,7 +26,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.recipe"},
     {"llmprune.planning", "llmprune.retrying"},
     {"llmprune.solving"},
-    {"llmprune.budget"},
+    {"llmprune.budget", "llmprune.tuning"},
     {"llmprune.inspection", "llmprune.runs", "llmprune.uploading"},
     {"llmprune.card", "llmprune.page"},
     {"llmprune.publishing"},

@@ -15,7 +15,7 @@ from llmprune.methods import Method, Solution
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.patterns import NM, Count, Pattern, Unstructured
 from llmprune.solving import checked_solution, prune_matrix
-from llmprune.statistics import ColumnNorm, Gradient, Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -314,6 +314,58 @@ def test_sparseswaps_refits_its_own_mask() -> None:
     assert statistic.energy(weight_OI - fitted.weight_OI) < 0.9 * statistic.energy(weight_OI - plain.weight_OI)
 
 
+@pytest.mark.parametrize("inputs", [100, 128, 200])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "layer"), Unstructured(0.5, "row"), NM(2, 4)], ids=repr)
+def test_thanos_removes_each_block_of_a_row_jointly(inputs: int, pattern: Pattern) -> None:
+    weight_OI, x_TI = weights(inputs=inputs), correlated(3 * inputs, inputs)
+    expected_OI = oracle.thanos(weight_OI, gram_of(x_TI).hessian_II, pattern.keep, block=64)
+    solution = solved(methods.get("thanos"), weight_OI, x_TI, pattern)
+    assert torch.equal(solution.weight_OI != 0, expected_OI != 0)
+    torch.testing.assert_close(solution.weight_OI.double(), expected_OI, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("remove", [2, 4, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_thanos_is_the_best_fit_on_its_mask_where_one_block_is_all(seed: int, remove: int) -> None:
+    weight_OI, x_TI, pattern = (
+        weights(outputs=16, inputs=8, seed=seed),
+        correlated(64, 8, seed),
+        Unstructured(remove / 8),
+    )
+    solution = solved(methods.get("thanos", {"damp": 1e-6}), weight_OI, x_TI, pattern)
+    hessian_II = gram_of(x_TI).hessian_II.double()
+    for row, keep, found in zip(weight_OI.double(), solution.keep_OI, solution.weight_OI, strict=True):
+        torch.testing.assert_close(found.double(), oracle.best_fit(row, hessian_II, keep), rtol=1e-3, atol=1e-4)
+
+
+def test_thanos_beats_sparsegpt_on_correlated_inputs() -> None:
+    weight_OI, x_TI = weights(), correlated(400, INPUTS) @ correlated(INPUTS, INPUTS, 2)
+    greedy = errors_of(methods.get("sparsegpt"), weight_OI, gram_of(x_TI), x_TI, Unstructured(0.6, "block")).sum()
+    joint = errors_of(methods.get("thanos"), weight_OI, gram_of(x_TI), x_TI, Unstructured(0.6, "layer")).sum()
+    assert joint < 0.95 * greedy
+
+
+def shifted(tokens: int, inputs: int, seed: int) -> Tensor:
+    """Inputs whose means differ from zero, as those of activations do."""
+    return correlated(tokens, inputs, seed) + torch.randn(inputs, generator=torch.Generator().manual_seed(seed + 50))
+
+
+@pytest.mark.parametrize(("pattern", "group"), [(Unstructured(0.5, "row"), 8), (NM(2, 4), 4)], ids=repr)
+@pytest.mark.parametrize("seed", range(4))
+def test_dsnot_makes_the_papers_exchanges(seed: int, pattern: Pattern, group: int) -> None:
+    weight_OI, x_TI = weights(outputs=16, inputs=8, seed=seed), shifted(64, 8, seed)
+    before_OI = solved(methods.get("wanda"), weight_OI, x_TI, pattern).keep_OI
+    solution = solved(methods.get("dsnot"), weight_OI, x_TI, pattern)
+    expected = [
+        oracle.dsnot(row, x_TI.double(), keep, group, 50, 0.1)
+        for row, keep in zip(weight_OI.double(), before_OI, strict=True)
+    ]
+    assert solution.keep_OI.tolist() == [keep.tolist() for keep in expected]
+    assert torch.equal(solution.weight_OI, weight_OI * solution.keep_OI)
+    lost_O, lost_before_O = (((weight_OI * ~keep) @ x_TI.mean(0)).abs() for keep in (solution.keep_OI, before_OI))
+    assert (lost_O <= lost_before_O).all() and lost_O.sum() < lost_before_O.sum()
+
+
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_ria_scores_weights_by_their_share_of_row_and_column(power: float) -> None:
     weight_OI, x_TI = weights(outputs=6, inputs=8), correlated(40, 8)
@@ -388,6 +440,7 @@ def test_a_note_tells_that_the_damping_was_raised() -> None:
 def test_the_files_are_the_methods() -> None:
     assert methods.names() == [
         "admm",
+        "dsnot",
         "magnitude",
         "magnitude_l2",
         "obd",
@@ -396,6 +449,7 @@ def test_the_files_are_the_methods() -> None:
         "sparsegpt",
         "sparseswaps",
         "taylor",
+        "thanos",
         "wanda",
     ]
     assert [methods.name_of(methods.get(name)) for name in methods.names()] == methods.names()
@@ -406,7 +460,7 @@ def test_a_methods_declarations_agree(name: str) -> None:
     method = methods.get(name)
     assert method.comparison_group in method.comparison_groups
     assert set(method.comparison_groups) <= set(patterns.COMPARISON_GROUPS)
-    assert method.needs in (None, ColumnNorm, Gram, Gradient)
+    assert method.needs in (None, ColumnNorm, ColumnMoments, Gram, Gradient)
 
 
 @pytest.mark.parametrize(("name", "near"), [("wand", "wanda"), ("SparseGTP", "sparsegpt"), ("magnitud", "magnitude")])
@@ -416,7 +470,7 @@ def test_an_unknown_method_gets_the_nearest_name(name: str, near: str) -> None:
 
 
 def test_a_method_unlike_any_gets_them_all() -> None:
-    with pytest.raises(RecipeError, match=r"known: admm, magnitude, .*, sparsegpt, sparseswaps, taylor, wanda"):
+    with pytest.raises(RecipeError, match=r"known: admm, magnitude, .*, sparsegpt, sparseswaps, taylor, thanos, wanda"):
         methods.get("xyz")
 
 
@@ -446,6 +500,10 @@ def test_options_are_converted() -> None:
         ("admm", {"stages": 61}, "an iteration for each, not 61 stages of 60 iterations"),
         ("admm", {"first_rho": 2}, "rho must rise from above 0, not 2.0 to 1.0"),
         ("admm", {"refit": -1}, "refit must be at least 0, not -1"),
+        ("thanos", {"damp": -1}, "damp must be a number of at least 0, not -1.0"),
+        ("thanos", {"block_size": 0}, "block_size must be at least 1, not 0"),
+        ("dsnot", {"cycles": -1}, "cycles must be at least 0, not -1"),
+        ("dsnot", {"threshold": -1}, "threshold must be a number of at least 0, not -1.0"),
         ("sparseswaps", {"swaps": -1}, "swaps must be at least 0, not -1"),
         ("sparseswaps", {"candidates": 0}, "candidates must be at least 1, not 0"),
     ],

@@ -413,3 +413,15 @@ def test_keys_are_those_that_are_documented(saved: Callable[[str], Path]) -> Non
     documented = set(re.findall(r"^    ([a-z_, ]+):", Preview.__doc__ or "", re.MULTILINE))
     keys = {key for line in documented for key in line.split(", ")}
     assert llmprune.plan(saved("llama"), method="magnitude").to_json().keys() == keys
+
+
+def test_tuning_has_its_time_and_its_memory(saved: Callable[[str], Path]) -> None:
+    plain, twice, four = (
+        llmprune.plan(saved("llama"), **OPTIONS, tune_epochs=epochs, device="cpu") for epochs in (0, 2, 4)
+    )
+    tuning = [part.amount for plan in (twice, four) for part in plan.time if part.name == "tuning"]
+    assert not any(part.name == "tuning" for part in plain.time)
+    assert len(tuning) == 2 and tuning[1] > tuning[0] > 0
+    parts = {part.name: part.amount for part in twice.memory}
+    assert parts["weights while tuned"] == 32 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96)
+    assert sum(forecast.peak(twice.memory).values()) > sum(forecast.peak(plain.memory).values())

@@ -35,6 +35,8 @@ GOOD: dict[str, Any] = {
     "allocation_range": 0.1,
     "sparsities": {},
     "overrides": {"*.q_proj.weight": {"method": "magnitude", "pattern": "40%"}},
+    "tune_epochs": 2,
+    "tune_rate": 0.1,
     "autocast": True,
     "deterministic": True,
     "include": ("lm_head.weight",),

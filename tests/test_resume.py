@@ -59,6 +59,17 @@ RESUMED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         torch.float32,
         {"calibration": IDS, "true_sequential": True, "dense_target": 0.5},
     ),
+    "tuned": (
+        "llama",
+        torch.float32,
+        {"calibration": IDS, "true_sequential": True, "dense_target": 0.5, "tune_epochs": 2},
+    ),
+    "tuned, wider than stored": (
+        "opt",
+        torch.bfloat16,
+        {"calibration": IDS, "method": "wanda", "tune_epochs": 2, "dtype": "float32"},
+    ),
+    "tuned, experts": ("qwen3-moe", torch.float32, {"calibration": IDS, "tune_epochs": 2}),
     "batches": ("qwen3", torch.float32, {"calibration": IDS, "batch_size": 3, "method": "wanda"}),
     "sliding and full attention, tied head": (
         "gemma2",
@@ -89,6 +100,7 @@ def test_a_run_is_resumed_after_any_of_its_stages(name: str, tmp_path: Path) -> 
         resumed = llmprune.prune(source, out, resume=True, **options)
         assert faults.content(out) == whole
         assert [site.name for site in resumed.sites] == [site.name for site in report.sites]
+        assert resumed.tuning == report.tuning
 
 
 def test_a_run_that_is_resumed_does_not_solve_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ def test_a_method_object_will_do() -> None:
         (matrix(), fed(Gram, matrix()), {"method": "wanda"}, RecipeError, "Wanda needs"),
         (matrix(), matrix(9, 31), {}, RecipeError, "must be inputs [tokens, 32] or a Gram matrix, not [9, 31]"),
         (matrix(), matrix(1)[0], {}, RecipeError, "must be inputs [tokens, 32] or a Gram matrix, not [32]"),
+        (matrix(), matrix(1)[0], {"method": "dsnot"}, RecipeError, "must be inputs [tokens, 32], not [32]"),
         (matrix(), fed(Gram, matrix(9, 16)), {}, RecipeError, "of 16 inputs, the matrix has 32"),
         (matrix(), fed(ColumnNorm, matrix(9, 1)), {"method": "wanda"}, RecipeError, "of 1 inputs, the matrix has 32"),
         (matrix()[0], matrix(), {}, PatternError, "not a tensor of 1 dimensions"),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmprune import statistics
 from llmprune.errors import NumericalError
-from llmprune.statistics import ColumnNorm, CrossGram, Gram, factorize
+from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gram, factorize
 
 CPU = torch.device("cpu")
 KINDS = [ColumnNorm, Gram]
@@ -53,6 +53,30 @@ def test_the_hessian_is_twice_the_mean_over_sequences() -> None:
     x_TI = torch.cat([first, second]).double()
     torch.testing.assert_close(statistic.hessian_II.double(), 2 / 8 * x_TI.T @ x_TI, rtol=1e-5, atol=1e-5)
     assert (statistic.sequences, statistic.tokens) == (8, 64)
+
+
+def test_moments_are_those_of_all_tokens() -> None:
+    first, second = inputs(40, 12) + 1, inputs(24, 12, 1) - 3
+    statistic, other = ColumnMoments(12, CPU), ColumnMoments(12, CPU)
+    statistic.add(first, 5)
+    other.add(second.bfloat16(), 3)
+    statistic.merge(other)
+    x_TI = torch.cat([first, second.bfloat16().float()])
+    torch.testing.assert_close(statistic.mean_I, x_TI.mean(0))
+    torch.testing.assert_close(statistic.variance_I, x_TI.var(0, correction=0), rtol=1e-4, atol=1e-4)
+
+
+def test_moments_move_towards_others_per_token() -> None:
+    own, other = inputs(10, 6) + 1, inputs(90, 6, 1)
+    statistic, pooled = ColumnMoments(6, CPU), ColumnMoments(6, CPU)
+    statistic.add(own, 1)
+    pooled.add(other, 4)
+    statistic.shrink(pooled, 0.25)
+    square_I = 0.75 * own.square().mean(0) + 0.25 * other.square().mean(0)
+    mean_I = 0.75 * own.mean(0) + 0.25 * other.mean(0)
+    torch.testing.assert_close(statistic.mean_I, mean_I)
+    torch.testing.assert_close(statistic.variance_I, square_I - mean_I.square(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(statistic.norm_I, square_I.sqrt())
 
 
 def test_column_norms_are_those_of_the_mean_sequence() -> None:

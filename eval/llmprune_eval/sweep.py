@@ -30,7 +30,11 @@ from llmprune_eval.subjects import Place, Subject
 from llmprune_eval.windows import Amount
 
 RESULT, PAGE = "sweep.json", "sweep.html"
-_SETTING: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 24, "rounds": 3}  # of the benchmark: fits into every context
+_SETTING: dict[str, Any] = {
+    "prompt_tokens": 16,
+    "new_tokens": 24,
+    "rounds": 3,
+}  # of the benchmark: fits into every context
 
 
 @dataclass(frozen=True)

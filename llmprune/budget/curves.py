@@ -17,7 +17,6 @@ from llmprune.methods import Method
 from llmprune.model.groups import Group, is_starved
 from llmprune.model.sites import Site, require_finite
 from llmprune.patterns import Count, Stacked
-from llmprune.solving import statistic_for
 from llmprune.statistics import Gram
 
 _CUT_SHORT = {"iterations": 10, "stages": 4, "refit": 3}  # options of methods that go on and on
@@ -89,7 +88,7 @@ def _of_group(
         heights = tuple(len(job.weight_OI) for job in batch)
         pattern = Stacked(tuple(job.pattern for job in batch), heights)
         method, generator = batch[0].method, torch.Generator().manual_seed(seed)
-        solution = method.solve(weight_SI, statistic_for(method, gram), pattern, generator)
+        solution = method.solve(weight_SI, gram, pattern, generator)
         require_finite(f"a trial solution of {batch[0].site.name}", solution.weight_OI)
         change_SI = weight_SI - solution.weight_OI
         error_S = (change_SI @ gram.hessian_II).mul_(change_SI).sum(1).mul_(scale).cpu()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmprune.model.groups import Group
 from llmprune.model.sites import Site
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import Gram
 
 _TIMES_THE_MEAN = 5.0
 
@@ -21,7 +21,7 @@ def outlier_share(groups: Iterable[Group], weight: Callable[[Site], Tensor]) -> 
     norms: dict[Site, Tensor] = {}
     for group in groups:
         if isinstance(group.statistic, Gram):
-            norms |= dict.fromkeys(group.sites, ColumnNorm.from_gram(group.statistic).norm_I)
+            norms |= dict.fromkeys(group.sites, group.statistic.norm_I)
             group.statistic = None
     total, count = 0.0, 0
     for site, norm_I in norms.items():

@@ -8,7 +8,9 @@ import click
 
 from llmprune.errors import RecipeError
 
-METHODS = "admm, magnitude, magnitude_l2, obd, random, ria, sparsegpt, sparseswaps, taylor, wanda"  # a test compares the files
+METHODS = (  # a test compares the files
+    "admm, dsnot, magnitude, magnitude_l2, obd, random, ria, sparsegpt, sparseswaps, taylor, thanos, wanda"
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,6 +62,8 @@ what = options(
         metavar="SHARE",
         help="Share of the dense model's outputs to fit to, 0 to 1  [default: 0]",
     ),
+    click.option("--tune-epochs", type=int, help="Passes to tune what survives of each pruned block  [default: 0]"),
+    click.option("--tune-rate", type=float, help="Step size of that, relative to the weights  [default: 0.2]"),
     click.option(
         "--allocation",
         metavar="WAY",

@@ -32,6 +32,9 @@ def duration(
         statistics_seconds(stages, workload, needs, each, host),
         solving_seconds([trial.groups for trial in stages], times, recipe, ranks),
     ]
+    if recipe.tune_epochs:
+        blocks = [trials[block.name] for block in host.blocks if trials[block.name].groups]
+        parts.append(tuning_seconds(blocks, workload, recipe.tune_epochs))
     return [*parts, network_seconds(plan, trials, workload, needs, host)] if ranks > 1 else parts
 
 
@@ -52,6 +55,13 @@ def forward_seconds(trials: Sequence[Trial], workload: Workload) -> Part:
         onward = whole if index + 1 < len(trials) else 0.0
         seconds += ((collecting if trial.groups else 0.0) + onward) * trial.seconds_per_flop
     return Part("forward", seconds, "operations counted and timed here on a few tokens of one block of each kind")
+
+
+def tuning_seconds(trials: Sequence[Trial], workload: Workload, epochs: int) -> Part:
+    """Return the time of tuning: a forward, and a backward of twice its work, of each sequence in each epoch."""
+    forwards = 3 * epochs * workload.sequences
+    seconds = sum(forwards * trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials)
+    return Part("tuning", seconds, "three forwards of each sequence in each epoch; more where smaller steps are tried")
 
 
 def _spared(trial: Trial) -> float:

@@ -55,6 +55,8 @@ def _steps(
                 *collecting_memory(host, trial, workload, recipe, on),
                 *handed,
             ]
+        if sites and trial and workload and recipe.tune_epochs and stage is not host.head:
+            yield [weights, *tuning_memory(host, sites, trial, workload, on)]
 
 
 def _different(host: Outline, plan: Plan) -> list[tuple[Stage, list[Site]]]:
@@ -130,6 +132,17 @@ def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, on: str
     needed = {shape: solving_bytes(method, pattern, shape, host.dtype, host.place) for shape in shapes}
     shape = max(shapes, key=lambda shape: (needed[shape], shape))
     return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
+
+
+def tuning_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: Workload, on: str) -> list[Part]:
+    """Return what tuning a block takes beside it: four copies in fp32, a step's gradients, and three in its own dtype."""
+    each = 5 * 4 + 3 * host.dtype.itemsize
+    state = each * sum(site.shape[0] * site.shape[1] for site in sites)
+    forward = workload.tokens_at_once * trial.forward_bytes
+    return [
+        Part("weights while tuned", state, "in fp32 with gradients and Adam's means, and the best ones seen", on),
+        Part("one forward", forward, "measured on a few tokens of one block without gradients, which hold more", on),
+    ]
 
 
 def peak(parts: Sequence[Part]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from llmprune.model import Outline
 from llmprune.model.memory import batch_size, home_device
 from llmprune.planning import context_length, window_length
 from llmprune.recipe import Recipe
+from llmprune.tuning import sequences_at_once
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Workload:
         """
         length = window_length(recipe.length, context_length(host.config))
         sequences = recipe.samples or DEFAULT_SAMPLES
-        batch = recipe.batch_size or batch_size(length, host.config, host.dtype, host.place)
+        most = batch_size(length, host.config, host.dtype, host.place)
+        batch = recipe.batch_size or (sequences_at_once(most, sequences) if recipe.tune_epochs else most)
         batch = min(batch, sequences)
         rows = [torch.empty(length, device="meta")] * (math.ceil(sequences / batch / ranks) * batch)
         home = home_device(host.place, rows, host.config, host.dtype)

@@ -26,7 +26,7 @@ from llmprune.model.observe import observing
 from llmprune.model.originals import Originals
 from llmprune.model.sites import Site
 from llmprune.model.walks import Walks
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, Gram
 
 
 class _Enough(Exception):
@@ -134,7 +134,8 @@ class Collector:
         given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))
         for lane, x in given.items():
             if not self._is_twin(lane):
-                self._add(group, x, lane, given.get(lane + self._batches) if self.twins else None)
+                twin = given.get(lane + self._batches) if issubclass(self.needs, CrossGram) else None
+                self._add(group, x, lane, twin)
         require_all_finite([group])
         return group.statistic
 

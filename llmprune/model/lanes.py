@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import recursively_apply, send_to_device
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.sites import Stage
@@ -133,32 +134,39 @@ class Lanes:
         """Return what a site is fed in the precision in which the forward multiplies it."""
         return x if self._autocast is None else x.to(self._autocast)
 
-    def run(self, index: int, lane: int) -> Any:
+    def provided(self, lane: int) -> Any:
+        """Return the output that the lane was given for the stage at which it waits."""
+        return self._provided[lane]
+
+    def run(self, index: int, lane: int, weights: dict[str, Tensor] | None = None) -> Any:
         """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.
+
+        `weights`, by their names in the stage, take the place of its own; gradients flow to them where they are wanted.
 
         A lane that the model's forward has led past the stage, as past cross-attention without an image, runs nothing.
         """
         with self.forward_precision(index):
-            return self.walk(index, lane)
+            return self.walk(index, lane, weights)
 
-    def walk(self, index: int, lane: int) -> Any:
+    def walk(self, index: int, lane: int, weights: dict[str, Tensor] | None = None) -> Any:
         """As `run`, for a greenlet of its own that is switched into within `forward_precision`."""
         arrival = self._arrivals[lane]
-        return self.replay(arrival) if arrival is not None and arrival.stage == index else None
+        return self.replay(arrival, weights) if arrival is not None and arrival.stage == index else None
 
     def arrival(self, lane: int) -> Arrival | None:
         """Return what the lane waits with, and where; None for one that has reached its end."""
         return self._arrivals[lane]
 
-    def replay(self, arrival: Arrival) -> Any:
-        """Run a stage on these arguments and return its output; lanes stay where they are."""
+    def replay(self, arrival: Arrival, weights: dict[str, Tensor] | None = None) -> Any:
+        """Run a stage on these arguments and return its output; lanes stay where they are. See `run` for `weights`."""
         args, kwargs, stage = arrival.args, arrival.kwargs, self._stages[arrival.stage]
         device = self.device_of(stage)
         if device != self.home:  # sending rebuilds dictionaries, in which some models hand keys from block to block
             args, kwargs = send_to_device((args, kwargs), device)
         self._passing.add(getcurrent())
         try:
-            return stage.module(*args, **kwargs)
+            module = stage.module
+            return functional_call(module, weights, args, kwargs) if weights else module(*args, **kwargs)
         finally:
             self._passing.discard(getcurrent())
 

@@ -12,7 +12,7 @@ from llmprune.model.groups import Group
 from llmprune.model.sites import Site
 from llmprune.model.tally import Fed, Tally
 from llmprune.model.walks import Walks
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, Gram
 from llmprune.team.team import Team
 
 
@@ -71,7 +71,12 @@ class SharedCollector(Collector):
         tally = Tally(self.team, self.needs, [group], self.lanes.device(index))
         for turn in range(self._turns):
             if turn < self._batches and turn in given:  # those beyond are twins
-                self._add(group, given[turn], turn, given.get(turn + self._batches) if self.twins else None)
+                self._add(
+                    group,
+                    given[turn],
+                    turn,
+                    given.get(turn + self._batches) if issubclass(self.needs, CrossGram) else None,
+                )
             tally.add(self._take())
         tally.complete()
         require_all_finite([group])

@@ -1,7 +1,7 @@
 """A model on disk of which one block at a time is in memory."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,12 @@ class Streamed:
         """Return the parameter under whose name a tied parameter is stored; its own name where it is not tied."""
         return self._loader.ties.stored_name(parameter)
 
-    def stored(self, stage: Stage, sites: Sequence[Site]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the source's tensors, with their names and dtypes there, that hold these sites of a loaded stage."""
+    def stored(self, stage: Stage, parameters: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the source's tensors, names and dtypes as there, that hold these parameters of a loaded stage."""
         state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
         ties = self._loader.ties
         state |= {twin: state[name] for name in list(state) for twin in ties.names(name)}
-        wanted = {twin for site in sites for twin in ties.names(site.tensor)}
+        wanted = {twin for name in parameters for twin in ties.names(name)}
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
                 yield key, _cast(key, tensor, self.source.entries[key].torch_dtype)

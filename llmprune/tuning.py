@@ -1,0 +1,226 @@
+"""Block tuning: what survives of a pruned block, fitted by gradient to what the dense block puts out.
+
+The pruned block gets what the pruned model feeds it, and its target is the output of the dense model at that place, so
+that a block also makes up for some of what the ones before it have lost. Compare regional optimisation in Wanda++ (Yang
+et al., 2025, arXiv:2503.04992) and block-wise reconstruction (Zimmer et al., 2025, arXiv:2510.14444). The mask does
+not change. Matrices in which nothing was pruned, and routers, stay as they are; biases and the gains of norms are tuned.
+
+Adam moves every weight by about its step size. Steps are relative to the size of the weights and to the square root of
+their inputs, which keeps the change of the outputs the same from small models to large ones. Sequences that no step
+sees decide: where they do not gain, smaller steps are tried, and where these do not help either, nothing changes.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import UnsupportedModelError
+from llmprune.model import Lanes
+from llmprune.model.sites import Site, Stage, is_router
+from llmprune.solving import seeded
+
+STEP_SEQUENCES = 4  # calibration sequences of one step of Adam
+_HELD_OUT = 0.1  # share of the batches that no step sees
+_BETAS = 0.9, 0.95
+_ATTEMPTS = 3
+_SLOWER = 4  # by which steps are smaller in the next attempt
+
+Weights = dict[str, Tensor]  # by their names in the block
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """What tuning a block came to.
+
+    Attributes:
+        block: its name.
+        before, after: squared difference from the dense model's outputs relative to their square, on the sequences that
+            were held out, with the weights from before and with the best ones seen.
+        epochs: after which `after` was reached; 0 if nothing was better, and the old weights were kept.
+        rate: step size at the start of that attempt.
+        vectors: the gains and biases that have changed, for which the report has no other entry.
+    """
+
+    block: str
+    before: float
+    after: float
+    epochs: int
+    rate: float
+    vectors: tuple[str, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the block has its tuned weights."""
+        return self.epochs > 0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "BlockTuning":
+        """Return what `to_json` and JSON have made plain."""
+        fields = {name: value for name, value in values.items() if name != "kept"}
+        return cls(**fields | {"vectors": tuple(values["vectors"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all as plain values."""
+        return asdict(self) | {"kept": self.kept}
+
+
+def sequences_at_once(most: int, sequences: int) -> int:
+    """Return how many sequences go through a block at once, of at most `most`: a step's, and a tenth to hold out."""
+    return max(1, min(most, STEP_SEQUENCES, int(_HELD_OUT * sequences)))
+
+
+def tunable(stage: Stage, sites: Sequence[Site], tied: Collection[str]) -> dict[str, int]:
+    """Return the full names of what can be tuned in a stage, and how many inputs each has.
+
+    These are the pruned matrices, the gains of norms and the biases, without what other parts of the model share.
+    """
+    inputs = {site.tensor: site.shape[1] for site in sites}
+    for name, parameter in stage.module.named_parameters(stage.name):
+        if parameter.ndim == 1 and not is_router(f"{name.rpartition('.')[0]}.weight"):
+            inputs[name] = len(parameter)
+    return {name: count for name, count in inputs.items() if name not in tied}
+
+
+def tune(lanes: Lanes, index: int, inputs_of: Mapping[str, int], epochs: int, rate: float, seed: int) -> BlockTuning:
+    """Tune a pruned block in place, if that brings its outputs nearer to the dense ones on sequences held out.
+
+    Args:
+        lanes: they wait at the block; the second half, with the dense model's inputs, have been given its outputs.
+        index: of the block.
+        inputs_of: what to tune, as `tunable` returns it.
+        epochs: passes over the calibration sequences.
+        rate: step size of Adam at the start, as a share of the weights' root mean square over the square root of their
+            inputs; it falls to zero linearly.
+        seed: decides what is held out, and in which order the others come.
+
+    Raises:
+        UnsupportedModelError: the block's output cannot be differentiated.
+    """
+    stage = lanes.stage(index)
+    batches = [lane for lane in lanes.waiting_at(index) if lane < len(lanes) // 2]
+    if len(batches) < 2:  # the model's own forward may lead some past the block
+        return BlockTuning(stage.name, 0.0, 0.0, 0, rate, ())
+    generator = seeded(seed, stage.name)
+    order = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    count = max(1, round(_HELD_OUT * len(order)))
+    held_out, seen = order[:count], order[count:]
+    block = _Block(lanes, index, inputs_of)
+    before = after = block.error(held_out, block.own)
+    for attempt in range(_ATTEMPTS if before else 0):
+        rate_now = rate / _SLOWER**attempt
+        best, kept = Weights(), 0
+        for epoch, weights in enumerate(_descend(block, seen, epochs, rate_now, generator), start=1):
+            error = block.error(held_out, weights)
+            if error < after:
+                best, after, kept = weights, error, epoch
+        if kept:
+            return BlockTuning(stage.name, before, after, kept, rate_now, block.adopt(best))
+    return BlockTuning(stage.name, before, before, 0, rate, ())
+
+
+class _Block:
+    """The block that lanes wait at, as a function of the weights to tune."""
+
+    def __init__(self, lanes: Lanes, index: int, inputs_of: Mapping[str, int]) -> None:
+        self._lanes, self._index, self.name = lanes, index, lanes.stage(index).name
+        self.inputs_of = {name[len(self.name) + 1 :]: count for name, count in inputs_of.items()}
+        self.own = {name: lanes.stage(index).module.get_parameter(name).data for name in self.inputs_of}
+
+    def outputs(self, lane: int, weights: Weights) -> tuple[Tensor, Tensor]:
+        """Return what the block with these weights puts out for a lane, and what the dense model does."""
+        output = _hidden(self._lanes.run(self._index, lane, weights))
+        target = _hidden(self._lanes.provided(lane + len(self._lanes) // 2))
+        return output.float(), target.float()
+
+    def error(self, lanes: Sequence[int], weights: Weights) -> float:
+        """Return the squared difference from the dense outputs relative to their square."""
+        change = whole = 0.0
+        for lane in lanes:
+            output, target = self.outputs(lane, weights)
+            change += float((output - target).square().sum())
+            whole += float(target.square().sum())
+        return change / whole if whole else 0.0
+
+    def adopt(self, weights: Weights) -> tuple[str, ...]:
+        """Give the block these weights; return the full names of the vectors among them that have changed."""
+        changed = [name for name, own in self.own.items() if own.ndim == 1 and not own.equal(weights[name])]
+        for name, own in self.own.items():
+            own.copy_(weights[name])
+        return tuple(f"{self.name}.{name}" for name in changed)
+
+    def steps(self, lanes: Sequence[int]) -> int:
+        """Return how many lanes make up a step."""
+        return max(1, STEP_SEQUENCES // self._lanes.sequences(lanes[0]))
+
+
+def _descend(
+    block: _Block, lanes: Sequence[int], epochs: int, rate: float, generator: torch.Generator
+) -> Iterator[Weights]:
+    """Go through the lanes `epochs` times; yield after each what the weights are, in the dtypes of the block."""
+    masters = {name: own.float().clone().requires_grad_() for name, own in block.own.items()}
+    groups = [
+        {"params": [master], "lr": rate * _size(block.own[name]) / math.sqrt(block.inputs_of[name])}
+        for name, master in masters.items()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, foreach=False)
+    width = block.steps(lanes)
+    steps = epochs * math.ceil(len(lanes) / width)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    scale = _scale(block, lanes[0])
+    for _ in range(epochs):
+        shuffled = torch.tensor(lanes)[torch.randperm(len(lanes), generator=generator)]
+        for step in shuffled.split(width):
+            _differentiate(block, masters, step.tolist(), scale)
+            optimizer.step()
+            decay.step()
+        yield {name: _rounded(master.detach(), block.own[name]) for name, master in masters.items()}
+
+
+def _differentiate(block: _Block, masters: Weights, lanes: Sequence[int], scale: float) -> None:
+    """Set the gradient of each master, summed over the lanes of a step; where a weight is pruned it is zero."""
+    for master in masters.values():
+        master.grad = torch.zeros_like(master)
+    for lane in lanes:
+        with torch.enable_grad():
+            weights = {name: master.to(block.own[name].dtype) for name, master in masters.items()}
+            output, target = block.outputs(lane, weights)
+            if not output.requires_grad:
+                raise UnsupportedModelError(f"{block.name} cannot be differentiated: leave out tune_epochs")
+            loss = scale * (output - target).square().sum()
+        gradients = torch.autograd.grad(loss, list(masters.values()), allow_unused=True)
+        for master, gradient in zip(masters.values(), gradients, strict=True):
+            if master.grad is not None and gradient is not None:  # none goes to experts without tokens
+                master.grad += gradient
+    for name, own in block.own.items():
+        summed = masters[name].grad
+        if summed is not None and own.ndim > 1:
+            summed.masked_fill_(own == 0, 0)
+
+
+def _scale(block: _Block, lane: int) -> float:
+    """Return what brings gradients to a size that half precision holds; Adam's steps do not depend on it."""
+    output, target = block.outputs(lane, block.own)
+    error = float((output - target).square().sum())
+    return 1 / math.sqrt(error) if error else 1.0
+
+
+def _rounded(master: Tensor, own: Tensor) -> Tensor:
+    """Return a master in the dtype of the block's own weight, with zeros where that has zeros and nowhere else."""
+    rounded = master.to(own.dtype, copy=True)
+    return rounded if own.ndim == 1 else torch.where(rounded == 0, own, rounded)
+
+
+def _size(weight: Tensor) -> float:
+    """Return the root mean square of the weights that are not zero."""
+    return math.sqrt(float(weight.float().square().sum()) / max(int(weight.count_nonzero()), 1))
+
+
+def _hidden(output: Any) -> Tensor:
+    """Return the hidden states among what a block puts out: the first tensor."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return output
