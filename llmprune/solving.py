@@ -64,7 +64,7 @@ class Outcome:
     zeros: int
     error: float
     notes: tuple[str, ...]
-    magnitude_error: float
+    magnitude_error: float | None
 
 
 @dataclass(frozen=True)
