@@ -135,8 +135,15 @@ def _summary(run: dict[str, Any], base: str | None) -> str:
     return (
         f"This is {origin}, pruned after training by {recipe['method']} to {recipe['pattern']}. "
         f"{sparsity['sites']:.2%} of the weights in the {len(run['sites'])} pruned matrices are zero, "
-        f"which is {sparsity['all_parameters']:.2%} of all parameters. Nothing was trained again."
+        f"which is {sparsity['all_parameters']:.2%} of all parameters. {_training(run)}"
     )
+
+
+def _training(run: dict[str, Any]) -> str:
+    tuned = sum(bool(block["kept"]) for block in run.get("tuning") or [])
+    if not tuned:
+        return "Nothing was trained again."
+    return f"In {tuned} blocks, what survived was tuned towards the outputs of the dense block on the calibration data."
 
 
 def _making(run: dict[str, Any], repo: str, base: str | None) -> str:

@@ -96,7 +96,10 @@ def _prune_several(
     if tokenizer is not None:
         raise RecipeError("a tokenizer goes with a loaded model: one on disk has its own")
     others = {name: value for name, value in options.items() if name != "pattern"}
-    return prune_patterns(model, Path(out), options["pattern"], overwrite, resume, others)
+    with joined() as team:
+        if team.size > 1:
+            raise RecipeError("several patterns share a pass in one process: start no ranks, or give one pattern")
+        return prune_patterns(model, Path(out), options["pattern"], overwrite, resume, others)
 
 
 def _prune(

@@ -93,7 +93,10 @@ def prune_matrix(
     """
     generator, rows_apart = seeded(seed, name), method.row_wise and pattern.row_wise
     share = dense_target if method.needs is Gram else 0.0
-    yardstick = None if isinstance(statistic, Gradient) else magnitude_error(weight_OI, statistic, pattern, share)
+    measured = Retry(name, False, generator, reliefs(statistic, on_host))
+    yardstick: float | None = None
+    if not isinstance(statistic, Gradient):  # which knows no outputs of the matrix
+        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, share))
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
@@ -108,7 +111,7 @@ def prune_matrix(
     chunks = _chunks(weight_OI) if rows_apart else (weight_OI,)
     parts = [part for rows_OI in chunks for part in retry.solved(rows_OI, solve_rows)]
     change, whole = (sum(part.energy[which] for part in parts) for which in (0, 1))
-    notes = dict.fromkeys([*retry.notes, *(note for part in parts for note in part.notes)])
+    notes = dict.fromkeys([*measured.notes, *retry.notes, *(note for part in parts for note in part.notes)])
     error = change / whole if whole else 0.0
     return Outcome(sum(part.zeros for part in parts), error, tuple(notes), yardstick)
 

@@ -29,7 +29,8 @@ _OTHERS: tuple[tuple[Any, str], ...] = (
     (os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (shutil, "copyfile"),
     (durable, "_exchange"),
 )  # fmt: skip
-_VARYING = ("model", "timings", "peak_memory_bytes", "memory_bytes")  # of a report: how the source was named, and what was measured
+# Of a report: how the source was named, and what was measured.
+_VARYING = ("model", "timings", "peak_memory_bytes", "memory_bytes")
 _FORKS = multiprocessing.get_context("forkserver")  # one import of torch for all runs
 _FORKS.set_forkserver_preload(["warm", "faults"])
 

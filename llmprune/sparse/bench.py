@@ -137,7 +137,7 @@ def measure(dense: Any, name: str, setting: dict[str, int]) -> Benchmark:
             for side in rates.values():
                 side.run(prompt_BT, setting["new_tokens"])
             bar.step()
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(prompt_BT.device)
     sides = {which: side.result(prompt_BT.numel(), setting["batch"], bandwidth) for which, side in rates.items()}
     return Benchmark(name, setting, sides["dense"], sides["sparse"], bandwidth, sparsified)
 
@@ -148,15 +148,22 @@ def twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def read_bandwidth() -> float:
-    """Return the bytes a second at which torch reads memory, with the threads it has."""
-    streamed = torch.ones(_STREAMED_BYTES // 4)
+def read_bandwidth(device: torch.device | None = None) -> float:
+    """Return the bytes a second at which torch reads memory, on the CPU with the threads it has."""
+    streamed = torch.ones(_STREAMED_BYTES // 4, device=device)
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = now(streamed.device)
         streamed.sum()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now(streamed.device) - began)
     return _STREAMED_BYTES / min(seconds)
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class _Rates:
@@ -169,14 +176,14 @@ class _Rates:
 
     def run(self, prompt_BT: Tensor, new_tokens: int) -> None:
         """Read the prompt, then write tokens greedily."""
-        began = time.perf_counter()
+        began = now(prompt_BT.device)
         out = self._model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
-        self.prefill.append(time.perf_counter() - began)
+        self.prefill.append(now(prompt_BT.device) - began)
         for _ in range(new_tokens):
-            began = time.perf_counter()
+            began = now(prompt_BT.device)
             ids_B1 = out.logits[:, -1:].argmax(-1)
             out = self._model(input_ids=ids_B1, past_key_values=out.past_key_values, use_cache=True)
-            self.decode.append(time.perf_counter() - began)
+            self.decode.append(now(prompt_BT.device) - began)
 
     def forget(self) -> None:
         """Drop what was measured so far: the first run pays for what later ones find ready."""
@@ -209,7 +216,8 @@ def linear_bytes(model: nn.Module) -> int:
 
 def _prompt(model: Any, batch: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens), generator=generator)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (batch, tokens), generator=generator).to(model.device)
 
 
 def _plain(side: Side) -> dict[str, Any]:
