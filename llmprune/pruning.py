@@ -21,8 +21,10 @@ from llmprune.model.streamed import stored_dtype
 from llmprune.planning import draw_tokens, make_plan, warn_of_small_share
 from llmprune.recipe import Recipe
 from llmprune.report import Report
+from llmprune.reverse import ReverseRun
 from llmprune.run import Run
 from llmprune.several import prune_patterns
+from llmprune.statistics import Gradient
 from llmprune.storing import Beside, InMemory, OnDisk, fingerprint
 from llmprune.team.joining import joined
 from llmprune.team.team import Team
@@ -117,6 +119,8 @@ def _prune_several(
 
 
 def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output, team: Team) -> Report:
+    if recipe.needs is Gradient and team.size > 1:
+        raise RecipeError("gradients of a model are the work of one process: start taylor without torchrun")
     if not isinstance(model, str | Path):
         if team.size > 1:
             raise RecipeError("a loaded model is pruned by one process: save it, and prune its folder")
@@ -157,12 +161,17 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Outp
             with report.clock.phase("copy"):
                 sink.copy_source()
         store = (OnDisk if team.leads else Beside)(host, sink, report)
-        Run(host, plan, tokens, recipe, home, report, store, team=team).prune()
+        _line(recipe)(host, plan, tokens, recipe, home, report, store, team=team).prune()
         report.peak = _most(team.gather(report.peak))
         if team.leads:
             sink.commit(report.to_json())
     report.out = out
     return report
+
+
+def _line(recipe: Recipe) -> type[Run]:
+    """Return the kind of run that brings what the recipe's methods need."""
+    return ReverseRun if recipe.needs is Gradient else Run
 
 
 def _require_alike(team: Team, decisive: dict[str, Any]) -> None:
@@ -188,9 +197,9 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
-    store = InMemory(host, report, once=recipe.dense_stream)
+    store = InMemory(host, report, once=recipe.dense_stream or recipe.needs is Gradient)
     try:
-        Run(host, plan, tokens, recipe, host.home, report, store).prune()
+        _line(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
     except BaseException:
         store.go_back()  # every block is as it was, or pruned
         raise

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from llmprune.checkpoint.journal import Journal
 from llmprune.checkpoint.source import CONFIG, Source
 from llmprune.errors import CheckpointError
 
+ALLOCATION = "allocation"  # what the journal calls the record of it, among those of stages
 _JOURNAL = "journal.jsonl"  # also tells our own unfinished folder from somebody's folder of the same name
 
 
@@ -73,9 +74,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What an earlier run has left in OUT.partial: stages that are done, whether OUT is complete, and bytes."""
+    """What an earlier run has left in OUT.partial: what is done, in words, whether OUT is complete, and bytes."""
 
-    stages: int = 0
+    done: str = ""
     committed: bool = False
     size: int = 0
 
@@ -90,7 +91,14 @@ def find_unfinished(place: Place) -> Unfinished:
         return Unfinished()
     with closing(place.claim()) as journal:
         size = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
-        return Unfinished(len(pruned(journal)), is_committed(place, journal), size)
+        return Unfinished(described(pruned(journal)), is_committed(place, journal), size)
+
+
+def described(done: Collection[str]) -> str:
+    """Return in words what is done, by the names of its records: `3 blocks`."""
+    blocks = len([name for name in done if name != ALLOCATION])
+    count = [f"{blocks} block{'s' if blocks > 1 else ''}"] if blocks else []
+    return " and ".join(["the allocation of sparsity"] * (ALLOCATION in done) + count)
 
 
 def pruned(journal: Journal) -> dict[str, Any]:
@@ -149,9 +157,9 @@ def _require_free(source: Source, out: Path, overwrite: bool, resume: bool) -> i
         raise CheckpointError(f"output {out} exists: choose another folder, or pass --overwrite to replace it")
     if out.exists() and not _is_model(out) and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"output {out} is not a model folder: llmprune does not replace it")
-    if found.stages and not resume and not overwrite:
+    if found.done and not resume and not overwrite:
         raise CheckpointError(
-            f"{place.partial} holds an unfinished run ({found.stages} blocks done): "
+            f"{place.partial} holds an unfinished run ({found.done} done): "
             "continue it with --resume, or start anew with --overwrite"
         )
     return found.size

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from llmprune.checkpoint import durable
 from llmprune.checkpoint.compressed import DENSE_CONFIG, compress_shards, compressed_config
 from llmprune.checkpoint.journal import this_process
-from llmprune.checkpoint.place import Place, announced, folder_id, is_committed, pruned
+from llmprune.checkpoint.place import Place, announced, described, folder_id, is_committed, pruned
 from llmprune.checkpoint.source import CONFIG, Source
 from llmprune.errors import CheckpointError, Interrupted, LlmpruneError, NumericalError, UnsupportedModelError
 from llmprune.progress import Progress
@@ -149,10 +149,10 @@ class Sink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stages = 0 if self._committed or isinstance(error, _FINAL) else len(pruned(self._journal))
-        self._leave(keep=stages > 0)
-        if error is not None and stages:
-            kept = f"{stages} block{'s' if stages > 1 else ''} kept in {self.place.partial}"
+        done = {} if self._committed or isinstance(error, _FINAL) else pruned(self._journal)
+        self._leave(keep=bool(done))
+        if error is not None and done:
+            kept = f"{described(done)} kept in {self.place.partial}"
             _explain(error, f"{kept}: run the same with --resume to continue")
 
     def _leave(self, keep: bool) -> None:
