@@ -450,7 +450,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_only_what_was_given_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
     run("prune", "demo", "out")
-    assert recorded == {"model": "demo", "out": Path("out"), "overwrite": False, "resume": False}
+    output = {"overwrite": False, "resume": False, "compressed": False}
+    assert recorded == {"model": "demo", "out": Path("out"), **output}
 
 
 def test_every_option_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
@@ -474,6 +475,7 @@ def test_every_option_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
         *(
             "--overwrite",
             "--resume",
+            "--compressed",
             "--device",
             "cpu",
             "--dtype",
@@ -502,6 +504,7 @@ def test_every_option_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
         "exclude": ("c",),
         "overwrite": True,
         "resume": True,
+        "compressed": True,
         "device": "cpu",
         "dtype": "float16",
         "batch_size": 2,
