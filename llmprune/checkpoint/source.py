@@ -63,9 +63,7 @@ class Source:
         source = cls(folder, entries, config, shards, identities)
         for path in source.companions():
             require_modest(require_inside(folder, path))
-        for entries_here in source.by_file.values():
-            header = header_of(entries_here)
-            source.checksums[source.place_of(header)] = checksum(header)
+        source.expect({source.place_of(header): checksum(header) for header in source.headers.values()})
         return source
 
     def companions(self) -> list[Path]:
@@ -114,7 +112,7 @@ class Source:
             CheckpointError: a file cannot be read, or other bytes were read there before.
         """
         entries = [self.entries[name] for name in names]
-        headers = [header_of(self.by_file[path]) for path in {entry.file: None for entry in entries}]
+        headers = [self.headers[path] for path in {entry.file: None for entry in entries}]
         found = {self.place_of(entry): checksum(entry) for entry in [*headers, *entries]}
         self.expect(found)
         return found
@@ -130,6 +128,11 @@ class Source:
         for entry in self.entries.values():
             found[entry.file].append(entry)
         return found
+
+    @cached_property
+    def headers(self) -> dict[Path, TensorEntry]:
+        """What precedes the tensors of each of these files."""
+        return {path: header_of(entries) for path, entries in self.by_file.items()}
 
     @contextmanager
     def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -154,9 +157,14 @@ class Source:
             if not entry.shape or entry.count <= _CHECK_ELEMENTS:
                 yield opened[name][...]
                 return
-            step = max(1, _CHECK_ELEMENTS * entry.shape[0] // (entry.count * multiple)) * multiple
+            step = step_of(entry, multiple)
             for start in range(0, entry.shape[0], step):
                 yield opened[name][start : start + step]
+
+
+def step_of(entry: TensorEntry, multiple: int) -> int:
+    """Return how many rows, a multiple of `multiple`, a tensor of one dimension or more is read in at a time."""
+    return max(1, _CHECK_ELEMENTS * entry.shape[0] // (max(entry.count, 1) * multiple)) * multiple
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
