@@ -149,7 +149,7 @@ def test_two_hosts_prune_as_one_process_does_and_stop_when_the_link_is_cut(
 
 def struck(size: int, source: Path, folder: Path, strike: dict[str, Any] | None, **how: Any) -> Ranks:
     """Start the balanced preset on the command line, with something that befalls a rank."""
-    return Ranks(size, folder / "struck", command, task(source, folder), strike, LLMPRUNE_RANK_TIMEOUT="6", **how)
+    return Ranks(size, folder / "struck", command, task(source, folder), strike, LLMPRUNE_RANK_TIMEOUT="10", **how)
 
 
 def task(source: Path, folder: Path, out: str = "struck-out") -> list[str | Path]:
