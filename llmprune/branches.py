@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -100,8 +101,13 @@ class Branch:
 class Branches:
     """The store of a pass: a stage is kept when every branch has kept it, and is always recalled as it was."""
 
+    allocation: dict[str, Any] | None = None  # each branch has its own
+
     def __init__(self, host: Streamed, stores: Sequence[OnBranch]) -> None:
         self._host, self._stores = host, stores
+
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        """Nothing to take: each branch keeps its own."""
 
     @property
     def batch_size(self) -> int:

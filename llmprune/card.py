@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmprune.checkpoint.compressed import is_compressed
+from llmprune.checkpoint.source import read_fields
 from llmprune.errors import CheckpointError
 from llmprune.runs import command_of, update_run
 
@@ -81,7 +83,7 @@ def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, in
         f"## How it was made\n\n{_making(run, repo, base)}",
         f"## What it cost\n\n{_cost(run)}",
         *([f"## Size and speed\n\n{measured}"] if (measured := _size_and_speed(run)) else []),
-        f"## How to load it\n\n{_loading(repo)}",
+        f"## How to load it\n\n{_loading(folder, repo)}",
         f"## Limits\n\n{_limits(folder, run, inherited)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -135,8 +137,15 @@ def _summary(run: dict[str, Any], base: str | None) -> str:
     return (
         f"This is {origin}, pruned after training by {recipe['method']} to {recipe['pattern']}. "
         f"{sparsity['sites']:.2%} of the weights in the {len(run['sites'])} pruned matrices are zero, "
-        f"which is {sparsity['all_parameters']:.2%} of all parameters. Nothing was trained again."
+        f"which is {sparsity['all_parameters']:.2%} of all parameters. {_training(run)}"
     )
+
+
+def _training(run: dict[str, Any]) -> str:
+    tuned = sum(bool(block.get("kept")) for block in run.get("tuning") or [])
+    if not tuned:
+        return "Nothing was trained again."
+    return f"In {tuned} blocks, what survived was tuned towards the outputs of the dense block on the calibration data."
 
 
 def _making(run: dict[str, Any], repo: str, base: str | None) -> str:
@@ -181,7 +190,7 @@ def _size_and_speed(run: dict[str, Any]) -> str:
     if size := run.get("size"):
         both = f"{size['compressed_bytes'] / 1e6:,.1f} MB instead of {size['dense_bytes'] / 1e6:,.1f} MB"
         lines.append(f"- `llmprune compress` stores the weights in {both}.")
-    if speed := run.get("speed"):
+    if (speed := run.get("speed")) and speed["sparse"]:  # else no layer was sparse there
         dense, sparse = speed["dense"]["decode"]["median"], speed["sparse"]["decode"]["median"]
         machine = f"{speed['hardware']['machine']}, {speed['hardware']['threads']} threads"
         lines.append(
@@ -191,9 +200,16 @@ def _size_and_speed(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _loading(repo: str) -> str:
+def _loading(folder: Path, repo: str) -> str:
+    how, first = "It loads as any model of its architecture; the zeros are stored as ordinary weights.", ""
+    if _is_compressed(folder):
+        how = (
+            "It is stored without its zeros. With [llmprune](https://pypi.org/project/llmprune) installed and imported it "
+            f"loads as any model of its architecture; `llmprune decompress {repo} OUT` makes it one that needs no llmprune."
+        )
+        first = "import llmprune  # teaches transformers the format\n"
     return (
-        "It loads as any model of its architecture; the zeros are stored as ordinary weights.\n\n```python\n"
+        f"{how}\n\n```python\n{first}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
@@ -204,9 +220,14 @@ def _loading(repo: str) -> str:
 
 def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    zeros = (
+        "Loaded as it stands, it is dense in memory and no faster: `llmprune.sparsify(model)` keeps it sparse."
+        if _is_compressed(folder)
+        else "Stored as ordinary weights, zeros make a model neither smaller nor faster: that needs software that makes "
+        "use of them."
+    )
     lines = [
-        f"- The files of the weights take {size / 1e6:,.1f} MB. Stored as ordinary weights, zeros make a model neither "
-        "smaller nor faster: that needs software that makes use of them.",
+        f"- The files of the weights take {size / 1e6:,.1f} MB. {zeros}",
         "- Perplexity says little about a particular task: measure yours before you rely on this model.",
         "- It has the biases and the limits of its base model, and pruning can make them worse.",
     ]
@@ -215,6 +236,10 @@ def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str
     if (folder / BASE_CARD).is_file():
         lines.append(f"- The card of the base model, with its notices, is [{BASE_CARD}]({BASE_CARD}).")
     return "\n".join(lines + [f"- {note}." for note in run["notes"]])
+
+
+def _is_compressed(folder: Path) -> bool:
+    return is_compressed(read_fields(folder))
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.sink import REPORT
+from llmprune.checkpoint.unpacked import Unpacked, open_dense
 from llmprune.errors import CheckpointError, PatternError
 from llmprune.locate import locate
 from llmprune.model import Streamed
@@ -63,8 +64,8 @@ class Inspection:
 
     @property
     def verified(self) -> bool | None:
-        """True if every promise is kept, None if the checkpoint makes none."""
-        return not self.faults if self.promised else None
+        """True if every promise is kept, None if the checkpoint makes none; False also for a fault of the format."""
+        return not self.faults if self.promised or self.faults else None
 
     def sparsity(self, sites_only: bool) -> float:
         """Return the share of zeros in the sites, or in all parameters."""
@@ -110,20 +111,28 @@ class Inspection:
 def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Inspection:
     """Count the zeros of every tensor of a checkpoint, one tensor in memory at a time, and check its promises.
 
+    Of a compressed checkpoint the bitmasks and values are read as they lie: nothing dense is written to disk.
+
     Args:
-        model: a folder, a Hub id or `demo`.
+        model: a folder, dense or compressed, a Hub id or `demo`.
 
     Raises:
         LlmpruneError: the checkpoint cannot be opened or read.
     """
-    source = Source.open(locate(model, revision))
+    source = open_dense(locate(model, revision))
     host = Streamed(source, torch.device("cpu"), trust_remote_code=trust_remote_code)
     sites = {site.tensor: site for stage in host.blocks for site in sites_of(stage) if not is_router(site.tensor)}
     promises = _promises(source.folder)
     sizes = sorted({*GROUP_SIZES, *_promised_sizes(promises)})
     tensors = [_tensor_report(source, key, sites.get(host.parameter_of(key)), sizes) for key in source.entries]
-    left_dense = _left_dense(source.folder, host)
-    return Inspection(str(model), tensors, left_dense, _broken(promises, tensors, host), bool(promises))
+    faults = [*_wasted(source), *_broken(promises, tensors, host)]
+    return Inspection(str(model), tensors, _left_dense(source.folder, host), faults, bool(promises))
+
+
+def _wasted(source: Source) -> list[str]:
+    """Return what a compressed checkpoint stores though it is zero."""
+    wasted = source.wasted() if isinstance(source, Unpacked) else {}
+    return [f"{name}: stores {count} zeros as values, compress it again" for name, count in wasted.items()]
 
 
 def _left_dense(folder: Path, host: Streamed) -> dict[str, str]:

@@ -44,6 +44,12 @@ class Pattern(Protocol):
         Among equal scores the ones with the lowest index are removed first.
         """
 
+    def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
+        """Return the mask of one block of columns, which begins at column `start` of the matrix.
+
+        The masks of blocks that make up the matrix are together exactly what the pattern asks for.
+        """
+
     def check(self, keep_OI: Tensor) -> None:
         """Raise PatternError unless the mask satisfies the pattern exactly."""
 
@@ -75,7 +81,6 @@ class Unstructured:
         return ~lowest(score_OI.reshape(1, -1), int(rows * columns * self.sparsity)).view(rows, columns)
 
     def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
-        """Return the mask of one block of columns that begins at column `start` of the matrix."""
         rows, width = score_OB.shape
         if self.group == "row":
             return ~lowest(score_OB, self.block_budget(1, start, start + width))
@@ -98,12 +103,16 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class Count:
-    """Remove exactly `removed` of the `total` weights of a matrix: one site's part of a budget over the model."""
+    """Remove exactly `removed` of the `total` weights of a matrix: one site's part of a budget over several.
+
+    Of a comparison group smaller than the matrix each gets a share: as equal as whole weights allow, and in all exact.
+    """
 
     removed: int
     total: int
+    group: ComparisonGroup = "layer"
 
-    row_wise: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = False  # how many weights a row loses depends on its place
 
     @property
     def sparsity(self) -> float:
@@ -113,15 +122,61 @@ class Count:
         return None if rows * columns == self.total else f"has {rows * columns} weights, not {self.total}"
 
     def keep(self, score_OI: Tensor) -> Tensor:
-        return ~lowest(score_OI.reshape(1, -1), self.removed).view(score_OI.shape)
+        rows, columns = score_OI.shape
+        if self.group == "row":
+            return ~_lowest_of_rows(score_OI, self._of_rows(rows))
+        if self.group == "block":
+            return torch.cat([self.keep_block(score_OI[:, s:e], s) for s, e in column_blocks(columns)], dim=1)
+        return ~lowest(score_OI.reshape(1, -1), self.removed).view(rows, columns)
+
+    def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
+        rows, width = score_OB.shape
+        columns, stop = self.total // rows, start + width
+        if self.group == "row":
+            counts = self._of_rows(rows)
+            return ~_lowest_of_rows(score_OB, [_share(count, columns, start, stop) for count in counts])
+        return ~lowest(score_OB.reshape(1, -1), _share(self.removed, columns, start, stop)).view(rows, width)
 
     def check(self, keep_OI: Tensor) -> None:
-        found = int((~keep_OI).sum())
-        if found != self.removed:
-            raise PatternError(f"asked for {self.removed} zeros, the mask has {found}")
+        found_O = (~keep_OI).sum(1).tolist()
+        if (self.group == "row" and found_O != self._of_rows(len(found_O))) or sum(found_O) != self.removed:
+            raise PatternError(f"asked for {self.removed} zeros, the mask has {sum(found_O)} or shares them unequally")
+
+    def _of_rows(self, rows: int) -> list[int]:
+        return [_share(self.removed, rows, row, row + 1) for row in range(rows)]
 
     def __str__(self) -> str:
         return f"{self.sparsity:.6g}"
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Several matrices one below the other, each with a pattern of its own: what is solved at once shares its factors."""
+
+    parts: tuple[Pattern, ...]
+    rows: tuple[int, ...]
+
+    row_wise: ClassVar[bool] = False
+
+    @property
+    def sparsity(self) -> float:
+        return sum(part.sparsity * rows for part, rows in zip(self.parts, self.rows, strict=True)) / sum(self.rows)
+
+    def misfit(self, rows: int, columns: int) -> str | None:
+        faults = (part.misfit(height, columns) for part, height in zip(self.parts, self.rows, strict=True))
+        return next((fault for fault in faults if fault), None)
+
+    def keep(self, score_OI: Tensor) -> Tensor:
+        pieces = zip(self.parts, score_OI.split(self.rows), strict=True)
+        return torch.cat([part.keep(piece_RI) for part, piece_RI in pieces])
+
+    def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
+        pieces = zip(self.parts, score_OB.split(self.rows), strict=True)
+        return torch.cat([part.keep_block(piece_RB, start) for part, piece_RB in pieces])
+
+    def check(self, keep_OI: Tensor) -> None:
+        for part, piece_RI in zip(self.parts, keep_OI.split(self.rows), strict=True):
+            part.check(piece_RI)
 
 
 @dataclass(frozen=True)
@@ -144,6 +199,9 @@ class NM:
         if is_on_cpu(score_OI):
             return ~lowest(score_GM, self.m - self.n).view(score_OI.shape)
         return kernels.keep_highest(score_GM.T.contiguous(), self.n).T.reshape(score_OI.shape)
+
+    def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
+        return self.keep(score_OB)
 
     def check(self, keep_OI: Tensor) -> None:
         kept = keep_OI.reshape(-1, self.m).sum(1)
@@ -188,6 +246,20 @@ def in_group(pattern: Unstructured | NM, group: ComparisonGroup) -> Unstructured
 def column_blocks(columns: int, width: int = BLOCK_COLUMNS) -> list[tuple[int, int]]:
     """Return the [start, stop) of every block of `width` columns; the last may be narrower."""
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def _share(count: int, parts: int, start: int, stop: int) -> int:
+    """Return how much of `count`, spread over `parts`, is in those from `start` to `stop`; over all parts it is exact."""
+    return count * stop // parts - count * start // parts
+
+
+def _lowest_of_rows(score_RC: Tensor, counts: list[int]) -> Tensor:
+    """Mark the lowest scores of every row, of each as many as `counts` has for it."""
+    marked_RC, counts_R = torch.zeros_like(score_RC, dtype=torch.bool), torch.tensor(counts, device=score_RC.device)
+    for count in sorted(set(counts)):
+        rows = (counts_R == count).nonzero().squeeze(1)
+        marked_RC[rows] = lowest(score_RC[rows], count)
+    return marked_RC
 
 
 def is_on_cpu(tensor: Tensor) -> bool:

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmprune import calibration, data, methods
+from llmprune import calibration, data, methods, overrides
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
 from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
-from llmprune.patterns import NM, Unstructured
 from llmprune.recipe import Recipe
 
 _SMALL_SHARE = 0.5  # of the parameters beside embeddings; below it a run warns that most of the model stays dense
@@ -47,7 +46,6 @@ class Plan:
     embedding: str
     head: str
     sites: dict[str, list[Site]]
-    pattern: Unstructured | NM
     left_dense: dict[str, str]
     parameters: int  # of the whole model
     inner_parameters: int  # beside embeddings and head
@@ -96,7 +94,7 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     sites = [site for chosen_here in chosen.values() for site in chosen_here]
     _require_sense(host, recipe, chosen, sites)
     stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)
-    return Plan(stages, host.embedding.name, host.head.name, chosen, recipe.target(), left_dense, *_parameters(host))
+    return Plan(stages, host.embedding.name, host.head.name, chosen, left_dense, *_parameters(host))
 
 
 def _twins(tied: dict[str, str]) -> dict[str, set[str]]:
@@ -144,7 +142,7 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
         DataError: the calibration data cannot be read or does not fit the model.
         RecipeError: it is too little to hold some of it out from block tuning.
     """
-    if recipe.solver().needs is None:
+    if not recipe.calibrates:
         return None
     context = context_length(host.config)
     length = window_length(recipe.length, context)
@@ -158,17 +156,19 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 
 
 def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
-    solver, pattern = recipe.solver(), recipe.target()
     if not sites:
         cause = "--exclude takes every matrix away" if recipe.exclude else "the model's blocks hold no matrix"
         raise RecipeError(f"nothing is left to prune: {cause}")
-    if host.embedding.name in chosen and solver.needs is not None:
-        raise RecipeError(
-            f"{chosen[host.embedding.name][0].name} is an embedding, for which {methods.name_of(solver)} has no "
-            "inputs to see: use --method magnitude, or do not include it"
-        )
+    overrides.require_matches([site.tensor for site in sites], recipe.overrides, recipe.sparsities)
+    for site in chosen.get(host.embedding.name, ()):
+        solver = recipe.at(site.tensor).solver()
+        if solver.needs is not None:
+            raise RecipeError(
+                f"{site.name} is an embedding, for which {methods.name_of(solver)} has no inputs to see: use --method "
+                "magnitude, or do not include it"
+            )
     for site in sites:
-        if why := pattern.misfit(*site.shape):
+        if why := recipe.at(site.tensor).target().misfit(*site.shape):
             raise PatternError(f"{site.name} {why}: use a pattern such as 50%, or --exclude '{site.name}'")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from llmprune.errors import RecipeError, did_you_mean
 
 _TOWARDS_DENSE = {"true_sequential": True, "dense_target": 0.5}
+_BY_LOSS = {"allocation": "fisher"}  # of unstructured patterns; N:M is the same everywhere
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "method_options": {"arithmetic": "fast"}, **_TOWARDS_DENSE},
@@ -16,8 +17,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "admm",
         "method_options": {"iterations": 24, "stages": 5, "first_rho": 0.2, "refit": 5},
         **_TOWARDS_DENSE,
+        **_BY_LOSS,
     },
-    "best": {"method": "admm", **_TOWARDS_DENSE, "tune_epochs": 10},
+    "best": {"method": "admm", **_TOWARDS_DENSE, **_BY_LOSS, "tune_epochs": 10},
 }
 
 
@@ -34,6 +36,8 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise RecipeError(f"unknown preset '{name}': {did_you_mean(str(name), PRESETS)}")
     preset = dict(PRESETS[name])
+    if ":" in str(given.get("pattern", "")) or given.get("comparison_group") == "model":
+        preset.pop("allocation", None)  # nothing is to be shared out
     if given.get("method", preset["method"]) != preset["method"]:
         preset.pop("method_options", None)  # those of another method
     elif isinstance(given.get("method_options"), Mapping):

@@ -128,7 +128,7 @@ def plan(model: str | Path, *, ranks: int = 1, **options: Any) -> Preview:
 
 
 def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recipe: Recipe, ranks: int) -> Preview:
-    workload = Workload.of(recipe, host, ranks) if recipe.solver().needs else None
+    workload = Workload.of(recipe, host, ranks) if forecast.collected(recipe) else None
     trials = _trials(host, plan, recipe, workload) if workload else {}
     pruned = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
     return Preview(
@@ -149,7 +149,7 @@ def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recip
 
 def _trials(host: Outline, plan: Plan, recipe: Recipe, workload: Workload) -> dict[str, Trial]:
     """Try out the stages that calibration visits."""
-    needs = recipe.solver().needs
+    needs = forecast.collected(recipe)
     assert needs is not None
     host.open(workload.home)
     budget = statistics_budget(max(host.bytes_of(block) for block in host.blocks), host.place)

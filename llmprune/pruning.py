@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 from llmprune.checkpoint import Sink, Source
+from llmprune.checkpoint.compressed import least_sparsity
 from llmprune.checkpoint.place import require_place
 from llmprune.checkpoint.sink import difference
 from llmprune.determinism import repeatable
@@ -15,11 +17,14 @@ from llmprune.model import Resident, Streamed, load_tokenizer
 from llmprune.model.memory import home_device, out_of_memory_in
 from llmprune.model.originals import require_in_memory
 from llmprune.model.sites import require_finite
+from llmprune.model.streamed import stored_dtype
 from llmprune.planning import draw_tokens, make_plan, warn_of_small_share
 from llmprune.recipe import Recipe
 from llmprune.report import Report
+from llmprune.reverse import ReverseRun
 from llmprune.run import Run
 from llmprune.several import prune_patterns
+from llmprune.statistics import Gradient
 from llmprune.storing import Beside, InMemory, OnDisk, fingerprint
 from llmprune.team.joining import joined
 from llmprune.team.team import Team
@@ -34,6 +39,7 @@ def prune(
     tokenizer: Any = None,
     overwrite: bool = False,
     resume: bool = False,
+    compressed: bool = False,
     **options: Any,
 ) -> Report: ...
 
@@ -57,6 +63,7 @@ def prune(
     tokenizer: Any = None,
     overwrite: bool = False,
     resume: bool = False,
+    compressed: bool = False,
     **options: Any,
 ) -> Report | list[Report]:
     """Prune a causal language model.
@@ -68,6 +75,8 @@ def prune(
         tokenizer: for a loaded model and calibration text.
         overwrite: replace `out` if it is a model folder, and give up an unfinished run.
         resume: continue an unfinished run at `out`, if there is one, where it was interrupted.
+        compressed: write what `llmprune compress` would make of the output; transformers loads it after
+            `import llmprune`.
         options: the fields of `llmprune.Recipe`. A list of several as `pattern` prunes a model on disk to each of them
             in one calibration pass, which runs through the dense model, into folders below `out` that are named after
             them: `50%` into `out/50%`, `2:4` into `out/2of4`. What has to see its own pruned inputs is refused then.
@@ -79,59 +88,71 @@ def prune(
         LlmpruneError: one of its kinds, before any work wherever that is possible; `out` then does not exist. Once a
             block is done, what is done is kept for `resume`.
     """
+    output = Output(overwrite, resume, compressed)
     if isinstance(options.get("pattern"), list | tuple):
-        return _prune_several(model, out, tokenizer, overwrite, resume, options)
+        return _prune_several(model, out, tokenizer, output, options)
     recipe = Recipe.of(options)
     with joined() as team, repeatable(recipe.deterministic):
-        return _prune(model, out, tokenizer, recipe, overwrite, resume, team)
+        return _prune(model, out, tokenizer, recipe, output, team)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `prune` is told of its output folder."""
+
+    overwrite: bool = False
+    resume: bool = False
+    compressed: bool = False
 
 
 def _prune_several(
-    model: Any, out: str | Path | None, tokenizer: Any, overwrite: bool, resume: bool, options: dict[str, Any]
+    model: Any, out: str | Path | None, tokenizer: Any, output: Output, options: dict[str, Any]
 ) -> list[Report]:
     if not isinstance(model, str | Path) or out is None:
         raise RecipeError("several patterns need a model on disk and an output folder: prune('org/model', 'out', ...)")
     if tokenizer is not None:
         raise RecipeError("a tokenizer goes with a loaded model: one on disk has its own")
+    if output.compressed:
+        raise RecipeError("several patterns are written dense: leave out --compressed, and compress each afterwards")
     others = {name: value for name, value in options.items() if name != "pattern"}
-    return prune_patterns(model, Path(out), options["pattern"], overwrite, resume, others)
+    return prune_patterns(model, Path(out), options["pattern"], output.overwrite, output.resume, others)
 
 
-def _prune(
-    model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, overwrite: bool, resume: bool, team: Team
-) -> Report:
+def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output, team: Team) -> Report:
+    if recipe.needs is Gradient and team.size > 1:
+        raise RecipeError("gradients of a model are the work of one process: start taylor without torchrun")
     if not isinstance(model, str | Path):
         if team.size > 1:
             raise RecipeError("a loaded model is pruned by one process: save it, and prune its folder")
-        if out is not None or overwrite or resume:
+        if out is not None or output != Output():
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
         return _prune_in_place(model, tokenizer, recipe)
     if out is None:
         raise RecipeError("an output folder is needed: prune(model, out, ...)")
-    return _prune_checkpoint(model, Path(out), recipe, overwrite, resume, team)
+    return _prune_checkpoint(model, Path(out), recipe, output, team)
 
 
-def _prune_checkpoint(
-    model: str | Path, out: Path, recipe: Recipe, overwrite: bool, resume: bool, team: Team
-) -> Report:
+def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Output, team: Team) -> Report:
     require_own_name(out)
     if team.size > 1 and recipe.tune_epochs:
         raise RecipeError("blocks are tuned by one process: with torchrun leave out tune_epochs, and presets with it")
     source = Source.open(locate(model, recipe.revision))
     if team.leads:
-        require_place(source, out, overwrite, resume)
+        require_place(source, out, output.overwrite, output.resume, output.compressed)
     recipe = recipe.for_model(model)
     host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
     plan = make_plan(host, recipe)
+    if output.compressed:
+        _require_zeros_enough(recipe, stored_dtype(source).itemsize)
     tokens = draw_tokens(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
     warn_of_small_share(plan, recipe)
     report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
     rows = team.share(tokens.rows) * (2 if recipe.dense_stream else 1) if tokens else []
     home = home_device(recipe.place(), rows, host.config, host.dtype)
-    decisive = fingerprint(source, report)
+    decisive = fingerprint(source, report) | ({"compressed": True} if output.compressed else {})
     _require_alike(team, decisive)
-    sink = Sink(source, out, decisive, resume)
+    sink = Sink(source, out, decisive, output.resume, output.compressed)
     with sink if team.leads else nullcontext():  # the lock, and all that is written, is the first rank's
         sink.done = team.tell(sink.done)
         with report.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
@@ -140,12 +161,17 @@ def _prune_checkpoint(
             with report.clock.phase("copy"):
                 sink.copy_source()
         store = (OnDisk if team.leads else Beside)(host, sink, report)
-        Run(host, plan, tokens, recipe, home, report, store, team=team).prune()
+        _line(recipe)(host, plan, tokens, recipe, home, report, store, team=team).prune()
         report.peak = _most(team.gather(report.peak))
         if team.leads:
             sink.commit(report.to_json())
     report.out = out
     return report
+
+
+def _line(recipe: Recipe) -> type[Run]:
+    """Return the kind of run that brings what the recipe's methods need."""
+    return ReverseRun if recipe.needs is Gradient else Run
 
 
 def _require_alike(team: Team, decisive: dict[str, Any]) -> None:
@@ -171,10 +197,19 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     for site in plan.all_sites():
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
-    store = InMemory(host, report, once=recipe.dense_stream)
+    store = InMemory(host, report, once=recipe.dense_stream or recipe.needs is Gradient)
     try:
-        Run(host, plan, tokens, recipe, host.home, report, store).prune()
+        _line(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
     except BaseException:
         store.go_back()  # every block is as it was, or pruned
         raise
     return report
+
+
+def _require_zeros_enough(recipe: Recipe, size: int) -> None:
+    """Refuse to compress what would not become smaller: a bit for each weight has to be saved first."""
+    if recipe.target().sparsity <= least_sparsity(size):
+        raise RecipeError(
+            f"{recipe.pattern} leaves too few zeros for a compressed output to be smaller, which takes more than "
+            f"{least_sparsity(size):.1%}: leave out --compressed"
+        )

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from llmprune import methods, patterns
+from llmprune import methods, overrides, patterns
 from llmprune.errors import RecipeError, did_you_mean
 from llmprune.locate import DEMO
 from llmprune.methods import Method
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
 from llmprune.presets import expanded
-from llmprune.statistics import Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
 
+ALLOCATIONS = ("uniform", "owl", "error", "fisher")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -39,6 +40,13 @@ class Recipe:
         true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
         dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
             outputs that the dense matrix has on the pruned model's inputs. Needs `true_sequential`.
+        allocation: how a sparsity is shared out over the sites: `uniform`; by cost, `error` (of a site's outputs) or
+            `fisher` (of the loss, by one backward pass); `owl` by the outliers of blocks. In all the sites it is exact.
+        allocation_range: how far a site's sparsity may then be from the pattern's.
+        sparsities: sparsities of sites by glob, as `pattern` has them. The first glob that matches counts; all other
+            sites have the pattern's own sparsity, in their sum if that is shared out.
+        overrides: by glob, another `method`, `pattern`, `method_options` or `comparison_group`; the first glob that
+            matches counts. A pattern stated here is kept exactly, as a sparsity stated in `sparsities` is.
         tune_epochs: how often the calibration sequences pass through each pruned block to tune what survives in it
             towards the dense block's output; 0 tunes nothing.
         tune_rate: first step size of that, relative to the weights; see `llmprune.tuning`.
@@ -63,6 +71,10 @@ class Recipe:
     batch_size: int | None = None
     true_sequential: bool = False
     dense_target: float = 0.0
+    allocation: str = "uniform"
+    allocation_range: float = 0.15
+    sparsities: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tune_epochs: int = 0
     tune_rate: float = 0.2
     autocast: bool = False
@@ -101,6 +113,8 @@ class Recipe:
         self.target()
         self.place()
         self._require_dense_target()
+        overrides.require_valid(self, self.overrides, self.sparsities)
+        self._require_allocation()
         self._require_tuning()
 
     @property
@@ -121,6 +135,70 @@ class Recipe:
             raise RecipeError(f"{methods.name_of(self.solver())} fits no outputs: leave out dense_target")
         if self.dense_target and not self.true_sequential:
             raise RecipeError("dense_target needs true_sequential, so that a block is solved as its inputs change")
+
+    def _require_allocation(self) -> None:
+        if self.allocation not in ALLOCATIONS:
+            hint = did_you_mean(str(self.allocation), ALLOCATIONS)
+            raise RecipeError(f"unknown allocation '{self.allocation}': {hint}")
+        if not isinstance(self.allocation_range, int | float) or not 0 < self.allocation_range < 1:
+            raise RecipeError(f"allocation_range must be a number between 0 and 1, not {self.allocation_range!r}")
+        if self.needs is Gradient:
+            self._require_gradients()
+        elif self.needs is Gram and ColumnMoments in self._needed:
+            raise RecipeError(
+                "overrides mix dsnot, which needs means of inputs, with a method that needs a Gram matrix"
+            )
+        if ColumnMoments in self._needed and self.allocation in ("error", "fisher"):
+            raise RecipeError(f"allocation '{self.allocation}' solves from Gram matrices, dsnot from means: use owl")
+        pattern = self.target()
+        stated = [name for name in ("sparsities", "overrides") if getattr(self, name)]
+        stated += [f"allocation '{self.allocation}'"] if self.allocation != "uniform" else []
+        for name in stated:
+            if isinstance(pattern, Unstructured) and pattern.group == "model":
+                raise RecipeError(f"comparison_group 'model' already shares out the sparsity: leave out {name}")
+            if isinstance(pattern, NM) and name != "overrides":
+                raise RecipeError(
+                    f"{name} shares out a sparsity, {pattern} is the same everywhere: use 50% or the like"
+                )
+
+    def _require_gradients(self) -> None:
+        """Gradients are those of the dense model, and come in the reverse order of blocks."""
+        parts = [self, *(overrides.changed(self, changes) for changes in self.overrides.values())]
+        solvers = [part.solver() for part in parts]
+        name = next(methods.name_of(solver) for solver in solvers if solver.needs is Gradient)
+        for option in ("true_sequential", "tune_epochs"):
+            if getattr(self, option):
+                raise RecipeError(f"{name} takes the dense model's gradients: leave out {option}")
+        if any(solver.needs not in (Gradient, None) for solver in solvers):
+            raise RecipeError(
+                f"{name} prunes from the last block to the first: no overrides with methods that see inputs"
+            )
+        if self.allocation in ("error", "fisher"):
+            raise RecipeError(f"allocation '{self.allocation}' solves from inputs, {name} from gradients: use owl")
+
+    def at(self, name: str) -> "Recipe":
+        """Return the recipe of one site, by its tensor's name: the same for all, where nothing is stated for it."""
+        changes = overrides.changes_for(name, self.overrides, self.sparsities)
+        return overrides.changed(self, changes) if changes else self
+
+    def states_pattern(self, name: str) -> bool:
+        """Say whether a site's pattern is stated for it, by its tensor's name."""
+        return "pattern" in overrides.changes_for(name, self.overrides, self.sparsities)
+
+    @property
+    def needs(self) -> type[Any] | None:
+        """The statistic that serves all methods of the recipe: a Gram matrix where one needs it."""
+        return next((kind for kind in (Gradient, Gram, ColumnMoments, ColumnNorm) if kind in self._needed), None)
+
+    @property
+    def _needed(self) -> set[Any]:
+        parts = [self, *(overrides.changed(self, changes) for changes in self.overrides.values())]
+        return {part.solver().needs for part in parts}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration data is needed."""
+        return self.needs is not None or self.allocation != "uniform"
 
     def solver(self) -> Method:
         """Return the method with its hyper-parameters set."""
@@ -175,6 +253,13 @@ class Recipe:
         fields: dict[str, Any] = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         fields["method"] = methods.name_of(solver)
         fields["method_options"] = {item.name: getattr(solver, item.name) for item in dataclasses.fields(solver)}  # type: ignore[arg-type]
+        fields["sparsities"] = {glob: str(value) for glob, value in self.sparsities.items()}
+        parts = {glob: overrides.changed(self, changes).to_json() for glob, changes in self.overrides.items()}
+        told = {"method": ("method", "method_options")}  # a method is told with all its options
+        fields["overrides"] = {
+            glob: {name: parts[glob][name] for option in changes for name in told.get(option, (option,))}
+            for glob, changes in self.overrides.items()
+        }
         fields["pattern"], fields["device"] = str(self.pattern), str(self.device)
         pattern = self.target()
         fields["comparison_group"] = pattern.group if isinstance(pattern, Unstructured) else None

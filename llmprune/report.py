@@ -21,7 +21,7 @@ from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
 from llmprune.progress import resident_bytes
 from llmprune.solving import Outcome
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, Gradient, Gram
 from llmprune.tuning import BlockTuning
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class SiteReport:
         error: squared change of the outputs relative to the squared outputs, summed over the calibration tokens; with a
             dense target, both are of the weights that meet it best without a pattern.
         error_norm: what `error` was measured with: `gram` (the true outputs), `column_norm` (inputs taken as
-            uncorrelated) or `weights` (all inputs taken as equal).
+            uncorrelated), `gradient` (Σ (Δw · dL/dw)², no output) or `weights` (all inputs taken as equal).
         magnitude_error: `error`, had magnitude chosen as many weights; None where it was not measured.
     """
 
@@ -65,7 +65,8 @@ class SiteReport:
     ) -> "SiteReport":
         """Return the report on a solved site."""
         sparsity = outcome.zeros / (site.shape[0] * site.shape[1])
-        norm = "gram" if isinstance(statistic, Gram) else "column_norm" if statistic else "weights"
+        norm = "gram" if isinstance(statistic, Gram) else "gradient" if isinstance(statistic, Gradient) else None
+        norm = norm or ("column_norm" if statistic else "weights")
         tokens = statistic.tokens if statistic else 0
         notes = notes + outcome.notes
         return cls(
@@ -110,6 +111,7 @@ class Report:
     sites: list[SiteReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    allocation: dict[str, Any] | None = None  # how a sparsity was shared out over the sites, see `budget.Choice`
     retries: list[str] = field(default_factory=list)  # what was given up where memory ran out
     clock: Clock = field(default_factory=Clock)
     peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
@@ -199,6 +201,7 @@ class Report:
             "parameters": {"sites": self.site_parameters, "all": self.parameters, "blocks": self.blocks},
             "coverage": {"all_parameters": self.site_parameters / self.parameters, "inner_parameters": self.coverage},
             "sites": [asdict(site) for site in self.sites],
+            "allocation": self.allocation,
             "tuning": [tuning.to_json() for tuning in self.tuning],
             "left_dense": self.left_dense,
             "notes": self.notes + self.retries,

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 
 from llmprune import kernels
-from llmprune.allocation import global_magnitude
+from llmprune.budget import Choice, choose
 from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError, ResourceError
 from llmprune.methods.magnitude import Magnitude
@@ -25,7 +26,7 @@ from llmprune.model.memory import (
 )
 from llmprune.model.sharing import SharedCollector
 from llmprune.model.sites import Site, Stage
-from llmprune.patterns import Pattern, Unstructured
+from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
 from llmprune.portions import Portions
 from llmprune.progress import Progress
@@ -105,6 +106,21 @@ class Run:
             make_room()
         self.report.close(self.plan)
 
+    def patterns(self) -> dict[str, Pattern]:
+        """Return every site's pattern; what is shared out over the sites the first rank decides, for all."""
+        with self.report.clock.phase("allocation") if self.recipe.allocation != "uniform" else nullcontext():
+            known = self.store.allocation
+            choice = self._choice(known) if self.team.leads else None
+            told = self.team.tell(choice.allocation if choice else None)
+            choice = choice or self._choice(told)
+        self.report.allocation = choice.allocation
+        if choice.allocation and not known:
+            self.store.keep_allocation(choice.allocation)
+        return choice.patterns
+
+    def _choice(self, known: dict[str, Any] | None) -> Choice:
+        return choose(self.host, self.plan, self.recipe, self.tokens, self.home, known)
+
     def _stream(self, patterns: dict[str, Pattern]) -> None:
         """Visit the stages in order: load, collect statistics, solve, store, run on with the pruned weights, free."""
         stages, clock = self.plan.stages, self.report.clock
@@ -176,7 +192,7 @@ class Run:
         return Portions(self.team, self.host, self.plan, self.recipe.solver(), self.report)
 
     def _solved(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> SiteReport:
-        method = self.recipe.solver()
+        method = self.recipe.at(site.tensor).solver()
         if group.statistic is None and method.needs is not None:
             method = Magnitude()  # experts that no token reached; the group's notes say so
         seed, share, on_host = self.recipe.seed, self.recipe.dense_target, self.thrift.on_host
@@ -221,7 +237,7 @@ class Run:
         return self.recipe.batch_size or (sequences_at_once(most, len(rows)) if self.recipe.tune_epochs else most)
 
     def _lanes(self) -> AbstractContextManager[Lanes | None]:
-        if self.tokens is None:
+        if self.tokens is None or self.recipe.needs is None:
             return nullcontext()
         rows = self.team.share(batches(self.tokens, self.store.batch_size))
         rows = [*rows, *rows] if self.recipe.dense_stream else rows
@@ -229,7 +245,7 @@ class Run:
         return Lanes(self.host.model, stops, rows, self.home, self.host.device_of, self._autocast())
 
     def _collector(self, lanes: Lanes | None) -> Collector | None:
-        needs, twins = self.recipe.solver().needs, self.recipe.dense_stream
+        needs, twins = self.recipe.needs, self.recipe.dense_stream
         if lanes is None or needs is None or self.tokens is None:
             return None
         room = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
@@ -248,20 +264,6 @@ class Run:
         shared = partial(SharedCollector, team=self.team, settle=self._portions.settle)
         self.thrift.collector = Collector(*how) if self.team.size == 1 else shared(*how)
         return self.thrift.collector
-
-    def patterns(self) -> dict[str, Pattern]:
-        """Return every site's pattern; a budget over the whole model is split by one look at all weights."""
-        sites, pattern = self.plan.all_sites(), self.plan.pattern
-        if isinstance(pattern, Unstructured) and pattern.group == "model":
-            return dict(global_magnitude(self._weights, pattern.sparsity))
-        return {site.name: pattern for site in sites}
-
-    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for stage in [self.host.embedding, *self.plan.stages]:
-            if stage.name in self.plan.sites:
-                self.host.load(stage)
-                yield from ((site.name, self.host.weight(site)) for site in self.plan.sites[stage.name])
-                self.host.free(stage)
 
 
 def _unfed(sites: Iterable[Site]) -> Iterator[Group]:

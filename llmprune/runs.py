@@ -85,6 +85,10 @@ def _words(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, bool):
         return [option] if value else []
+    if name == "sparsities":
+        return [word for glob, share in value.items() for word in ("--sparsity", f"{glob}={share}")]
+    if name == "overrides":
+        return ["--recipe", "OVERRIDES.yaml"] if value else []
     if isinstance(value, dict):
         return [word for key, entry in value.items() for word in ("--method-option", f"{key}={entry}")]
     if isinstance(value, list):

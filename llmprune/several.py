@@ -87,7 +87,7 @@ def prune_together(
     done = {out: _finished(out, model, recipe) for out, recipe in recipes.items() if resume and _is_complete(out)}
     missing = {out: recipe for out, recipe in recipes.items() if out not in done}
     if missing:
-        widest = max(recipes.values(), key=lambda recipe: _NEEDS.index(recipe.solver().needs))
+        widest = max(recipes.values(), key=lambda recipe: (_NEEDS.index(recipe.needs), recipe.calibrates))
         with repeatable(widest.deterministic):
             done |= _prune(model, missing, widest, overwrite, resume)
     return [done[out] for out in recipes]
@@ -117,7 +117,7 @@ def require_shared_inputs(recipe: Recipe) -> None:
                 "through the dense model: give one pattern at a time (a sweep: --separate), or leave it out (presets "
                 "set it)"
             )
-    if recipe.solver().needs not in _NEEDS:
+    if recipe.needs not in _NEEDS:
         raise RecipeError(
             f"{methods.name_of(recipe.solver())} needs to know more than norms or the Gram of inputs, and several "
             "results share these: give one pattern at a time (a sweep: --separate)"

@@ -14,7 +14,7 @@ from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.recipe import Recipe
 from llmprune.retrying import Retry, reliefs
-from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 512  # of a matrix, from which the error of magnitude is taken
@@ -23,14 +23,15 @@ _TARGET_DAMP = 0.01  # SparseGPT's own: its factor then serves both
 
 
 @torch.no_grad()
-def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | None = None, **options: Any) -> Solution:
+def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | None = None, **options: Any) -> Solution:
     """Prune one matrix with the maths that `prune` uses.
 
     Args:
         weight: [outputs, inputs], any floating dtype; not modified.
         statistic: what the method needs of the inputs: a `ColumnNorm`, or a `Gram`, which serves for both; or a tensor:
             the inputs themselves [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods
-            that need no more, their norms [inputs]. None for methods that need nothing.
+            that need no more, their norms [inputs]; for `taylor` a `Gradient`, or the gradient of the loss [outputs, inputs].
+            None for methods that need nothing.
         options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`.
 
     Raises:
@@ -63,7 +64,7 @@ class Outcome:
     zeros: int
     error: float
     notes: tuple[str, ...]
-    magnitude_error: float
+    magnitude_error: float | None
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,15 @@ def prune_matrix(
     where sums are rounded otherwise.
     """
     generator, rows_apart = seeded(seed, name), method.row_wise and pattern.row_wise
+    share = dense_target if method.needs is Gram else 0.0
     measured = Retry(name, False, generator, reliefs(statistic, on_host))
-    (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, dense_target))
+    yardstick: float | None = None
+    if not isinstance(statistic, Gradient):  # which knows no outputs of the matrix
+        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, share))
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
-        goal_OI = _goal(here_OI, statistic, dense_target)
+        goal_OI = _goal(here_OI, statistic, share)
         solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
         zeros = rows_OI.numel() - int(solution.weight_OI.count_nonzero())
         part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic), solution.notes)
@@ -149,11 +153,14 @@ def checked_solution(
     return Solution(pruned_OI, solution.keep_OI, solution.notes)
 
 
-def energies(weight_OI: Tensor, pruned_OI: Tensor, statistic: ColumnNorm | Gram | None) -> tuple[float, float]:
+def energies(
+    weight_OI: Tensor, pruned_OI: Tensor, statistic: ColumnNorm | Gram | Gradient | None
+) -> tuple[float, float]:
     """Return the squared change of the outputs, and the squared outputs, as far as the statistic can tell."""
     energy = statistic.energy if statistic else _square
     change = whole = 0.0
-    for dense, pruned in zip(_chunks(weight_OI), _chunks(pruned_OI), strict=True):
+    parts = _whole if isinstance(statistic, Gradient) else _chunks  # the gradient of a weight is known by its place
+    for dense, pruned in zip(parts(weight_OI), parts(pruned_OI), strict=True):
         dense = dense.float()
         change += energy(dense - pruned.float())
         whole += energy(dense)
@@ -164,22 +171,41 @@ def _square(weight_OI: Tensor) -> float:
     return float(weight_OI.square().sum())
 
 
+def _whole(weight_OI: Tensor) -> tuple[Tensor, ...]:
+    return (weight_OI,)
+
+
 def _chunks(weight_OI: Tensor) -> tuple[Tensor, ...]:
     size = _GPU_ROW_CHUNK if weight_OI.device.type == "cuda" else ROW_CHUNK
     chunks: tuple[Tensor, ...] = weight_OI.split(max(1, size // weight_OI.shape[1]))
     return chunks
 
 
-def _fed(method: Method, statistic: Tensor | ColumnNorm | Gram | None, weight: Tensor) -> ColumnNorm | Gram | None:
+def _fed(method: Method, statistic: Any, weight: Tensor) -> ColumnNorm | Gram | Gradient | None:
     needs = method.needs
     if needs is None:
         return None
+    if issubclass(needs, Gradient):
+        return _gradient_of(statistic, weight)
     if isinstance(statistic, Tensor):
         statistic = _from_tensor(needs, statistic.to(weight.device), weight.shape[1])
     if not isinstance(statistic, needs | Gram):  # a Gram also knows the column norms
         raise RecipeError(f"{type(method).__name__} needs calibration inputs or a {needs.__name__} as its statistic")
     if statistic.inputs != weight.shape[1]:
         raise RecipeError(f"the statistic is of {statistic.inputs} inputs, the matrix has {weight.shape[1]}")
+    statistic.require_finite("the matrix")
+    return statistic
+
+
+def _gradient_of(statistic: Any, weight_OI: Tensor) -> Gradient:
+    if isinstance(statistic, Tensor) and statistic.shape == weight_OI.shape:
+        statistic = Gradient.from_gradient(statistic.to(weight_OI.device))
+    if (
+        not isinstance(statistic, Gradient)
+        or statistic.square_OI is None
+        or statistic.square_OI.shape != weight_OI.shape
+    ):
+        raise RecipeError(f"a gradient of the loss {list(weight_OI.shape)}, or a Gradient with its squares, is needed")
     statistic.require_finite("the matrix")
     return statistic
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from llmprune.checkpoint import Sink, Source
+from llmprune.checkpoint import ALLOCATION, Sink, Source
 from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
@@ -18,9 +18,14 @@ class Store(Protocol):
 
     Attributes:
         batch_size: sequences a forward, 0 as long as nobody has set it; a resumed run goes on with the same.
+        allocation: what an earlier run that was interrupted has kept of it.
     """
 
     batch_size: int
+    allocation: dict[str, Any] | None
+
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        """Take the allocation, plain values, for a resumed run to go on with."""
 
     def has(self, stage: Stage) -> bool:
         """Say whether the stage was kept before, be it by an earlier run that was interrupted."""
@@ -48,12 +53,16 @@ class InMemory:
     """
 
     batch_size = 0
+    allocation: dict[str, Any] | None = None
 
     def __init__(self, host: Resident, report: Report, once: bool) -> None:
         self._host, self._report, self._once = host, report, once
         self._kept: set[str] = set()
         self._backup = Backup(())
         self._reported = 0
+
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        pass
 
     def has(self, stage: Stage) -> bool:
         return stage.name in self._kept
@@ -80,6 +89,7 @@ class OnDisk:
     """For a streamed model: its stages go to a sink, whose journal also holds the report on each."""
 
     batch_size = 0
+    allocation: dict[str, Any] | None = None
 
     def __init__(self, host: Streamed, sink: Sink, report: Report) -> None:
         self._host, self._sink, self._report = host, sink, report
@@ -91,6 +101,7 @@ class OnDisk:
             report.clock.seconds.update(record["seconds"])
             report.memory.update(record["memory"])
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
+            self.allocation = record.get(ALLOCATION, self.allocation)
             report.retries = record["retries"]
         self._reported = len(report.sites)
 
@@ -113,16 +124,23 @@ class OnDisk:
             self._sink.set_aside(stage.name, {name: self._host.model.get_parameter(name).data for name in names})
         self._finish(stage)
 
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        self._note(ALLOCATION, {ALLOCATION: allocation})
+
     def _finish(self, stage: Stage) -> None:
         """Note that a stage is written, with what a resumed run has to know of it."""
-        reports = [asdict(site) for site in self._report.sites[self._reported :]]
-        report = self._report
-        tuning = [block.to_json() for block in report.tuning if block.block == stage.name]
-        run = {"runs": report.most_runs, "retries": report.retries, "seconds": report.clock.seconds}
-        run["memory"] = {name: used for name, used in report.memory.items() if name == stage.name}
-        self._sink.finish(stage.name, {"sites": reports, "tuning": tuning, "batch_size": self.batch_size, **run})
+        self._note(stage.name)
         self._kept.add(stage.name)
         self._reported = len(self._report.sites)
+
+    def _note(self, name: str, record: dict[str, Any] | None = None) -> None:
+        reports = [asdict(site) for site in self._report.sites[self._reported :]]
+        report = self._report
+        tuning = [block.to_json() for block in report.tuning if block.block == name]
+        run = {"runs": report.most_runs, "retries": report.retries, "seconds": report.clock.seconds}
+        run["memory"] = {stage: used for stage, used in report.memory.items() if stage == name}
+        known = {"sites": reports, "tuning": tuning, "batch_size": self.batch_size, **run}
+        self._sink.finish(name, known | (record or {}))
 
     def go_back(self) -> bool:
         self._backup.restore()
@@ -133,6 +151,9 @@ class OnDisk:
 
 class Beside(OnDisk):
     """For the ranks of a team that do not write: the first one does, and a resumed run reads what it has written."""
+
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        pass
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
         self._kept.add(stage.name)

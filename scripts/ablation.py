@@ -107,7 +107,7 @@ def wanted(subject: Subject, model: torch.nn.Module, asked: argparse.Namespace) 
     Raises:
         RecipeError: an option of a row is unknown here.
     """
-    of = {"model": subject.model, "evaluation": subject.evaluation, "windows": asked.windows}
+    of = {"model": Path(subject.model).name, "evaluation": Path(subject.evaluation).name, "windows": asked.windows}
     yield {**of, "row": DENSE, "recipe": {"length": asked.length}}, {}
     for pattern in asked.pattern or PATTERNS:
         for name, options in ROWS.items():
@@ -116,7 +116,8 @@ def wanted(subject: Subject, model: torch.nn.Module, asked: argparse.Namespace) 
             for seed in asked.seed or SEEDS:
                 drawn = {"calibration": subject.calibration, "samples": asked.samples, "length": asked.length}
                 run = {**options, **drawn, "pattern": pattern, "seed": seed, "exclude": misfits(model, pattern)}
-                yield {**of, "row": name, "recipe": Recipe.of(run).to_json()}, run
+                recipe = Recipe.of(run).to_json() | {"calibration": Path(subject.calibration).name}
+                yield {**of, "row": name, "recipe": recipe}, run
 
 
 def measure(subject: Subject, options: dict[str, Any], model: Any, tokenizer: Any, asked: argparse.Namespace) -> Row:
@@ -146,7 +147,7 @@ def run(asked: argparse.Namespace) -> None:
             with asked.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(
-                f"{subject.model}  {row['row']:40} {title(row):5} {row['perplexity']:.4f}", file=sys.stderr, flush=True
+                f"{row['model']}  {row['row']:40} {title(row):5} {row['perplexity']:.4f}", file=sys.stderr, flush=True
             )
 
 
@@ -177,7 +178,7 @@ def table(model: str, found: Means) -> list[str]:
     patterns = [pattern for pattern in PATTERNS if any(pattern == other for _, other in found)]
     lines = [f"### {model} (dense {found[DENSE, '']:.3f})", "", f"| | {' | '.join(patterns)} |"]
     lines.append("|---" * (len(patterns) + 1) + "|")
-    for name in ROWS:
+    for name in (name for name in ROWS if any((name, pattern) in found for pattern in patterns)):
         cells = []
         for pattern in patterns:
             perplexity = found.get((name, pattern))
@@ -209,7 +210,7 @@ def show(path: Path) -> bool:
         faults = broken(found)
         good = good and not faults
         seeds = {row["recipe"]["seed"] for row in rows if "seed" in row["recipe"]}
-        print("\n".join(table(Path(model).name, found)))
+        print("\n".join(table(model, found)))
         print(f"\nMeans over {len(seeds)} seeds; in brackets the share of SparseGPT's excess log-perplexity removed.")
         print(f"{' <= '.join(ORDER)}: {'; '.join(faults) or 'holds everywhere'}\n")
     return good

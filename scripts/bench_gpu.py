@@ -30,7 +30,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -194,7 +193,7 @@ def prune(task: Task) -> Row:
     }
     row["other_s"] = wall - sum(took for name, took in row.items() if name not in ("wall_s", "without_reading_s"))
     peak = peak_memory()
-    return {name: round(took, 3) for name, took in row.items()} | {
+    return {name: round(took, 6) for name, took in row.items()} | {
         "peak_gpu_bytes": peak["device"],
         "peak_host_bytes": peak["host"],
         "sparsity": round(report.zeros / report.site_parameters, 6),
@@ -280,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -102,7 +102,7 @@ def measure_all(source: Path, out: Path, ids: list[list[int]], told: Path) -> No
     options: dict[str, Any] = {"length": 16, "calibration": ids, "data": ids, "separate": True, "speed": False}
     with joined() as team:
         sweep = llmprune.sweep(source, out, methods=["wanda", "magnitude"], patterns=["50%"], **options)
-        found = llmprune.evaluate(out / "wanda-50", ids, dense=source, streamed=True, save=True)
+        found = llmprune.evaluate(sweep.rows[0].out, ids, dense=source, streamed=True, save=True)
         if team.leads:
             rows = [row.to_json() if hasattr(row, "to_json") else vars(row) for row in [*sweep.rows, found]]
             told.write_text(json.dumps(rows))

@@ -228,6 +228,9 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown method": (["--method", "wand"], ["unknown method 'wand': did you mean 'wanda'"]),
     "unknown option": (["--metod", "wanda"], ["--metod", "--method"]),
     "unknown method option": (["--method-option", "dampp=1"], ["no option 'dampp': did you mean 'damp'"]),
+    "sparsity of a glob without one": (["--sparsity", "*.mlp.*"], ["must read NAME=VALUE"]),
+    "unknown allocation": (["--allocation", "fishr"], ["unknown allocation 'fishr': did you mean 'fisher'"]),
+    "allocation of N:M": (["--allocation", "error", "--pattern", "2:4"], ["2:4 is the same everywhere"]),
     "method option without a value": (["--method-option", "damp"], ["must read NAME=VALUE"]),
     "unknown device": (["--device", "gpu"], ["device 'gpu' is not available here"]),
     "unknown dtype": (["--dtype", "float8"], ["unknown dtype 'float8'"]),
@@ -505,6 +508,12 @@ def test_every_option_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:
         "revision": "main",
         "trust_remote_code": True,
     }
+
+
+def test_stated_sparsities_are_handed_on_by_glob(run: Run, recorded: dict[str, Any]) -> None:
+    run("prune", "demo", "out", "--sparsity", "*.mlp.*=40%", "--sparsity", "a=0.3", "--allocation", "owl")
+    assert recorded["sparsities"] == {"*.mlp.*": "40%", "a": "0.3"}
+    assert recorded["allocation"] == "owl"
 
 
 def test_the_command_line_wins_over_the_recipe(run: Run, recorded: dict[str, Any], tmp_path: Path) -> None:

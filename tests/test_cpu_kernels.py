@@ -1,7 +1,10 @@
 """The compiled CPU kernels against float64, and against the readable reference, on all levels this CPU offers."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,16 @@ def test_rows_expand_as_in_the_reference(columns: int, dtype: torch.dtype) -> No
     assert torch.equal(reference.expand_rows(masks, values, columns), expected)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 1000])
+def test_bits_are_counted(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    expected = sum(int(number).bit_count() for number in masks.tolist())
+    assert reference.count_bits(masks) == expected
+    for level in LEVELS:
+        monkeypatch.setattr(layout, "cpu_level", lambda level=level: level)
+        assert layout.count_bits(masks) == expected
+
+
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 3, 5])
 def test_any_number_of_threads_gives_the_same_bits(tokens: int, threads: int) -> None:
@@ -150,15 +163,67 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tokens", [1, 2, 4, 50])
-def test_every_output_is_written(tokens: int, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "empty", poisoned)
-    weight_OI = sparse_weight(13, 45, torch.bfloat16, 0.9, 4)
+def test_every_output_is_written(
+    tokens: int, level: int, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty rows, empty tiles and full tiles among them, at ragged edges, by any number of threads."""
+    weight_OI = sparse_weight(45, 105, dtype, 0.9, 4)
     weight_OI[5] = 0
-    tiles, x_TI = Tiles.pack(weight_OI), inputs_of(tokens, 45, torch.bfloat16)
+    weight_OI[8:16, 32:64] = 0
+    weight_OI[16:24, :32] = 2
+    weight_OI[24:32] = 0
+    x_TI = inputs_of(tokens, 105, dtype)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(layout, "cpu_level", lambda: level)
+    tiles = Tiles.pack(weight_OI)
+    assert_near(multiply(x_TI, tiles), x_TI, weight_OI)
+    assert torch.equal(expand(tiles), weight_OI)
+    room = poisoned(45, 105, dtype=dtype)
+    assert torch.equal(expand(tiles, room), weight_OI)
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("inputs", "shift"), [(96, 0), (96, 1), (100, 0), (100, 3), (512, 32)])
+def test_weights_expand_wherever_their_rows_begin(inputs: int, shift: int, level: int, threads: int) -> None:
+    """Whole cache lines are written by instructions of their own; beside them nothing may change."""
+    weight_OI = sparse_weight(45, inputs, torch.bfloat16, 0.5, 12)
+    room = torch.full((45 * inputs + 128,), 7.0, dtype=torch.bfloat16)
+    start = -room.data_ptr() % 64 // 2 + shift
+    out = room[start : start + 45 * inputs].view(45, inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "cpu_level", lambda: level)
+        assert torch.equal(expand(Tiles.pack(weight_OI), out), weight_OI)
+    assert room[:start].eq(7).all() and room[start + 45 * inputs :].eq(7).all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_lies_behind_the_last_value_does_not_matter(dtype: torch.dtype, level: int) -> None:
+    """The kernels read whole registers: NaN behind the values must not reach a product."""
+    weight_OI, x_TI = sparse_weight(16, 64, dtype, 0.5, 13), inputs_of(3, 64, dtype)
+    tiles = Tiles.pack(weight_OI)
+    tiles.values[-SLACK:] = torch.nan
     assert_near(multiply(x_TI, tiles, level), x_TI, weight_OI)
     assert torch.equal(expand(tiles), weight_OI)
+
+
+def test_parts_of_a_long_product_are_of_about_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[int] = []
+
+    def noted(tiles: Tiles, out: Tensor) -> Tensor:
+        parts.append(tiles.outputs)
+        return expand(tiles, out)
+
+    monkeypatch.setattr(layout, "expand", noted)
+    monkeypatch.setattr(layout, "EXPANDED_BYTES", 1 << 14)
+    weight_OI = sparse_weight(260, 128, torch.bfloat16, 0.5, 14)
+    multiply_expanded(inputs_of(2, 128, torch.bfloat16), Tiles.pack(weight_OI))
+    assert sum(parts) == 260 and max(parts) - min(parts) <= 8 * len(parts) and all(part % 8 == 0 for part in parts[:-1])
 
 
 @needs_library
@@ -244,6 +309,22 @@ def test_without_a_compiler_the_reference_runs(
     assert torch.equal(expand(tiles), weight_OI)
     assert torch.equal(expand(tiles.rows(8, 20)), weight_OI[8:])
     assert_near(multiply(x_TI, tiles), x_TI, weight_OI)
+
+
+def test_a_machine_without_a_compiler_runs_dense_and_says_so_once(tmp_path: Path) -> None:
+    code = (
+        "import shutil, sys; shutil.which = lambda *a, **k: None\n"
+        "from llmprune_kernels import native; native.EXTENSION_SUFFIXES = []\n"
+        "from llmprune.cli import main\n"
+        "for sys.argv in (['llmprune', 'prune', 'demo', OUT, '--method', 'magnitude', '--compressed', '--json'],\n"
+        "                 ['llmprune', 'generate', OUT, 'The river', '--max-new-tokens', '3', '--json']): main()"
+    ).replace("OUT", repr(str(tmp_path / "out")))
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    generated = json.loads(done.stdout.splitlines()[-1])
+    assert generated["sparse_layers"] == 0 and generated["text"].startswith("The river")
+    assert done.stderr.count("install a C++ compiler") == 1
 
 
 @needs_library

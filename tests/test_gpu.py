@@ -97,6 +97,15 @@ def test_bitmask_kernels_compute_the_product(pattern: str, shape: tuple[int, int
         assert_near(form.linear(x_TI, "bitmask", 0, None), x_TI, weight_OI)
 
 
+def test_inputs_may_lie_anywhere_in_memory() -> None:
+    weight_OI = random_weight((64, 128), torch.bfloat16, "2:4")
+    shifted = torch.randn(3 * 128 + 1, device=GPU).bfloat16()[1:].view(3, 128)
+    for kind in (Fragments, Pairs, Rows):
+        if missing(kind) is None:
+            for x_TI in (shifted, torch.randn(128, 3, device=GPU).bfloat16().T):
+                assert_near(kind.of(weight_OI).linear(x_TI, kind.kernels[0], 0, None), x_TI, weight_OI)
+
+
 def test_every_bit_survives_a_form() -> None:
     weight_OI = random_weight((32, 128), torch.bfloat16, "2:4")
     weight_OI[1, :4] = torch.tensor([0, -0.0, torch.nan, 0])
@@ -201,6 +210,7 @@ def test_sparse_layers_compile(mode: str) -> None:
         kind = gpu_forms(weight_OI)[0]
         steps = [Step(1, 0, kind.kernels[0]), Step(32, 0, "expand")]
         layer = SparseLinear([kind.of(weight_OI)], None, steps)
+        torch.compiler.reset()  # layers share one forward, and it is compiled eight times at most
         compiled = torch.compile(layer, mode=mode, fullgraph=True)
         for tokens in (1, 64):
             x_TI = torch.randn(tokens, 512, device=GPU).bfloat16()

@@ -79,7 +79,7 @@ def test_the_kernel_compiles_without_spills() -> None:
     found = run(SPILLS, interpret=False)
     assert len(found) == 15
     assert {name: code for name, code in found.items() if code["spills"]} == {}
-    assert all(300 < code["all"] < 2000 for code in found.values())
+    assert all(300 < code["all"] < 5000 for code in found.values())
     for architecture in (80, 90, 100):  # the paper's roundings allow no fused multiply-add, but for those of a division
         paper, free = (found[f"0:8 errors={errors} sm_{architecture}"]["fused"] for errors in (True, False))
         assert paper < free / 2

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import oracle
 from llmprune import methods, patterns
-from llmprune.errors import NumericalError, PatternError, RecipeError
+from llmprune.errors import NumericalError, RecipeError
 from llmprune.methods import Method, Solution
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.patterns import NM, Count, Pattern, Unstructured
 from llmprune.solving import checked_solution, prune_matrix
-from llmprune.statistics import ColumnMoments, ColumnNorm, Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -45,17 +45,34 @@ def correlated(tokens: int, inputs: int, seed: int = 1) -> Tensor:
     return x_TI
 
 
-def statistic_for(method: Method, x_TI: Tensor) -> Any:
+def statistic_for(method: Method, x_TI: Tensor, weight_OI: Tensor) -> Any:
     if method.needs is None:
         return None
+    if issubclass(method.needs, Gradient):
+        return gradient_of(weight_OI, x_TI)
     statistic = method.needs(x_TI.shape[1], CPU)
     statistic.add(x_TI, 2)
     return statistic
 
 
+def gradient_of(weight_OI: Tensor, x_TI: Tensor) -> Gradient:
+    """The gradient of a loss that is a quarter of the outputs' fourth powers, each half of the tokens a sequence."""
+    outputs, inputs = weight_OI.shape
+    statistic = Gradient(outputs, inputs, CPU)
+    for half in x_TI.chunk(2):
+        statistic.add(half, (half @ weight_OI.float().T) ** 3)
+        statistic.close_sequence()
+    return statistic
+
+
 def solved(method: Method, weight_OI: Tensor, x_TI: Tensor, pattern: Pattern, seed: int = 0) -> Solution:
     return checked_solution(
-        "a site", method, weight_OI, statistic_for(method, x_TI), pattern, torch.Generator().manual_seed(seed)
+        "a site",
+        method,
+        weight_OI,
+        statistic_for(method, x_TI, weight_OI),
+        pattern,
+        torch.Generator().manual_seed(seed),
     )
 
 
@@ -247,9 +264,11 @@ def test_admm_beats_sparsegpt_on_correlated_inputs(pattern: Pattern) -> None:
     assert errors_of(methods.get("admm"), weight_OI, statistic, x_TI, pattern).sum() < 0.95 * greedy
 
 
-def test_admm_follows_a_count() -> None:
-    pattern = Count(1000, OUTPUTS * INPUTS)
-    pattern.check(solved(methods.get("admm"), weights(), inputs_with_dead_ones(), pattern).keep_OI)
+@pytest.mark.parametrize(("name", "group"), GROUPED)
+@pytest.mark.parametrize("removed", [0, 1000, 1535, OUTPUTS * INPUTS])
+def test_every_method_follows_a_count(name: str, group: patterns.ComparisonGroup, removed: int) -> None:
+    pattern = Count(removed, OUTPUTS * INPUTS, group)
+    pattern.check(solved(methods.get(name), weights(), inputs_with_dead_ones(), pattern).keep_OI)
 
 
 def test_admm_zeroes_the_weights_of_dead_inputs() -> None:
@@ -384,6 +403,20 @@ def test_l2_normalised_magnitude_is_blind_to_the_scale_of_outputs() -> None:
     assert torch.equal(solved(methods.get("magnitude_l2"), scaled_OI, x_TI, pattern).keep_OI, solution.keep_OI)
 
 
+def test_taylor_keeps_what_changes_the_loss_most() -> None:
+    weight_OI, x_TI = weights(outputs=6, inputs=8), correlated(40, 8)
+    score_OI = torch.zeros(6, 8, dtype=torch.float64)
+    for half in x_TI.double().chunk(2):
+        leaf_OI = weight_OI.double().requires_grad_()
+        ((half @ leaf_OI.T) ** 4).sum().div(4).backward()
+        assert leaf_OI.grad is not None
+        score_OI += (leaf_OI.detach() * leaf_OI.grad) ** 2
+    solution = solved(methods.get("taylor"), weight_OI, x_TI, Unstructured(0.5, "layer"))
+    assert solution.keep_OI.flatten().tolist() == [
+        not gone for gone in oracle.remove_lowest(score_OI.flatten().tolist(), 24)
+    ]
+
+
 def test_best_removal_is_the_best_of_all_refitted_subsets() -> None:
     weight_I, x_TI = weights(outputs=1, inputs=6)[0].double(), correlated(40, 6).double()
     refitted = []
@@ -404,11 +437,6 @@ def test_a_note_tells_that_the_damping_was_raised() -> None:
     assert solution.notes == ("not positive definite at damping 0.01, raised to 0.1",)
 
 
-def test_sparsegpt_cannot_follow_a_count() -> None:
-    with pytest.raises(PatternError, match="sparsegpt chooses its masks block by block"):
-        solved(methods.get("sparsegpt"), weights(), correlated(300, INPUTS), Count(5, OUTPUTS * INPUTS))
-
-
 def test_the_files_are_the_methods() -> None:
     assert methods.names() == [
         "admm",
@@ -420,6 +448,7 @@ def test_the_files_are_the_methods() -> None:
         "ria",
         "sparsegpt",
         "sparseswaps",
+        "taylor",
         "thanos",
         "wanda",
     ]
@@ -431,7 +460,7 @@ def test_a_methods_declarations_agree(name: str) -> None:
     method = methods.get(name)
     assert method.comparison_group in method.comparison_groups
     assert set(method.comparison_groups) <= set(patterns.COMPARISON_GROUPS)
-    assert method.needs in (None, ColumnNorm, ColumnMoments, Gram)
+    assert method.needs in (None, ColumnNorm, ColumnMoments, Gram, Gradient)
 
 
 @pytest.mark.parametrize(("name", "near"), [("wand", "wanda"), ("SparseGTP", "sparsegpt"), ("magnitud", "magnitude")])
@@ -441,7 +470,7 @@ def test_an_unknown_method_gets_the_nearest_name(name: str, near: str) -> None:
 
 
 def test_a_method_unlike_any_gets_them_all() -> None:
-    with pytest.raises(RecipeError, match=r"known: admm, magnitude, .*, sparsegpt, sparseswaps, thanos, wanda"):
+    with pytest.raises(RecipeError, match=r"known: admm, magnitude, .*, sparsegpt, sparseswaps, taylor, thanos, wanda"):
         methods.get("xyz")
 
 

@@ -164,11 +164,12 @@ def test_the_card_tells_size_and_speed_where_they_were_measured(hub: FakeHub, ou
 
 def test_what_a_newer_llmprune_has_added_is_no_obstacle(hub: FakeHub, out: Path) -> None:
     recipe = runs.read_run(out)["recipe"]
-    runs.update_run(out, allocation={"kind": "owl", "curve": [0.1]}, tuning={"steps": 3}, recipe=recipe | {
+    runs.update_run(out, allocation={"kind": "owl", "curve": [0.1]}, tuning=[{"kept": True, "new": 3}], recipe=recipe | {
         "allocation": "owl", "sparsities": {"*.0.*": "0.4"}, "tune": None,
     })  # fmt: skip
     publish(out)
-    assert "--allocation owl" in (out / "README.md").read_text("utf-8")
+    text = (out / "README.md").read_text("utf-8")
+    assert "--allocation owl" in text and "In 1 blocks, what survived was tuned" in text
 
 
 def test_the_command_of_a_shared_pass_asks_for_that_pass(out: Path) -> None:

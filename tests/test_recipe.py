@@ -31,6 +31,10 @@ GOOD: dict[str, Any] = {
     "batch_size": 2,
     "true_sequential": True,
     "dense_target": 0.0,
+    "allocation": "uniform",
+    "allocation_range": 0.1,
+    "sparsities": {},
+    "overrides": {"*.q_proj.weight": {"method": "magnitude", "pattern": "40%"}},
     "tune_epochs": 2,
     "tune_rate": 0.1,
     "autocast": True,
@@ -172,6 +176,12 @@ def test_the_json_of_a_recipe_is_json(calibration: Any, told: str | None) -> Non
 def test_the_json_of_a_recipe_is_a_recipe() -> None:
     fields = Recipe.of(GOOD).to_json()
     assert Recipe.of(fields).to_json() == fields
+
+
+def test_the_json_of_a_shared_out_sparsity_is_a_recipe() -> None:
+    shared = {"allocation": "owl", "pattern": "50%", "sparsities": {"*.down_proj.weight": 0.4}}
+    fields = Recipe.of(GOOD | shared).to_json()
+    assert Recipe.of(fields).to_json() == fields and fields["sparsities"] == {"*.down_proj.weight": "0.4"}
 
 
 def test_demo_calibrates_on_its_own_text() -> None:

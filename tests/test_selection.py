@@ -56,7 +56,7 @@ def test_scores_that_differ_in_the_last_bit_are_told_apart() -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    [NM(2, 4), NM(8, 16), Count(100, 7 * 304), *(Unstructured(0.37, group) for group in ("row", "layer", "block"))],  # type: ignore[arg-type]
+    [NM(2, 4), NM(8, 16), Count(100, 7 * 304), *(Unstructured(0.37, group) for group in ("row", "layer", "block"))],
     ids=repr,
 )
 def test_patterns_choose_the_same_on_a_gpu(pattern: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,8 @@ def test_the_report_says_what_the_pass_ran_through(folders: dict[str, Path], tmp
         ({"pattern": ["50%", "0.5"]}, RecipeError, "none twice"),
         ({"pattern": []}, RecipeError, "at least one is needed"),
         ({"pattern": ["50%", "4:2"]}, PatternError, "keeps N of every M"),
+        ({"method": "dsnot"}, RecipeError, "dsnot needs to know more than norms"),
+        ({"tune_epochs": 2}, RecipeError, "tune_epochs has each result see"),
         ({"true_sequential": True}, RecipeError, "true_sequential has each result see"),
         ({"preset": "balanced", "method": "admm"}, RecipeError, "give one pattern at a time"),
         ({"comparison_group": "row"}, LlmpruneError, "has no meaning for 2:4"),

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from llmprune.checkpoint.compressed import compress
 from llmprune.cli import cli
 from llmprune.errors import LlmpruneError, RecipeError, UnsupportedModelError
 from llmprune.sparse import gate
-from llmprune.sparse.bench import bench, linear_bytes, twin
+from llmprune.sparse.bench import _prompt_length, bench, linear_bytes, twin
 from llmprune.sparse.forms import Dense, Form, Step, Tiled
 from llmprune.sparse.gate import Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
@@ -89,8 +90,8 @@ def test_a_sparse_model_computes_what_the_dense_one_does(family: str, dtype: tor
     assert sparse_layers(made) and not sparse_layers(dense)
     near(tiny.logits(made, tiny.ids(2)), tiny.logits(dense, tiny.ids(2)))
     assert sum(choice.layers for choice in result.choices if choice.kernel == "bitmask") == len(sparse_layers(made))
-    assert bool(result.fused) == (family == "qwen3-moe")
-    assert ("fused expert" in str(result)) == (family == "qwen3-moe")
+    assert bool(result.experts) == (family == "qwen3-moe")
+    assert result.sparse_layers >= len(sparse_layers(made))
 
 
 @pytest.mark.usefixtures("sparse_wins")
@@ -299,18 +300,99 @@ def test_generate_says_what_it_did(pruned: Path) -> None:
     assert "4 tokens" in done.stderr and "42 sparse layers" in done.stderr
 
 
+@pytest.mark.usefixtures("sparse_wins")
 def test_bench_reports_both_sides(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmprune.sparse.bench._STREAMED_BYTES", 1 << 20)
     done = run("bench", pruned, "--prompt-tokens", 8, "--new-tokens", 2, "--rounds", 2, "--batch", 2, "--json")
     assert done.exit_code == 0, done.output
     row = json.loads(done.stdout)
-    assert row["batch"] == 2 and row["decode_speedup"] > 0
+    assert row["batch"] == 2 and row["sparse"] and row["decode_speedup"] > 0
     assert {choice["kernel"] for choice in row["choices"]} <= {"bitmask", "dense"}
     for side in (row["dense"], row["sparse"]):
         assert side["decode"]["p20"] <= side["decode"]["median"] <= side["decode"]["p80"]
         assert side["roofline"] == pytest.approx(2 * row["bandwidth_bytes_per_s"] / side["linear_bytes"])
     text = run("bench", pruned, "--prompt-tokens", 4, "--new-tokens", 1, "--rounds", 1).stdout
     assert "decode tokens/s" in text and "linear layers" in text
+
+
+@pytest.mark.usefixtures("sparse_wins")
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batches_of_any_size_run(batch: int) -> None:
+    dense = model(dtype=torch.float32)
+    made = twin(dense)
+    llmprune.sparsify(made, batch=batch)
+    near(tiny.logits(made, tiny.ids(batch, 3)), tiny.logits(dense, tiny.ids(batch, 3)))
+
+
+@pytest.mark.usefixtures("sparse_wins")
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_offloading_by_accelerate_keeps_working(family: str) -> None:
+    from accelerate import cpu_offload
+
+    dense = model(family, torch.float32)
+    made = twin(dense)
+    llmprune.sparsify(made)
+    cpu_offload(made, torch.device("cpu"))
+    near(tiny.logits(made, tiny.ids(2)), tiny.logits(dense, tiny.ids(2)))
+
+
+def test_what_is_offloaded_stays_as_it_is(sparse_wins: None) -> None:
+    from accelerate import cpu_offload
+
+    dense = model(dtype=torch.float32)
+    made = copy.deepcopy(dense)
+    cpu_offload(made, torch.device("cpu"))
+    result = llmprune.sparsify(made)
+    assert not result.sparse_layers and all("meta" in choice.reason for choice in result.choices)
+    assert torch.equal(tiny.logits(made, tiny.ids(2)), tiny.logits(dense, tiny.ids(2)))
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_a_compiled_model_and_one_that_was_moved_compute_the_same() -> None:
+    dense = model(dtype=torch.float32)
+    made = twin(dense)
+    llmprune.sparsify(made)
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    near(tiny.logits(compiled, tiny.ids(2)), tiny.logits(dense, tiny.ids(2)))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(made.to("cpu").generate(tiny.ids(2, 6), **options), dense.generate(tiny.ids(2, 6), **options))
+
+
+def test_a_dense_model_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.sparse.bench._STREAMED_BYTES", 1 << 20)
+    setting = ("--prompt-tokens", 4, "--new-tokens", 1, "--rounds", 1)
+    text = run("bench", "demo", *setting).stdout
+    assert "nothing is sparse here" in text and "ratio" not in text and "too few zeros" in text
+    row = json.loads(run("bench", "demo", *setting, "--json").stdout)
+    assert row["sparse"] is None and row["decode_speedup"] is None and row["dense"]["decode"]["median"] > 0
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_bench_draws_both_sides(pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.sparse.bench._STREAMED_BYTES", 1 << 20)
+    picture = tmp_path / "speeds.svg"
+    setting = ("--prompt-tokens", 4, "--new-tokens", 1, "--rounds", 1)
+    done = run("bench", pruned, *setting, "--plot", picture)
+    assert done.exit_code == 0, done.output
+    root = ElementTree.parse(picture).getroot()
+    bars = root.findall("{http://www.w3.org/2000/svg}rect")[1:]
+    assert len(bars) == 4 and all(float(bar.attrib["width"]) > 0 for bar in bars)
+
+
+def test_bench_fits_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _prompt_length(None, 32, 256) == 224
+    assert _prompt_length(None, 32, None) == _prompt_length(None, 32, 4096) == 512
+    with pytest.raises(RecipeError, match="500 prompt tokens and 32 new ones are more than the model's context of 256"):
+        bench("demo", prompt_tokens=500)
+
+
+def test_generate_stops_at_the_context(tmp_path: Path) -> None:
+    done = run("generate", "demo", "The river", "--max-new-tokens", 300)
+    assert "the model's context of 256 tokens is full" in done.stderr
+    found = json.loads(run("generate", "demo", "The river", "--max-new-tokens", 300, "--json").stdout)
+    assert found["context"] == 256 and found["new_tokens"] < 256
+    error = run("generate", "demo", "river " * 300).exception
+    assert isinstance(error, LlmpruneError) and "the model's context is 256: shorten it" in str(error)
 
 
 def test_one_line_says_what_is_wrong(tmp_path: Path) -> None:

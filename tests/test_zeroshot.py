@@ -106,5 +106,5 @@ def test_an_option_of_tasks_without_tasks_is_one_line() -> None:
         RecipeError, match="--limit goes with --tasks: give --tasks too; for a part of a text use --win"
     ):
         cli.cli.main(["eval", "demo", "--limit", "4"], standalone_mode=False)
-    with pytest.raises(RecipeError, match="--include-path goes with --tasks: give --tasks too$"):
+    with pytest.raises(RecipeError, match="--include-path goes with --tasks: give --tasks too"):
         cli.cli.main(["eval", "demo", "--include-path", "."], standalone_mode=False)

@@ -1,7 +1,7 @@
 """Several models on several texts, in one table."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmprune.errors import RecipeError
@@ -43,6 +43,7 @@ def compare(
     dtype: str = "auto",
     batch_size: int | None = None,
     streamed: bool | None = None,
+    sparse: bool = False,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     save: bool = False,
@@ -61,11 +62,17 @@ def compare(
     """
     if not models:
         raise RecipeError("there is no model to evaluate: give at least one")
-    place = Place.of(device, dtype, streamed, trust_remote_code)
+    place = Place.of(device, dtype, streamed, trust_remote_code, sparse)
     amount = Amount(length, windows, batch_size)
     texts = [read_text(models[0], entry) for entry in data]
     subjects = [Subject(model, place, tokenizer) for model in models]
-    reference = subjects[0] if dense is None else None if dense is False else Subject(dense, place, tokenizer)
+    reference = (
+        subjects[0]
+        if dense is None
+        else None
+        if dense is False
+        else Subject(dense, replace(place, sparse=False), tokenizer)
+    )
     found: list[Evaluation] = []
     while subjects:  # each is let go of once it is measured
         subject = subjects.pop(0)

@@ -86,7 +86,8 @@ def _front(
         for method, rows in _by_method(list(values)).items()
     ]
     front = sorted((value, row.perplexity) for row, value in values.items() if getattr(row, mark))
-    shown = [*series, Series("best", front, marks=False), Series("dense", [(dense, result.dense)], ["dense"])]
+    best = [Series("best", front, marks=False)] if len(front) > 1 else []
+    shown = [*series, *best, Series("dense", [(dense, result.dense)], ["dense"])]
     points = [point for entry in shown for point in entry.points]
     x = Axis.around(label, [a for a, _ in points], plain)
     y = Axis.around("perplexity", [b for _, b in points], plain, log=True)

@@ -6,7 +6,7 @@ mean loss, weighted by their lengths.
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmprune import data as documents
@@ -35,6 +35,7 @@ class Evaluation:
         bits_per_byte: cross-entropy per byte of the text; None where the data came as token ids.
         seconds: of the forward passes.
         streamed: whether one block at a time was in memory.
+        sparse_layers: layers that ran sparse.
         dense: the dense model that the fields below refer to; None, as they are then, where there was none.
         kl_divergence: mean of KL(dense || model) over the predicted tokens, in nats.
         top1_agreement: share of the predicted tokens for which both models rank the same one first.
@@ -52,6 +53,7 @@ class Evaluation:
     convention: str
     seconds: float
     streamed: bool = False
+    sparse_layers: int = 0
     dense: str | None = None
     dense_perplexity: float | None = None
     kl_divergence: float | None = None
@@ -64,6 +66,7 @@ class Evaluation:
     def __str__(self) -> str:
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         streamed = ", streamed" if self.streamed else ""
+        streamed += f", {self.sparse_layers} sparse layers" if self.sparse_layers else ""
         lines = [
             f"{self.model} on {self.data}: perplexity {self.perplexity:.4f}{bits}",
             f"  {self.windows} windows of {self.length} tokens ({self.tokens} tokens), {self.dtype} on {self.device}"
@@ -89,6 +92,7 @@ def evaluate(
     dtype: str = "auto",
     batch_size: int | None = None,
     streamed: bool | None = None,
+    sparse: bool = False,
     tokenizer: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -104,17 +108,18 @@ def evaluate(
         windows: measure on the first of the text's windows only, for a quick look; None is all of them.
         batch_size: windows a forward; None sizes it to the vocabulary.
         streamed: hold one block at a time in memory; None does so for a checkpoint that does not fit.
+        sparse: keep layers of a checkpoint sparse where that is faster, as `llmprune.sparsify` does; not of `dense`.
         tokenizer: for a loaded model and text.
         save: add the result to the `llmprune.json` of the output folder `model`.
 
     Raises:
         LlmpruneError: one of its kinds.
     """
-    place = Place.of(device, dtype, streamed, trust_remote_code)
+    place = Place.of(device, dtype, streamed, trust_remote_code, sparse)
     amount = Amount(length, windows, batch_size)
     subject = Subject(model, place, tokenizer, revision)
     text = read_text(model, data)
-    reference = None if dense is None else Subject(dense, place, tokenizer)
+    reference = None if dense is None else Subject(dense, replace(place, sparse=False), tokenizer)
     found = measure(subject, text, reference, amount)
     if save and launch().rank == 0:
         add_evaluations(subject.folder, [found.to_json()])
@@ -176,6 +181,7 @@ def _evaluation(
         convention=windows.tokens.note,
         seconds=seconds,
         streamed=subject.streamed,
+        sparse_layers=subject.sparse_layers,
         dense=dense.name if dense else None,
         dense_perplexity=None
         if scores.dense_loss is None or not dense

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmprune.checkpoint import Source
+from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.model import Lanes, Streamed, load_causal_lm, load_tokenizer, read_config
@@ -22,28 +23,37 @@ from llmprune.model.memory import home_device
 from llmprune.model.streamed import stored_dtype
 from llmprune.progress import Progress
 from llmprune.recipe import DTYPES, require_dtype, resolve_device
+from llmprune.sparse.sparsify import count_sparse, sparsify
 
 _MEMORY_SHARE = 0.8  # of the free memory that weights may take; the rest is for activations and logits
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how checkpoints are run; `streamed` None streams what does not fit into the free memory."""
+    """Where and how checkpoints are run; `streamed` None streams what does not fit into the free memory.
+
+    `sparse` keeps layers sparse, as `llmprune.sparsify` does; the model is then in memory as a whole.
+    """
 
     device: torch.device
     dtype: torch.dtype | None
     streamed: bool | None
     trust_remote_code: bool
+    sparse: bool = False
 
     @classmethod
-    def of(cls, device: str, dtype: str, streamed: bool | None, trust_remote_code: bool) -> "Place":
+    def of(
+        cls, device: str, dtype: str, streamed: bool | None, trust_remote_code: bool, sparse: bool = False
+    ) -> "Place":
         """Return the place that these options name.
 
         Raises:
-            RecipeError: there is no such device or dtype.
+            RecipeError: there is no such device or dtype, or a streamed model is to be sparse.
         """
         require_dtype(dtype)
-        return cls(resolve_device(device), DTYPES.get(dtype), streamed, trust_remote_code)
+        if sparse and streamed:
+            raise RecipeError("sparse layers are for models in memory: leave out --streamed or --sparse")
+        return cls(resolve_device(device), DTYPES.get(dtype), False if sparse else streamed, trust_remote_code, sparse)
 
 
 class Subject:
@@ -60,9 +70,11 @@ class Subject:
 
     def __init__(self, model: Any, place: Place, tokenizer: Any = None, revision: str | None = None) -> None:
         self.model, self._place, self._tokenizer = model, place, tokenizer
-        self.source = Source.open(locate(model, revision)) if isinstance(model, str | Path) else None
+        self.source = open_dense(locate(model, revision)) if isinstance(model, str | Path) else None
         if self.source is None and place.streamed:
             raise RecipeError("a loaded model is in memory already: give its folder to stream it")
+        if self.source is None and place.sparse:
+            raise RecipeError("a loaded model is measured as it is: call llmprune.sparsify(model) first")
         if self.source:
             self.config = read_config(self.source.folder, self.source.config, place.trust_remote_code)
         else:
@@ -107,7 +119,15 @@ class Subject:
         """The whole model in memory."""
         if self.source is None:
             return self.model
-        return load_causal_lm(self.source, self._place.device, self._place.dtype, self._place.trust_remote_code)
+        network = load_causal_lm(self.source, self._place.device, self._place.dtype, self._place.trust_remote_code)
+        if self._place.sparse:
+            sparsify(network)
+        return network
+
+    @property
+    def sparse_layers(self) -> int:
+        """How many layers of it are sparse."""
+        return 0 if self.streamed else count_sparse(self.network)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -91,16 +91,17 @@ class Sweep:
         return asdict(self)
 
     def __str__(self) -> str:
+        rates, width = ("tokens/s", 10) if self.dense_decode else ("", 0)
         lines = [
             f"{self.model}: perplexity {self.dense:.2f} dense, on {self.data}",
-            f"{'method':14}{'pattern':>8}{'left':>9}{'size':>11}{'perplexity':>12}{'KL':>9}{'top-1':>9}{'tokens/s':>10}  best",
+            f"{'method':14}{'pattern':>8}{'left':>9}{'size':>11}{'perplexity':>12}{'KL':>9}{'top-1':>9}{rates:>{width}}  best",
             f"{'dense':14}{'':8}{1:>9.2%}{self.dense_size / 1e6:>8.1f} MB{self.dense:>12.2f}{'':18}"
-            f"{_rate(self.dense_decode):>10}".rstrip(),
+            f"{_rate(self.dense_decode):>{width}}".rstrip(),
         ]
         for row in self.rows:
             lines.append(
                 f"{row.method:14}{row.pattern:>8}{row.left:>9.2%}{row.size / 1e6:>8.1f} MB{row.perplexity:>12.2f}"
-                f"{row.kl_divergence:>9.4f}{row.top1_agreement:>9.2%}{_rate(row.decode):>10}  {_marks(row)}".rstrip()
+                f"{row.kl_divergence:>9.4f}{row.top1_agreement:>9.2%}{_rate(row.decode):>{width}}  {_marks(row)}".rstrip()
             )
         return "\n".join([*lines, *self.legend()])
 
@@ -224,7 +225,7 @@ def _row(folder: Path, found: Evaluation, benchmark: Benchmark | None, separate:
         add_speed(folder, benchmark.to_json())
     run = read_run(folder)
     errors, seconds = [site["error"] for site in run["sites"]], run["timings"]
-    sparse = benchmark is not None and any(choice.kernel != "dense" for choice in benchmark.sparsified.choices)
+    ran = (benchmark.sparse or benchmark.dense) if benchmark else None
     return Row(
         method=run["recipe"]["method"],
         pattern=run["recipe"]["pattern"],
@@ -236,8 +237,8 @@ def _row(folder: Path, found: Evaluation, benchmark: Benchmark | None, separate:
         output_error=sum(errors) / len(errors),
         seconds=sum(seconds.values()) if separate else seconds["solve"],
         out=str(folder),
-        decode=benchmark.sparse.decode.median if benchmark else None,
-        layers=("sparse" if sparse else "dense") if benchmark else None,
+        decode=ran.decode.median if ran else None,
+        layers=("sparse" if benchmark.sparse else "dense") if benchmark else None,
     )
 
 

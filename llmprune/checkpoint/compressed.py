@@ -7,15 +7,17 @@ that `decompress` restores that file, its key order and its spacing included.
 """
 
 import json
+import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmprune.checkpoint import durable
 from llmprune.checkpoint.folder import appearing
 from llmprune.checkpoint.header import TensorEntry, read_header
 from llmprune.checkpoint.packed import Bytes, Layout, can_pack, pack, unpack, values_of
@@ -65,14 +67,13 @@ def compress(folder: Path, out: Path, overwrite: bool = False) -> Sizes:
     source = Source.open(folder)
     _require_dense(source)
     require_place(source, out, overwrite)
-    packed = {entry.name: size for entry in source.entries.values() if (size := _packed_size(entry)) < entry.size}
+    packed = _packed_sizes(source.entries.values())
     if not packed:
         raise CheckpointError(f"{folder} has no zeros that compression could leave out: prune it first")
     with appearing(out) as partial, Progress(len(source.shards), "compressing", "file") as bar:
         _copy_companions(source, partial, leave=(CONFIG,))
         shutil.copyfile(folder / CONFIG, partial / DENSE_CONFIG)
-        config = source.config | {"quantization_config": _description()}
-        (partial / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (partial / CONFIG).write_text(compressed_config(source.config), "utf-8")
         for shard in source.shards:
             _compress_shard(shard, partial / shard.relative_to(folder), packed)
             bar.step()
@@ -80,6 +81,32 @@ def compress(folder: Path, out: Path, overwrite: bool = False) -> Sizes:
     dense = sum(source.entries[name].size for name in packed)
     read = sum(shard.stat().st_size for shard in source.shards)
     return Sizes(len(packed), (dense, sum(packed.values())), (read, written))
+
+
+def compress_shards(shards: Iterable[Path]) -> None:
+    """Compress files of weights where they lie, one after another; one that is compressed already stays as it is.
+
+    At any moment each file is whole, dense or compressed: a crash in between is made good by doing the same again.
+    """
+    shards = list(shards)
+    with Progress(len(shards), "compressing", "file") as bar:
+        for shard in shards:
+            if _HEADER not in _metadata(shard):
+                small = shard.with_name(f"{shard.name}.small")
+                _compress_shard(shard, small, _packed_sizes(read_header(shard)))
+                durable.sync(small)
+                os.replace(small, shard)
+            bar.step()
+
+
+def compressed_config(config: dict[str, Any]) -> str:
+    """Return the config.json of a compressed checkpoint, given what that of the dense one holds."""
+    return json.dumps(config | {"quantization_config": _description()}, indent=2, ensure_ascii=False) + "\n"
+
+
+def least_sparsity(size: int) -> float:
+    """Return the share of zeros above which a matrix with elements of `size` bytes becomes smaller."""
+    return 1 / (8 * size)
 
 
 def size_in_bytes(folder: Path) -> tuple[int, int]:
@@ -103,7 +130,7 @@ def decompress(folder: Path, out: Path, overwrite: bool = False) -> None:
     """
     source = Source.open(folder)
     require_readable(source)
-    headers = {shard: _dense_header(shard) for shard in source.shards}
+    headers = {shard: dense_header(shard) for shard in source.shards}
     require_place(source, out, overwrite)
     with appearing(out) as partial, Progress(len(source.shards), "decompressing", "file") as bar:
         _copy_companions(source, partial, leave=(CONFIG, DENSE_CONFIG))
@@ -153,6 +180,11 @@ def _copy_companions(source: Source, target: Path, leave: tuple[str, ...]) -> No
     for path in source.companions():
         if path.name not in leave:
             shutil.copyfile(path, target / path.name)
+
+
+def _packed_sizes(entries: Iterable[TensorEntry]) -> dict[str, int]:
+    """Return the bytes that tensors take packed, of those that are smaller then."""
+    return {entry.name: size for entry in entries if (size := _packed_size(entry)) < entry.size}
 
 
 def _packed_size(entry: TensorEntry) -> int:
@@ -211,11 +243,21 @@ def _dense_part(entry: TensorEntry, field: dict[str, Any]) -> Bytes:
     return data
 
 
-def _dense_header(shard: Path) -> str:
-    metadata = json.loads(_header_text(shard)).get("__metadata__", {})
+def dense_header(shard: Path) -> str:
+    """Return the header of the dense file that a compressed one was made of.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    metadata = _metadata(shard)
     if _HEADER not in metadata:
         raise CheckpointError(f"{shard} lacks the header of its dense twin: compress the checkpoint again")
     return str(metadata[_HEADER])
+
+
+def _metadata(shard: Path) -> dict[str, str]:
+    metadata: dict[str, str] = json.loads(_header_text(shard)).get("__metadata__", {})
+    return metadata
 
 
 def _header_text(shard: Path) -> str:

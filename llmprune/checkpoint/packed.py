@@ -17,6 +17,7 @@ stop at its shape.
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from llmprune.checkpoint.header import DTYPES
 from llmprune.errors import CheckpointError
-from llmprune_kernels.bitmask.layout import expand_rows
+from llmprune_kernels.bitmask.layout import count_bits, expand_rows
 
 MAGIC = b"llmprun"
 VERSION = 1
@@ -34,7 +35,6 @@ _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22  # elements packed at a time
 _FIXED = 32  # bytes before the dimensions
-_ONES = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 Bytes = NDArray[np.uint8]
 
@@ -123,7 +123,7 @@ def layout_of(packed: Bytes, name: str) -> Layout:
         raise _damaged(name)
     shape = struct.unpack(f"<{dimensions}Q", packed[_FIXED : _FIXED + 8 * dimensions].tobytes())
     layout = Layout.of(dtype, shape, size)
-    if len(packed) < layout.values_at or len(packed) != layout.packed_bytes(int(_ONES[_masks(packed, layout)].sum())):
+    if len(packed) < layout.values_at or len(packed) != layout.packed_bytes(_ones(_masks(packed, layout))):
         raise _damaged(name)
     return layout
 
@@ -137,8 +137,36 @@ def unpack(packed: Bytes, name: str) -> tuple[Layout, Tensor]:
     layout = layout_of(packed, name)
     rows, columns = rows_and_columns(layout.shape)
     masks = torch.from_numpy(_masks(packed, layout))
-    values = torch.from_numpy(packed[layout.values_at :]).view(_VIEWS[layout.size])
-    return layout, expand_rows(masks.view(rows, -1), values, columns)
+    return layout, expand_rows(masks.view(rows, -1), _values(packed, layout), columns)
+
+
+def dense_parts(packed: Bytes, name: str, step: int) -> Iterator[Tensor]:
+    """Yield the dense elements of a packed tensor, as integers of their size, `step` rows of its first dimension at a time.
+
+    Raises:
+        CheckpointError: as `layout_of`.
+    """
+    layout = layout_of(packed, name)
+    rows, columns = rows_and_columns(layout.shape)
+    masks, values = _masks(packed, layout).reshape(rows, -1), _values(packed, layout)
+    rows_of_one, first_value = rows // layout.shape[0], 0
+    for first in range(0, layout.shape[0], step):
+        shape = (min(step, layout.shape[0] - first), *layout.shape[1:])
+        part = masks[first * rows_of_one :][: shape[0] * rows_of_one]
+        count = _ones(part)
+        yield expand_rows(torch.from_numpy(part), values[first_value : first_value + count], columns).view(shape)
+        first_value += count
+
+
+def count_zero_values(packed: Bytes, name: str) -> int:
+    """Return how many of the values of a packed tensor are zero, all bits of them.
+
+    Raises:
+        CheckpointError: as `layout_of`.
+    """
+    layout = layout_of(packed, name)
+    count = _ones(_masks(packed, layout))
+    return count - int(_values(packed, layout)[:count].count_nonzero())
 
 
 def dense_tensor(packed: Tensor, name: str) -> Tensor:
@@ -156,6 +184,15 @@ def dense_tensor(packed: Tensor, name: str) -> Tensor:
 def _masks(packed: Bytes, layout: Layout) -> Bytes:
     rows, columns = rows_and_columns(layout.shape)
     return packed[layout.mask_at : layout.mask_at + rows * _bytes(columns)]
+
+
+def _values(packed: Bytes, layout: Layout) -> Tensor:
+    """Return the values as integers of their size, and with them what fills the buffer up."""
+    return torch.from_numpy(packed[layout.values_at :]).view(_VIEWS[layout.size])
+
+
+def _ones(masks: Bytes) -> int:
+    return count_bits(torch.from_numpy(masks))
 
 
 def _damaged(name: str) -> CheckpointError:

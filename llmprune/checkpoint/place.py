@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from llmprune.checkpoint.journal import Journal
 from llmprune.checkpoint.source import CONFIG, Source
 from llmprune.errors import CheckpointError
 
+ALLOCATION = "allocation"  # what the journal calls the record of it, among those of stages
 _JOURNAL = "journal.jsonl"  # also tells our own unfinished folder from somebody's folder of the same name
 
 
@@ -73,9 +74,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What an earlier run has left in OUT.partial: stages that are done, whether OUT is complete, and bytes."""
+    """What an earlier run has left in OUT.partial: what is done, in words, whether OUT is complete, and bytes."""
 
-    stages: int = 0
+    done: str = ""
     committed: bool = False
     size: int = 0
 
@@ -90,7 +91,14 @@ def find_unfinished(place: Place) -> Unfinished:
         return Unfinished()
     with closing(place.claim()) as journal:
         size = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
-        return Unfinished(len(pruned(journal)), is_committed(place, journal), size)
+        return Unfinished(described(pruned(journal)), is_committed(place, journal), size)
+
+
+def described(done: Collection[str]) -> str:
+    """Return in words what is done, by the names of its records: `3 blocks`."""
+    blocks = len([name for name in done if name != ALLOCATION])
+    count = [f"{blocks} block{'s' if blocks > 1 else ''}"] if blocks else []
+    return " and ".join(["the allocation of sparsity"] * (ALLOCATION in done) + count)
 
 
 def pruned(journal: Journal) -> dict[str, Any]:
@@ -115,15 +123,17 @@ def folder_id(folder: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-def require_place(source: Source, out: Path, overwrite: bool, resume: bool = False) -> None:
-    """Check, before any work, that the output can be written.
+def require_place(source: Source, out: Path, overwrite: bool, resume: bool = False, compressed: bool = False) -> None:
+    """Check, before any work, that the output can be written; `compressed` needs room for one file of weights more.
 
     Raises:
         CheckpointError: the output exists, lies inside the source (or the source inside it), would replace something
             that is not a model, cannot be created, does not fit on the disk, is being written by another run, or an
             unfinished run is there that is neither to be resumed nor to be overwritten.
     """
-    require_places(source, [out], overwrite, resume)
+    held = _require_free(source, out, overwrite, resume)
+    twice = max(shard.stat().st_size for shard in source.shards) if compressed else 0
+    _require_space(Place.of(out), source.output_bytes() + twice, held)
 
 
 def require_places(source: Source, outs: Sequence[Path], overwrite: bool, resume: bool = False) -> None:
@@ -134,7 +144,7 @@ def require_places(source: Source, outs: Sequence[Path], overwrite: bool, resume
     """
     held = sum(_require_free(source, out, overwrite, resume) for out in outs)
     if outs:
-        _require_space(source, [Place.of(out) for out in outs], held)
+        _require_space(Place.of(outs[0]), len(outs) * source.output_bytes(), held)  # they lie side by side
 
 
 def _require_free(source: Source, out: Path, overwrite: bool, resume: bool) -> int:
@@ -147,22 +157,21 @@ def _require_free(source: Source, out: Path, overwrite: bool, resume: bool) -> i
         raise CheckpointError(f"output {out} exists: choose another folder, or pass --overwrite to replace it")
     if out.exists() and not _is_model(out) and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"output {out} is not a model folder: llmprune does not replace it")
-    if found.stages and not resume and not overwrite:
+    if found.done and not resume and not overwrite:
         raise CheckpointError(
-            f"{place.partial} holds an unfinished run ({found.stages} blocks done): "
+            f"{place.partial} holds an unfinished run ({found.done} done): "
             "continue it with --resume, or start anew with --overwrite"
         )
     return found.size
 
 
-def _require_space(source: Source, places: Sequence[Place], held: int) -> None:
-    place = places[0]  # all of them lie side by side
+def _require_space(place: Place, size: int, held: int) -> None:
     parent = next(folder for folder in place.out.parents if folder.exists())
     if not parent.is_dir():
         raise CheckpointError(f"output {place.out} cannot be created: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
         raise CheckpointError(f"output {place.out} cannot be created: no permission to write in {parent}")
-    needed, free = len(places) * source.output_bytes() / 1e9, (shutil.disk_usage(parent).free + held) / 1e9
+    needed, free = size / 1e9, (shutil.disk_usage(parent).free + held) / 1e9
     if needed > free:
         raise CheckpointError(f"too little disk for {place.out}: needs {needed:.2f} GB, {free:.2f} GB are free")
 

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmprune.checkpoint import durable
+from llmprune.checkpoint.compressed import DENSE_CONFIG, compress_shards, compressed_config
 from llmprune.checkpoint.journal import this_process
-from llmprune.checkpoint.place import Place, announced, folder_id, is_committed, pruned
+from llmprune.checkpoint.place import Place, announced, described, folder_id, is_committed, pruned
 from llmprune.checkpoint.source import CONFIG, Source
 from llmprune.errors import CheckpointError, Interrupted, LlmpruneError, NumericalError, UnsupportedModelError
 from llmprune.progress import Progress
@@ -43,13 +44,19 @@ class Sink:
         out: the output folder.
         fingerprint: plain values that decide the result; a run is only continued by one that has the same.
         resume: continue an unfinished run where there is one.
+        compressed: let the output be what `llmprune compress` makes of the dense one.
     """
 
     def __init__(
-        self, source: Source, out: Path, fingerprint: dict[str, Any] | None = None, resume: bool = False
+        self,
+        source: Source,
+        out: Path,
+        fingerprint: dict[str, Any] | None = None,
+        resume: bool = False,
+        compressed: bool = False,
     ) -> None:
         self.place = Place.of(out)
-        self._source, self._resume = source, resume
+        self._source, self._resume, self._compressed = source, resume, compressed
         self._fingerprint = json.loads(json.dumps(fingerprint or {}))
         entries = {name: replace(entry, file=self._target(entry.file)) for name, entry in source.entries.items()}
         shards = tuple(self._target(path) for path in source.shards)
@@ -142,10 +149,10 @@ class Sink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        stages = 0 if self._committed or isinstance(error, _FINAL) else len(pruned(self._journal))
-        self._leave(keep=stages > 0)
-        if error is not None and stages:
-            kept = f"{stages} block{'s' if stages > 1 else ''} kept in {self.place.partial}"
+        done = {} if self._committed or isinstance(error, _FINAL) else pruned(self._journal)
+        self._leave(keep=bool(done))
+        if error is not None and done:
+            kept = f"{described(done)} kept in {self.place.partial}"
             _explain(error, f"{kept}: run the same with --resume to continue")
 
     def _leave(self, keep: bool) -> None:
@@ -193,10 +200,16 @@ class Sink:
         """Add what makes the folder a model."""
         self._source.require_unchanged()
         text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-        with _writing(self.place.model):
-            durable.write_text(self.place.model / REPORT, text + "\n")
-            durable.copy(self._source.folder / CONFIG, self.place.model / CONFIG)
-            durable.sync(self.place.model)
+        model, config = self.place.model, self._source.folder / CONFIG
+        with _writing(model):
+            durable.write_text(model / REPORT, text + "\n")
+            if self._compressed:
+                compress_shards(self.copy.shards)
+                durable.copy(config, model / DENSE_CONFIG)
+                durable.write_text(model / CONFIG, compressed_config(self._source.config))
+            else:
+                durable.copy(config, model / CONFIG)
+            durable.sync_tree(model)
 
     def _note(self, record: dict[str, Any], action: str = "write") -> None:
         with _writing(self._journal.path, action):

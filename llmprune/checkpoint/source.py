@@ -157,9 +157,14 @@ class Source:
             if not entry.shape or entry.count <= _CHECK_ELEMENTS:
                 yield opened[name][...]
                 return
-            step = max(1, _CHECK_ELEMENTS * entry.shape[0] // (entry.count * multiple)) * multiple
+            step = step_of(entry, multiple)
             for start in range(0, entry.shape[0], step):
                 yield opened[name][start : start + step]
+
+
+def step_of(entry: TensorEntry, multiple: int) -> int:
+    """Return how many rows, a multiple of `multiple`, a tensor of one dimension or more is read in at a time."""
+    return max(1, _CHECK_ELEMENTS * entry.shape[0] // (max(entry.count, 1) * multiple)) * multiple
 
 
 def read_fields(folder: Path) -> dict[str, Any]:

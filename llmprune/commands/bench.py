@@ -1,5 +1,6 @@
 """`llmprune bench`."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,14 +10,15 @@ from llmprune.commands.shared import given, json_option, of_model, show
 
 @click.command()
 @click.argument("model")
-@click.option("--prompt-tokens", type=int, default=512, show_default=True)
+@click.option("--prompt-tokens", type=int, help="Of each sequence  [default: 512, or what the context leaves]")
 @click.option("--new-tokens", type=int, default=32, show_default=True)
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences at a time.")
 @click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the speeds into a file.")
 @click.option("--save", is_flag=True, help="Add the figures to the llmprune.json of the output folder MODEL.")
 @of_model
 @json_option
-def bench(model: str, save: bool, as_json: bool, **options: Any) -> None:
+def bench(model: str, plot: Path | None, save: bool, as_json: bool, **options: Any) -> None:
     """Compare MODEL on the CPU dense and sparse: tokens a second, memory, and the kernel that runs for each shape."""
     from llmprune.runs import add_speed, read_run
     from llmprune.sparse.bench import bench as run
@@ -24,6 +26,8 @@ def bench(model: str, save: bool, as_json: bool, **options: Any) -> None:
     if save:
         read_run(model)  # before the work: it has to be an output folder
     found = run(model, **given(options))
+    if plot is not None:
+        plot.write_text(found.plot(), "utf-8")
     if save:
         add_speed(model, found.to_json())
     show(found, as_json)

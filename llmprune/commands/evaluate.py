@@ -9,7 +9,7 @@ from llmprune.commands.shared import given, json_option, of_model, print_json, s
 from llmprune.errors import RecipeError
 
 _NOBODY = "none"
-_OF_TEXT = ("dense", "length", "windows", "streamed", "save", "revision")
+_OF_TEXT = ("dense", "length", "windows", "streamed", "sparse", "save", "revision")
 
 
 @click.command(name="eval")
@@ -23,6 +23,7 @@ _OF_TEXT = ("dense", "length", "windows", "streamed", "save", "revision")
 @click.option("--length", type=int, help="Tokens a window  [default: 2048, at most the model's context]")
 @click.option("--windows", type=int, help="Only the first windows, for a quick look.")
 @click.option("--streamed/--in-memory", default=None, help="One block at a time  [default: if it does not fit]")
+@click.option("--sparse", is_flag=True, default=None, help="Keep layers sparse where that is faster, on the CPU.")
 @click.option("--tasks", metavar="NAME,...", help="Tasks of lm-evaluation-harness (an extra), without --data alone.")
 @click.option("--include-path", metavar="FOLDER", help="Where YAML files of your own tasks are.")
 @click.option("--limit", type=int, help="Examples a task, for a quick look; for text use --windows.")

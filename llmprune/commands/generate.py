@@ -27,6 +27,8 @@ def generate(model: str, prompt: str, dense: bool, as_json: bool, **options: Any
     if as_json:
         print_json(generated.to_json())
         return
+    if generated.context is not None:
+        click.echo(f"\n[stopped: the model's context of {generated.context} tokens is full]", err=True, nl=False)
     rate = generated.new_tokens / generated.seconds
     click.echo(
         f"\n[{generated.new_tokens} tokens, {rate:.1f} a second, {generated.sparse_layers} sparse layers]", err=True

@@ -8,7 +8,9 @@ import click
 
 from llmprune.errors import RecipeError
 
-METHODS = "admm, dsnot, magnitude, magnitude_l2, obd, random, ria, sparsegpt, sparseswaps, thanos, wanda"  # a test compares the files
+METHODS = (  # a test compares the files
+    "admm, dsnot, magnitude, magnitude_l2, obd, random, ria, sparsegpt, sparseswaps, taylor, thanos, wanda"
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,6 +65,17 @@ what = options(
     click.option("--tune-epochs", type=int, help="Passes to tune what survives of each pruned block  [default: 0]"),
     click.option("--tune-rate", type=float, help="Step size of that, relative to the weights  [default: 0.2]"),
     click.option(
+        "--allocation",
+        metavar="WAY",
+        help="Share a sparsity out over matrices: uniform, owl, error or fisher (finest)  [default: uniform]",
+    ),
+    click.option(
+        "--allocation-range", type=float, metavar="SHARE", help="How far a matrix may deviate  [default: 0.15]"
+    ),
+    click.option(
+        "--sparsity", multiple=True, metavar="GLOB=SHARE", help="Of these matrices, e.g. '*.down_proj.*=40%'."
+    ),
+    click.option(
         "--autocast", is_flag=True, default=None, help="Calibrate float32 models in bfloat16 where that is faster."
     ),
     click.option("--deterministic", is_flag=True, default=None, help="Use only operations that repeat to the bit."),
@@ -84,17 +97,19 @@ def recipe_options(recipe: str | None, values: dict[str, Any]) -> dict[str, Any]
 
     asked = given(values)
     if "method_option" in asked:
-        asked["method_options"] = dict(_name_and_value(text) for text in asked.pop("method_option"))
+        asked["method_options"] = dict(_pair("method-option", text, "damp=0.1") for text in asked.pop("method_option"))
+    if "sparsity" in asked:
+        asked["sparsities"] = dict(_pair("sparsity", text, "*.down_proj.*=40%") for text in asked.pop("sparsity"))
     in_file = read_recipe(recipe) if recipe else {}
     if "method_options" in asked:
         asked["method_options"] = (in_file.get("method_options") or {}) | asked["method_options"]
     return in_file | asked
 
 
-def _name_and_value(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
+def _pair(option: str, text: str, example: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=") if option == "sparsity" else text.partition("=")
     if not equals:
-        raise RecipeError(f"--method-option '{text}' must read NAME=VALUE, for example damp=0.1")
+        raise RecipeError(f"--{option} '{text}' must read NAME=VALUE, for example {example}")
     return name, value
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from llmprune.forecast.dense import collected, dense_seconds
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import network_seconds, solving_share, statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
@@ -18,21 +19,23 @@ def duration(
     """Return the parts of a run's time; see `memory` for the arguments."""
     method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
     times = solving_time(method, recipe.target(), host.dtype, host.place)
-    if workload is None or method.needs is None:
+    needs = collected(recipe)
+    if workload is None or needs is None:
         return [
             solving_seconds([[Group([site]) for site in sites] for sites in plan.sites.values()], times, recipe, ranks)
         ]
     widest = max(site.shape[1] for site in plan.all_sites())
-    each = statistic_time(method.needs, widest, host.dtype, host.place)
+    each = statistic_time(needs, widest, host.dtype, host.place)
     parts = [
+        *dense_seconds(host, recipe, workload, stages, widest),
         forward_seconds(stages, workload),
-        statistics_seconds(stages, workload, method.needs, each, host),
+        statistics_seconds(stages, workload, needs, each, host),
         solving_seconds([trial.groups for trial in stages], times, recipe, ranks),
     ]
     if recipe.tune_epochs:
         blocks = [trials[block.name] for block in host.blocks if trials[block.name].groups]
         parts.append(tuning_seconds(blocks, workload, recipe.tune_epochs))
-    return [*parts, network_seconds(plan, trials, workload, method.needs, host)] if ranks > 1 else parts
+    return [*parts, network_seconds(plan, trials, workload, needs, host)] if ranks > 1 else parts
 
 
 def forward_seconds(trials: Sequence[Trial], workload: Workload) -> Part:

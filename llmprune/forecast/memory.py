@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from llmprune.forecast.dense import collected, kept_memory
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import handed_memory
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
@@ -30,6 +31,7 @@ def memory(
     always = [base_memory(), outer_memory(host, _place(workload))]
     if workload:
         always.append(waiting_memory(workload, waiting_bytes(host, workload.batch, workload.length, workload.home)))
+        always += kept_memory(host, recipe, workload)
     return always + max(_steps(host, plan, recipe, workload, trials), key=lambda parts: sum(p.amount for p in parts))
 
 
@@ -45,7 +47,7 @@ def _steps(
         if sites:
             yield [weights, *_statistics(trial, on), solving_memory(host, sites, recipe, on)]
         if sites and trial and workload:
-            needs = recipe.solver().needs
+            needs = collected(recipe)
             handed = handed_memory(trial, workload, needs, host, on) if workload.ranks > 1 and needs else []
             yield [
                 weights,
@@ -114,7 +116,7 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
     """Return what collecting the statistics of a block takes beside them."""
     scaled = "measured on a few tokens of one block, scaled by tokens"
     widest = max(group.inputs for group in trial.groups)
-    needs = recipe.solver().needs
+    needs = collected(recipe)
     copies = workload.length * copied_bytes(needs, widest, host.dtype, host.place) if needs else 0
     return [
         Part("inputs of one batch", workload.tokens_at_once * trial.input_bytes, scaled, on),

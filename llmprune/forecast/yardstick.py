@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from llmprune.model.groups import StatisticType
 from llmprune.model.live import LiveBytes
 from llmprune.patterns import NM, Unstructured
 from llmprune.solving import ROW_CHUNK, prune_matrix
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, Gradient, Gram
 
 _NARROW, _WIDE = 256, 1024  # inputs and outputs of sample matrices
 _TOKENS = 256
@@ -125,12 +126,18 @@ def _sample(
 
     def set_up() -> Callable[[], Any]:
         weight_OI, statistic = randn(outputs, inputs), None
+        if method.needs is not None and issubclass(method.needs, Gradient):
+            return partial(prune_matrix, "a sample", method, weight_OI, _flat(weight_OI), pattern, 0)
         if method.needs is not None:
             statistic = method.needs(inputs, device)
             statistic.add(randn(2 * inputs, inputs), 1)
         return lambda: prune_matrix("a sample", method, weight_OI, statistic, pattern, 0)
 
     return set_up
+
+
+def _flat(weight_OI: Tensor) -> Gradient:
+    return Gradient.from_gradient(torch.ones_like(weight_OI))
 
 
 def _least(set_up: Callable[[], Callable[[], Any]], device: torch.device) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmprune.errors import RecipeError, did_you_mean
 from llmprune.patterns import ComparisonGroup, Pattern
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, Gradient, Gram
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Method(Protocol):
     """What a file in this folder defines."""
 
     @property
-    def needs(self) -> type[ColumnNorm] | type[Gram] | None:
+    def needs(self) -> type[ColumnNorm] | type[Gram] | type[Gradient] | None:
         """The statistic that `solve` takes; None where it looks at the weights only."""
 
     @property

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from llmprune import kernels
-from llmprune.errors import PatternError, RecipeError, did_you_mean
+from llmprune.errors import RecipeError, did_you_mean
 from llmprune.methods import Solution
-from llmprune.patterns import NM, ComparisonGroup, Pattern, Unstructured, column_blocks
+from llmprune.patterns import NM, ComparisonGroup, Pattern, column_blocks
 from llmprune.statistics import FactorKind, Gram
 
 Block = tuple[int, int]
@@ -117,8 +117,6 @@ def _fast_sweep(weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: li
 
 def _keep_block(block_BO: Tensor, upper_BB: Tensor, pattern: Pattern, start: int) -> Tensor:
     """Choose the mask of one compensated block."""
-    if not isinstance(pattern, Unstructured):
-        raise PatternError(f"sparsegpt chooses its masks block by block; it cannot follow {pattern}")
     score_BO = block_BO.square() / upper_BB.diagonal().square().unsqueeze(1)
     return pattern.keep_block(score_BO.T, start).T
 

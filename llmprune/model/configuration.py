@@ -17,18 +17,20 @@ from llmprune.errors import CheckpointError, UnsupportedModelError, did_you_mean
 
 
 def read_config(folder: Path, fields: dict[str, Any], trust_remote_code: bool) -> Any:
-    """Return the configuration of a model folder as transformers reads it; `fields` are those of its config.json.
+    """Return the configuration of a model folder as transformers reads it; `fields` are those of its source's.
 
     Raises:
         CheckpointError: the checkpoint is quantized.
         UnsupportedModelError: it is not a causal language model, or needs code of its own and that is not allowed.
     """
-    _require_not_quantized(folder, fields)
+    require_not_quantized(folder, fields)
     _require_known_type(folder, fields, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # configurations check themselves, each with errors of its own
         raise UnsupportedModelError(f"{folder}/config.json is not understood: {first_line(error)}") from None
+    if not fields.get("quantization_config"):  # `fields` are those of the dense twin of a compressed checkpoint
+        vars(config).pop("quantization_config", None)
     _require_causal(folder, fields, config, trust_remote_code)
     return config
 
@@ -43,7 +45,8 @@ def unknown_fields(fields: dict[str, Any], config: Any) -> list[str]:
     return [field for field in fields if field in vars(config) and field not in known]
 
 
-def _require_not_quantized(folder: Path, fields: dict[str, Any]) -> None:
+def require_not_quantized(folder: Path, fields: dict[str, Any]) -> None:
+    """Raise CheckpointError for a checkpoint that is quantized, or compressed, by its config.json."""
     quantization = fields.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "llmprune":
         raise CheckpointError(f"{folder} was compressed by llmprune: restore it with llmprune decompress {folder} OUT")

@@ -39,14 +39,14 @@ def stacks_of(module: nn.Module) -> Iterator[Stack]:
     for name, parameter in module.named_parameters(recurse=False):
         if name in transposed:
             yield Stack(name, getattr(module, _COUNTS[kind]) if kind in _COUNTS else len(parameter), transposed[name])
-        elif _is_of_interface(module) and parameter.ndim == 3:
+        elif is_of_interface(module) and parameter.ndim == 3:
             yield Stack(name, len(parameter), bool(module.is_transposed))
 
 
 @contextmanager
 def one_by_one(module: nn.Module) -> Iterator[None]:
     """Let experts multiply their own tokens one expert after the other, where the inputs of each can be seen."""
-    configs: dict[int, Any] = {id(part.config): part.config for part in module.modules() if _is_of_interface(part)}
+    configs: dict[int, Any] = {id(part.config): part.config for part in module.modules() if is_of_interface(part)}
     before = [(config, config._experts_implementation) for config in configs.values()]
     for config, _ in before:
         config._experts_implementation = "eager"
@@ -57,6 +57,6 @@ def one_by_one(module: nn.Module) -> Iterator[None]:
             config._experts_implementation = implementation
 
 
-def _is_of_interface(module: nn.Module) -> bool:
+def is_of_interface(module: nn.Module) -> bool:
     """Say whether the class was made by transformers' `use_experts_implementation`, which sets both of these."""
     return {"is_transposed", "has_gate"} <= vars(module).keys()

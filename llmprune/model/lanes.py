@@ -55,7 +55,7 @@ class Lanes:
         autocast: torch.dtype | None = None,
     ) -> None:
         self._model, self._stages, self._batches = model, stages, batches
-        self._home, self._device_of, self._autocast = home, device_of, autocast
+        self.home, self.device_of, self._autocast = home, device_of, autocast
         self._passing: set[greenlet] = set()  # those that run a stage, and are not to park there
         self._arrivals: list[Arrival | None] = []
         self._provided: dict[int, Any] = {}  # outputs of the stage at which lanes wait that are there already
@@ -68,7 +68,7 @@ class Lanes:
     def __enter__(self) -> "Lanes":
         self._modes.enter_context(torch.inference_mode(False))  # inputs' versions tell which sites share one
         self._modes.enter_context(torch.no_grad())
-        self._modes.enter_context(torch.autocast(self._home.type, enabled=False))
+        self._modes.enter_context(torch.autocast(self.home.type, enabled=False))
         self._coordinator = getcurrent()
         self._model.eval()  # no dropout
         for index, stage in enumerate(self._stages):
@@ -93,9 +93,13 @@ class Lanes:
         """Return the stage at which lanes park `index`-th."""
         return self._stages[index]
 
+    def batch(self, lane: int) -> Tensor:
+        """Return a lane's token ids [sequences, length]."""
+        return self._batches[lane]
+
     def device(self, index: int) -> torch.device:
         """Return the device of the weights of stage `index`."""
-        return self._device_of(self._stages[index])
+        return self.device_of(self._stages[index])
 
     def sequences(self, lane: int) -> int:
         """Return the number of sequences in a lane's batch."""
@@ -121,7 +125,7 @@ class Lanes:
         """
         if self._autocast is None:
             return nullcontext()
-        device = self._home if index is None else self._device_of(self._stages[index])
+        device = self.home if index is None else self.device_of(self._stages[index])
         # Without a cache, as weights change while it is on.
         context: AbstractContextManager[None] = torch.autocast(device.type, self._autocast, cache_enabled=False)
         return context
@@ -147,14 +151,21 @@ class Lanes:
     def walk(self, index: int, lane: int, weights: dict[str, Tensor] | None = None) -> Any:
         """As `run`, for a greenlet of its own that is switched into within `forward_precision`."""
         arrival = self._arrivals[lane]
-        if arrival is None or arrival.stage != index:
-            return None
-        args, kwargs, device = arrival.args, arrival.kwargs, self._device_of(self._stages[index])
-        if device != self._home:  # sending rebuilds dictionaries, in which some models hand keys from block to block
+        return self.replay(arrival, weights) if arrival is not None and arrival.stage == index else None
+
+    def arrival(self, lane: int) -> Arrival | None:
+        """Return what the lane waits with, and where; None for one that has reached its end."""
+        return self._arrivals[lane]
+
+    def replay(self, arrival: Arrival, weights: dict[str, Tensor] | None = None) -> Any:
+        """Run a stage on these arguments and return its output; lanes stay where they are. See `run` for `weights`."""
+        args, kwargs, stage = arrival.args, arrival.kwargs, self._stages[arrival.stage]
+        device = self.device_of(stage)
+        if device != self.home:  # sending rebuilds dictionaries, in which some models hand keys from block to block
             args, kwargs = send_to_device((args, kwargs), device)
         self._passing.add(getcurrent())
         try:
-            module = self._stages[index].module
+            module = stage.module
             return functional_call(module, weights, args, kwargs) if weights else module(*args, **kwargs)
         finally:
             self._passing.discard(getcurrent())
@@ -170,9 +181,14 @@ class Lanes:
             UnsupportedModelError: a lane goes back.
         """
         for lane in self.waiting_at(index)[:at_most]:
-            output = self._provided.pop(lane) if lane in self._provided else self.run(index, lane)
-            self._arrivals[lane] = None
-            self._arrivals[lane] = self._onward(self._resume(lane, self._send_home(output)), index)
+            self.step(index, lane)
+
+    def step(self, index: int, lane: int) -> Any:
+        """As `advance`, for one lane that waits there; return the stage's output as the lane was given it."""
+        output = self._send_home(self._provided.pop(lane) if lane in self._provided else self.run(index, lane))
+        self._arrivals[lane] = None
+        self._arrivals[lane] = self._onward(self._resume(lane, output), index)
+        return output
 
     def outputs(self) -> list[Any]:
         """Return what the model's forward returned for each batch, once all stages are behind."""
@@ -180,12 +196,12 @@ class Lanes:
 
     def _send_home(self, output: Any) -> Any:
         """Move a stage's output to where lanes wait; from a GPU to the host through pinned memory."""
-        if self._home.type == "cpu":
+        if self.home.type == "cpu":
             return recursively_apply(_to_pinned, output)
-        return send_to_device(output, self._home)
+        return send_to_device(output, self.home)
 
     def _start(self, batch: Tensor) -> None:
-        ids = batch.to(self._home)
+        ids = batch.to(self.home)
         lane = greenlet(lambda: self._model(input_ids=ids, use_cache=False))
         lane.gr_context = contextvars.copy_context()
         self._lanes.append(lane)

@@ -19,6 +19,7 @@ _HOST_STATISTICS_SHARE = 1 / 32  # of the host's available memory: others live t
 _SIDE_BY_SIDE_SHARE = 0.25  # of the host's available memory, for one block's activations of all lanes
 _GPU_SIDE_BY_SIDE_SHARE = 0.5  # of a GPU's free memory, for what lanes that are held before a site keep alive
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU's, a GPU's, and its libraries' words
+_KEPT_SHARE = 0.25  # of the host's available memory, for the hidden states before every block at once
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
 
 
@@ -38,6 +39,17 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
     needed = sum(len(row) for row in rows) * hidden * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     return device if needed < _HIDDEN_SHARE * free else torch.device("cpu")
+
+
+def most_kept(rows: Sequence[Tensor], blocks: int, config: Any, dtype: torch.dtype) -> int:
+    """Return how many of the first `rows` of tokens may have their hidden states kept before every block; one at least."""
+    hidden = getattr(config.get_text_config(), "hidden_size", 1024)
+    room = _KEPT_SHARE * psutil.virtual_memory().available / (blocks * hidden * dtype.itemsize)
+    for count, row in enumerate(rows):
+        room -= len(row)
+        if room < 0:
+            return max(count, 1)
+    return len(rows)
 
 
 def statistics_budget(block_bytes: int, device: torch.device) -> int:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint import Source
+from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import CheckpointError, one_line
 from llmprune.model.blocks import find_stages
-from llmprune.model.configuration import read_config, unknown_fields
+from llmprune.model.configuration import read_config, require_not_quantized, unknown_fields
 from llmprune.model.lanes import Lanes
 from llmprune.model.memory import give_back_freed_memory
 from llmprune.model.sites import Site, Stage, out_of_range, require_finite
@@ -168,8 +169,9 @@ def stored_dtype(source: Source) -> torch.dtype:
     """Return the floating dtype in which most of a checkpoint's weights are stored.
 
     Raises:
-        CheckpointError: a tensor's dtype is one that only quantized checkpoints have.
+        CheckpointError: the checkpoint is quantized or compressed, as its configuration or a tensor's dtype shows.
     """
+    require_not_quantized(source.folder, source.config)
     sizes: Counter[torch.dtype] = Counter()
     for entry in source.entries.values():
         sizes[entry.torch_dtype] += entry.count
@@ -182,7 +184,7 @@ def stored_dtype(source: Source) -> torch.dtype:
 def streamed_logits(folder: str | Path, input_ids: Tensor, device: str = "cpu") -> Tensor:
     """Return the logits [sequences, length, vocabulary] of a checkpoint, with one block in memory at a time."""
     place = torch.device(device)
-    host = Streamed(Source.open(folder), place)
+    host = Streamed(open_dense(folder), place)
     stages = [*host.blocks, host.head]
     host.open(place)
     with Lanes(host.model, stages, [input_ids], place, host.device_of) as lanes:

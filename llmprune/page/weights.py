@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune import hub
-from llmprune.checkpoint import Source
+from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import LlmpruneError
 from llmprune.locate import locate
 from llmprune.model import Streamed
@@ -50,7 +50,7 @@ def _samples_of_base(run: dict[str, Any], sites: set[str]) -> dict[str, list[Ten
 
 
 def _samples(folder: Path, sites: set[str]) -> dict[str, list[Tensor]]:
-    source = Source.open(folder)
+    source = open_dense(folder)
     host = Streamed(source, torch.device("cpu"))
     found: dict[str, list[Tensor]] = defaultdict(list)
     for key in source.entries:

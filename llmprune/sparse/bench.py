@@ -11,15 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llmprune.checkpoint import Source
+from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
+from llmprune.model.experts import stacks_of
+from llmprune.planning import context_length
 from llmprune.progress import Progress
 from llmprune.report import hardware, versions
 from llmprune.sparse.linear import SparseLinear
+from llmprune.sparse.plot import Bar, picture
 from llmprune.sparse.running import load
 from llmprune.sparse.sparsify import Sparsified, sparsify
+from llmprune.sparse.stacks import SparseExperts
 
+_PROMPT = 512  # tokens, where nobody says
 _STREAMED_BYTES = 512 << 20  # read to find the bandwidth: more than a processor's cache holds
 
 
@@ -54,24 +59,25 @@ class Side:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Both sides of a run, and which kernel runs for each shape of layer."""
+    """Both sides of a run, and which kernel runs for each shape of layer; `sparse` is None where no layer is."""
 
     model: str
     setting: dict[str, int]
     dense: Side
-    sparse: Side
+    sparse: Side | None
     bandwidth: float  # bytes a second
     sparsified: Sparsified
 
     def to_json(self) -> dict[str, Any]:
         """Return the run as plain values."""
+        dense, sparse = self.dense, self.sparse
         return {
             "model": self.model,
             **self.setting,
-            "dense": _plain(self.dense),
-            "sparse": _plain(self.sparse),
-            "decode_speedup": self.sparse.decode.median / self.dense.decode.median,
-            "prefill_speedup": self.sparse.prefill.median / self.dense.prefill.median,
+            "dense": _plain(dense),
+            "sparse": _plain(sparse) if sparse else None,
+            "decode_speedup": sparse.decode.median / dense.decode.median if sparse else None,
+            "prefill_speedup": sparse.prefill.median / dense.prefill.median if sparse else None,
             "bandwidth_bytes_per_s": self.bandwidth,
             **self.sparsified.to_json(),
             "hardware": hardware(),
@@ -79,26 +85,47 @@ class Benchmark:
         }
 
     def __str__(self) -> str:
-        dense, sparse = self.dense, self.sparse
-        rows = [
-            ("prefill tokens/s", str(dense.prefill), str(sparse.prefill), sparse.prefill.median / dense.prefill.median),
-            ("decode tokens/s", str(dense.decode), str(sparse.decode), sparse.decode.median / dense.decode.median),
-            ("  of the roofline", *(f"{side.decode.median / side.roofline:.0%}" for side in (dense, sparse)), None),
-            ("all weights", *(f"{side.weight_bytes / 1e6:.1f} MB" for side in (dense, sparse)),
-             sparse.weight_bytes / dense.weight_bytes),
-            ("linear layers", *(f"{side.linear_bytes / 1e6:.1f} MB" for side in (dense, sparse)),
-             sparse.linear_bytes / dense.linear_bytes),
-        ]  # fmt: skip
-        lines = [f"{'median [p20, p80]':18}{'dense':>28}{'sparse':>28}   ratio"]
-        for name, left, right, ratio in rows:
-            lines.append(f"{name:18}{left:>28}{right:>28}" + (f"{ratio:8.2f}" if ratio else ""))
-        return "\n".join([*lines, f"memory bandwidth  {self.bandwidth / 1e9:.1f} GB/s", str(self.sparsified)])
+        sides = [self.dense, self.sparse] if self.sparse else [self.dense]
+        rows: dict[str, list[tuple[str, float | None]]] = {
+            "prefill tokens/s": [(str(side.prefill), side.prefill.median) for side in sides],
+            "decode tokens/s": [(str(side.decode), side.decode.median) for side in sides],
+            "  of the roofline": [(f"{side.decode.median / side.roofline:.0%}", None) for side in sides],
+            "all weights": [(f"{side.weight_bytes / 1e6:.1f} MB", side.weight_bytes) for side in sides],
+            "linear layers": [(f"{side.linear_bytes / 1e6:.1f} MB", side.linear_bytes) for side in sides],
+        }
+        heads = ("dense", "sparse")[: len(sides)]
+        lines = [f"{'median [p20, p80]':18}" + "".join(f"{head:>28}" for head in heads) + "   ratio" * (len(sides) - 1)]
+        lines += [
+            f"{name:18}" + "".join(f"{text:>28}" for text, _ in cells) + _ratio(cells) for name, cells in rows.items()
+        ]
+        lines += [f"memory bandwidth  {self.bandwidth / 1e9:.1f} GB/s", str(self.sparsified)]
+        return "\n".join(lines if self.sparse else [*lines, "nothing is sparse here, so there is nothing to compare"])
+
+    def plot(self) -> str:
+        """Return a picture of the speeds as the text of an SVG file."""
+        sides = {"dense": self.dense} | ({"sparse": self.sparse} if self.sparse else {})
+        panels = [
+            ("prefill, tokens/s", [Bar(name, **vars(side.prefill)) for name, side in sides.items()]),
+            (
+                "decode, tokens/s",
+                [Bar(name, **vars(side.decode), roofline=side.roofline) for name, side in sides.items()],
+            ),
+        ]
+        threads = hardware()["threads"]
+        title = f"{self.model}: {self.setting['prompt_tokens']} tokens read, {self.setting['new_tokens']} written"
+        return picture(f"{title}, batch {self.setting['batch']}, {threads} threads", panels)
+
+
+def _ratio(cells: Sequence[tuple[str, float | None]]) -> str:
+    """Return how many times the dense figure the sparse one is."""
+    figures = [figure for _, figure in cells if figure is not None]
+    return f"{figures[1] / figures[0]:8.2f}" if len(figures) == 2 else ""
 
 
 def bench(
     model: str | Path,
     *,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     new_tokens: int = 32,
     batch: int = 1,
     rounds: int = 5,
@@ -110,17 +137,31 @@ def bench(
 
     Args:
         model: a folder, dense or compressed, a Hub id, or `demo`.
+        prompt_tokens: of each sequence; None is 512, or what the model's context leaves beside the new ones.
+        batch: sequences at a time.
         rounds: times that each side reads the prompt and writes the tokens.
 
     Raises:
-        LlmpruneError: the model cannot be loaded, or a number is below 1.
+        LlmpruneError: the model cannot be loaded, a number is below 1, or the tokens exceed the model's context.
     """
-    setting = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
-    for name, value in setting.items():
-        if value < 1:
+    asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
+    for name, value in asked.items():
+        if value is not None and value < 1:
             raise RecipeError(f"{name} is {value}: it must be at least 1")
-    loaded = load(Source.open(locate(model, revision)), trust_remote_code, dtype)
-    return measure(loaded, str(model), setting)
+    loaded = load(open_dense(locate(model, revision)), trust_remote_code, dtype)
+    fitting = _prompt_length(prompt_tokens, new_tokens, context_length(loaded.config))
+    return measure(
+        loaded, str(model), {"prompt_tokens": fitting, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
+    )
+
+
+def _prompt_length(asked: int | None, new_tokens: int, context: int | None) -> int:
+    length = asked or min(_PROMPT, max(1, (context or _PROMPT + new_tokens) - new_tokens))
+    if context is not None and length + new_tokens > context:
+        raise RecipeError(
+            f"{length} prompt tokens and {new_tokens} new ones are more than the model's context of {context}: ask for fewer"
+        )
+    return length
 
 
 def measure(dense: Any, name: str, setting: dict[str, int]) -> Benchmark:
@@ -128,7 +169,7 @@ def measure(dense: Any, name: str, setting: dict[str, int]) -> Benchmark:
     sparse = twin(dense)
     sparsified = sparsify(sparse, batch=setting["batch"])
     prompt_BT = _prompt(dense, setting["batch"], setting["prompt_tokens"])
-    rates = {"dense": _Rates(dense), "sparse": _Rates(sparse)}
+    rates = {"dense": _Rates(dense)} | ({"sparse": _Rates(sparse)} if sparsified.sparse_layers else {})
     with torch.inference_mode(), Progress(setting["rounds"], "measuring", "round") as bar:
         for side in rates.values():
             side.run(prompt_BT, 2)
@@ -137,9 +178,9 @@ def measure(dense: Any, name: str, setting: dict[str, int]) -> Benchmark:
             for side in rates.values():
                 side.run(prompt_BT, setting["new_tokens"])
             bar.step()
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(prompt_BT.device)
     sides = {which: side.result(prompt_BT.numel(), setting["batch"], bandwidth) for which, side in rates.items()}
-    return Benchmark(name, setting, sides["dense"], sides["sparse"], bandwidth, sparsified)
+    return Benchmark(name, setting, sides["dense"], sides.get("sparse"), bandwidth, sparsified)
 
 
 def twin(model: nn.Module) -> Any:
@@ -148,15 +189,22 @@ def twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def read_bandwidth() -> float:
-    """Return the bytes a second at which torch reads memory, with the threads it has."""
-    streamed = torch.ones(_STREAMED_BYTES // 4)
+def read_bandwidth(device: torch.device | None = None) -> float:
+    """Return the bytes a second at which torch reads memory, on the CPU with the threads it has."""
+    streamed = torch.ones(_STREAMED_BYTES // 4, device=device)
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = now(streamed.device)
         streamed.sum()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now(streamed.device) - began)
     return _STREAMED_BYTES / min(seconds)
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class _Rates:
@@ -169,14 +217,14 @@ class _Rates:
 
     def run(self, prompt_BT: Tensor, new_tokens: int) -> None:
         """Read the prompt, then write tokens greedily."""
-        began = time.perf_counter()
+        began = now(prompt_BT.device)
         out = self._model(input_ids=prompt_BT, use_cache=True, logits_to_keep=1)
-        self.prefill.append(time.perf_counter() - began)
+        self.prefill.append(now(prompt_BT.device) - began)
         for _ in range(new_tokens):
-            began = time.perf_counter()
+            began = now(prompt_BT.device)
             ids_B1 = out.logits[:, -1:].argmax(-1)
             out = self._model(input_ids=ids_B1, past_key_values=out.past_key_values, use_cache=True)
-            self.decode.append(time.perf_counter() - began)
+            self.decode.append(now(prompt_BT.device) - began)
 
     def forget(self) -> None:
         """Drop what was measured so far: the first run pays for what later ones find ready."""
@@ -197,19 +245,24 @@ class _Rates:
 
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of all weights of a model."""
-    sparse = sum(layer.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear))
-    return sparse + sum(parameter.nbytes for parameter in model.parameters())
+    return _sparse_bytes(model) + sum(parameter.nbytes for parameter in model.parameters())
 
 
 def linear_bytes(model: nn.Module) -> int:
-    """Return the bytes that a step reads of the linear layers' weights."""
+    """Return the bytes of the linear layers' weights and of fused experts, of which a step reads the chosen ones."""
     dense = {id(layer.weight): layer.weight.nbytes for layer in model.modules() if type(layer) is nn.Linear}
-    return sum(dense.values()) + sum(layer.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear))
+    stacks = [module.get_parameter(stack.parameter) for module in model.modules() for stack in stacks_of(module)]
+    return _sparse_bytes(model) + sum(dense.values()) + sum(stored.nbytes for stored in stacks)
+
+
+def _sparse_bytes(model: nn.Module) -> int:
+    return sum(layer.nbytes() for layer in model.modules() if isinstance(layer, SparseLinear | SparseExperts))
 
 
 def _prompt(model: Any, batch: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.config.get_text_config().vocab_size, (batch, tokens), generator=generator)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (batch, tokens), generator=generator).to(model.device)
 
 
 def _plain(side: Side) -> dict[str, Any]:

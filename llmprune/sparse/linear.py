@@ -19,7 +19,8 @@ class SparseLinear(nn.Module):
     Moved to another kind of device, cast, or loaded, the weight takes the preferred form there, unmeasured.
 
     Args:
-        forms: the weight in one form, or in several for different numbers of tokens; the first restores every bit.
+        forms: the weight in one form, or in several for different numbers of tokens. The first gives the dense weight
+            back: to the bit, unless it is cuSPARSELt's, which forgets the sign of zeros.
         steps: which kernel runs, by the number of tokens; the first step begins with 1.
 
     Raises:

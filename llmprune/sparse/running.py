@@ -9,23 +9,25 @@ from typing import Any
 import torch
 
 from llmprune.checkpoint import Source
-from llmprune.checkpoint.compressed import is_compressed, require_version
-from llmprune.errors import CheckpointError
+from llmprune.checkpoint.unpacked import open_dense
+from llmprune.errors import CheckpointError, DataError
 from llmprune.locate import locate
 from llmprune.model.configuration import read_config
 from llmprune.model.skeleton import quiet
 from llmprune.model.tokenizer import load_tokenizer
+from llmprune.planning import context_length
 from llmprune.sparse.sparsify import sparsify
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A continued prompt, and how long the new tokens took."""
+    """A continued prompt, and how long the new tokens took; `context` is the model's, where that ended the text."""
 
     text: str
     new_tokens: int
     seconds: float
     sparse_layers: int
+    context: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain values."""
@@ -50,39 +52,47 @@ def generate(
         on_text: is called with each piece of text as it comes.
 
     Raises:
-        LlmpruneError: the model or its tokenizer cannot be loaded.
+        LlmpruneError: the model or its tokenizer cannot be loaded, or the prompt is longer than the model's context.
     """
-    source = Source.open(locate(model, revision))
+    source = open_dense(locate(model, revision))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     loaded = load(source, trust_remote_code)
-    choices = sparsify(loaded).choices if sparse else []
+    layers = sparsify(loaded).sparse_layers if sparse else 0
     inputs = tokenizer(prompt, return_tensors="pt")
+    given, context = inputs["input_ids"].shape[1], context_length(loaded.config)
+    room = _room(given, context, max_new_tokens)
     began = time.perf_counter()
     ids = loaded.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=room,
         do_sample=False,
         streamer=_streamer(tokenizer, on_text) if on_text else None,
     )[0]
     seconds = time.perf_counter() - began
-    layers = sum(choice.layers for choice in choices if choice.kernel != "dense")
-    new = len(ids) - inputs["input_ids"].shape[1]
-    return Generated(tokenizer.decode(ids, skip_special_tokens=True), new, seconds, layers)
+    new = len(ids) - given
+    ended = context if new == room < max_new_tokens else None
+    return Generated(tokenizer.decode(ids, skip_special_tokens=True), new, seconds, layers, ended)
+
+
+def _room(given: int, context: int | None, asked: int) -> int:
+    """Return how many of the tokens that are asked for fit behind the given ones into the model's context."""
+    if context is None:
+        return asked
+    if given >= context:
+        raise DataError(f"the prompt has {given} tokens, the model's context is {context}: shorten it")
+    return min(asked, context - given)
 
 
 def load(source: Source, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:
-    """Return the model of a checkpoint, dense or compressed, with dense layers on the CPU.
+    """Return the model of a checkpoint that `open_dense` has opened, with dense layers on the CPU.
 
     Raises:
         CheckpointError, UnsupportedModelError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    if is_compressed(source.config):
-        require_version(source.config["quantization_config"], str(source.folder))
-    else:
-        read_config(source.folder, source.config, trust_remote_code)
+    read_config(source.folder, source.config, trust_remote_code)
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.progress import Progress
+from llmprune.sparse.experts import ExpertsChoice, densify_experts, sparsify_experts
 from llmprune.sparse.forms import Dense, Form, Step, obstacle, sparse_forms
 from llmprune.sparse.gate import TOKENS, Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.machine import machine_of
+from llmprune.sparse.stacks import SparseExperts
 
 _SAMPLE_BYTES = 256 << 20  # dense weights of one shape that are measured: more than a processor's cache holds
 _WORTH = 0.95  # of the dense bytes: what a layer must shrink to
@@ -45,27 +47,34 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sparsified:
-    """The choices for a model, shape by shape, and what stays dense whatever is measured."""
+    """The choices for a model, shape by shape, and for its fused experts."""
 
     choices: list[Choice]
-    fused: list[str]
+    experts: list[ExpertsChoice]
+
+    @property
+    def sparse_layers(self) -> int:
+        """Linear layers and modules of experts that are sparse now."""
+        layers = sum(choice.layers for choice in self.choices if choice.kernel != "dense")
+        return layers + sum(choice.modules for choice in self.experts if choice.kernel != "dense")
 
     def to_json(self) -> dict[str, Any]:
         """Return the choices as plain values."""
-        return {"choices": [asdict(choice) for choice in self.choices], "fused_experts_left_dense": self.fused}
+        return {
+            "choices": [asdict(choice) for choice in self.choices],
+            "experts": [asdict(choice) for choice in self.experts],
+        }
 
     def __str__(self) -> str:
-        lines = [str(choice) for choice in self.choices]
-        if self.fused:
-            lines.append(f"{len(self.fused)} fused expert parameters stay dense: no sparse kernel takes them")
-        return "\n".join(lines)
+        return "\n".join(map(str, [*self.choices, *self.experts]))
 
 
 def sparsify(model: nn.Module, *, batch: int = 1, prompt_tokens: int | None = None, graphs: bool = False) -> Sparsified:
     """Make the linear layers of a model sparse, in place, where that is no slower at `batch` tokens a step.
 
     Layers that are sparse already are measured too, and made dense where that is faster. Layers whose weight is tied
-    to another's, lies on a device without sparse kernels or has too few zeros stay as they are, and so do fused experts.
+    to another's, lies on a device without sparse kernels or has too few zeros stay as they are. Fused experts on the
+    CPU are measured and swapped as whole modules.
 
     Args:
         model: any module; what `generate`, `state_dict` and `torch.compile` do with it keeps working.
@@ -85,8 +94,7 @@ def sparsify(model: nn.Module, *, batch: int = 1, prompt_tokens: int | None = No
                 kind.choice(names, kind.obstacle) if kind.obstacle else _choose(model, kind, names, asked, graphs)
             )
             bar.step()
-    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
-    return Sparsified(choices, fused)
+    return Sparsified(choices, sparsify_experts(model, batch))
 
 
 def densify(model: nn.Module) -> None:
@@ -94,6 +102,12 @@ def densify(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, SparseLinear):
             model.set_submodule(name, layer.dense())
+    densify_experts(model)
+
+
+def count_sparse(model: nn.Module) -> int:
+    """Return how many layers of a model are sparse."""
+    return sum(isinstance(layer, SparseLinear | SparseExperts) for layer in model.modules())
 
 
 def make_sparse(model: nn.Module, parameter: str, weight_OI: Tensor) -> bool:

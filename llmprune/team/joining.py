@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, rendezvous
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from llmprune.errors import RankError
 from llmprune.team.launch import Launch, launch, patience
@@ -60,7 +61,8 @@ def _join(launched: Launch, ours: bool) -> tuple[Ranks, Watch]:
         try:
             store, *_ = next(rendezvous("env://", launched.rank, launched.size, timeout=_GATHERING))
             store = _own_part(store, launched.rank)
-            backend = "nccl" if on_gpu and dist.is_nccl_available() else "gloo"
+            own_gpu = on_gpu and torch.cuda.device_count() >= launched.neighbours  # which nccl insists on
+            backend = "nccl" if own_gpu and dist.is_nccl_available() else "gloo"
             watch = Watch(store, launched.rank, launched.size, seconds)
             dist.init_process_group(
                 backend, store=store, rank=launched.rank, world_size=launched.size, timeout=_LONGEST_STEP

@@ -23,7 +23,7 @@ constexpr int PANEL = 32;     // tiles whose weights are expanded before many to
 constexpr int AT_ONCE = 3;    // tokens that share one pass over the registers
 constexpr int TOKENS = 96;    // tokens whose sums are kept at a time
 constexpr int LANES = 16;     // floats that a sum is spread over
-constexpr int64_t AHEAD = 1024;  // bytes of values that are asked for before they are needed
+constexpr int64_t AHEAD = 4096;  // bytes of values that are asked for before they are needed
 
 enum Type { F32 = 0, BF16 = 1, F16 = 2 };
 
@@ -449,15 +449,39 @@ void linear_bf16_avx512(const Tiles& tiles, const uint16_t* x, int64_t tokens, f
 
 uint32_t bits_of(const uint8_t* mask, int64_t column, int64_t count) {
   uint32_t bits = 0;
+  if (count == COLUMNS) {
+    std::memcpy(&bits, mask + column / 8, 4);  // of a known size, which is one instruction
+    return bits;
+  }
   std::memcpy(&bits, mask + column / 8, (count + 7) / 8);
-  return count < 32 ? bits & ((1u << count) - 1) : bits;
+  return bits & ((1u << count) - 1);
 }
 
-int64_t marked_in(const uint8_t* mask, int64_t columns) {
-  int64_t marked = 0;
-  for (int64_t column = 0; column < columns; column += COLUMNS)
-    marked += __builtin_popcount(bits_of(mask, column, columns - column < COLUMNS ? columns - column : COLUMNS));
-  return marked;
+int64_t ones_any(const uint8_t* masks, int64_t bytes) {
+  int64_t count = 0;
+  for (int64_t at = 0; at < bytes; at++) count += __builtin_popcount(masks[at]);
+  return count;
+}
+
+#ifdef LLMPRUNE_X86
+
+AVX2 int64_t ones_avx2(const uint8_t* masks, int64_t bytes) {
+  int64_t count = 0, at = 0;
+  for (uint64_t word; at + 8 <= bytes; at += 8) {
+    std::memcpy(&word, masks + at, 8);
+    count += _mm_popcnt_u64(word);
+  }
+  for (; at < bytes; at++) count += _mm_popcnt_u32(masks[at]);
+  return count;
+}
+
+#endif
+
+int64_t ones(const uint8_t* masks, int64_t bytes, int level) {
+#ifdef LLMPRUNE_X86
+  if (level >= 1) return ones_avx2(masks, bytes);
+#endif
+  return ones_any(masks, bytes);
 }
 
 template <typename T> void expand_row(const uint8_t* mask, const T* values, int64_t columns, T* out) {
@@ -489,19 +513,24 @@ AVX512 void expand_row_avx512(const uint8_t* mask, const uint16_t* values, int64
   }
 }
 
+// Where rows begin at whole cache lines they are written past the cache, which need not read them first then.
 AVX512 void expand_tile_row_avx512(const Tiles& tiles, int64_t row, uint16_t* out) {
   auto values = static_cast<const uint16_t*>(tiles.values) + tiles.offsets[row];
   const uint32_t* masks = tiles.masks_of(row);
   int64_t height = tiles.height(row), inputs = tiles.inputs;
+  bool whole_lines = inputs % COLUMNS == 0 && uintptr_t(out) % 64 == 0;
   for (int64_t column = 0; column < inputs; column += COLUMNS, masks += ROWS) {
     ask_ahead(values);
     auto within = __mmask32(inputs - column < COLUMNS ? (1u << (inputs - column)) - 1 : ~0u);
     for (int64_t line = 0; line < height; line++) {
       __m512i spread = _mm512_maskz_expand_epi16(masks[line], load_apart(values));
-      _mm512_mask_storeu_epi16(out + line * inputs + column, within, spread);
+      uint16_t* to = out + line * inputs + column;
+      if (whole_lines) _mm512_stream_si512((__m512i*)to, spread);
+      else _mm512_mask_storeu_epi16(to, within, spread);
       values += _mm_popcnt_u32(masks[line]);
     }
   }
+  _mm_sfence();
 }
 
 #endif
@@ -510,7 +539,7 @@ template <typename T>
 void expand_rows(const uint8_t* masks, const T* values, int64_t rows, int64_t columns, T* out, int threads, int level) {
   int64_t bytes = (columns + 7) / 8;
   std::vector<int64_t> first(rows + 1, 0);
-  for (int64_t row = 0; row < rows; row++) first[row + 1] = first[row] + marked_in(masks + row * bytes, columns);
+  for (int64_t row = 0; row < rows; row++) first[row + 1] = first[row] + ones(masks + row * bytes, bytes, level);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
 #ifdef LLMPRUNE_X86
@@ -577,6 +606,9 @@ int llmprune_cpu_level() {
   return 0;
 #endif
 }
+
+// How many bits are set; the unused ones at the end of rows must not be. `count` takes the number.
+void bitmask_count(const uint8_t* masks, int64_t bytes, int64_t* count, int level) { *count = ones(masks, bytes, level); }
 
 // Rows to dense. `size` is the bytes of an element: 1, 2, 4 or 8.
 void bitmask_expand_rows(const uint8_t* masks, const void* values, int64_t rows, int64_t columns, int size, void* out,

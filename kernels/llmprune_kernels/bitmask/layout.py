@@ -11,6 +11,7 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,11 +21,12 @@ from llmprune_kernels.bitmask.reference import COLUMNS, ROWS
 from llmprune_kernels.native import cpu_level, declared
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-EXPANDED_BYTES = 16 << 20  # of the weight that are dense at a time while many tokens are multiplied
+EXPANDED_BYTES = 16 << 20  # of the weight that are dense at a time while many tokens are multiplied; parts are equal
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {  # as in bitmask.cpp
     "bitmask_pack": (_P, _L, _L, _I, _P, _P, _P, _I),
     "bitmask_expand": (_P, _P, _P, _L, _L, _I, _P, _I, _I),
+    "bitmask_count": (_P, _L, _P, _I),
     "bitmask_expand_rows": (_P, _P, _L, _L, _I, _P, _I, _I),
     "bitmask_linear": (_P, _P, _P, _L, _L, _I, _P, _L, _P, _I, _I),
 }
@@ -52,7 +54,8 @@ class Tiles:
         weight_OI = weight_OI.contiguous()
         offsets = _offsets(weight_OI)
         masks = torch.empty(len(offsets) - 1, -(-inputs // COLUMNS), ROWS, dtype=torch.int32)
-        values = weight_OI.new_zeros(int(offsets[-1]) + SLACK)
+        values = _stream(int(offsets[-1]) + SLACK, weight_OI.dtype)
+        values[-SLACK:] = 0
         native.bitmask_pack(
             weight_OI.data_ptr(), outputs, inputs, weight_OI.element_size(),
             masks.data_ptr(), values.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
@@ -107,9 +110,10 @@ def multiply(x_TI: Tensor, tiles: Tiles, level: int | None = None) -> Tensor:
 
 
 def multiply_expanded(x_TI: Tensor, tiles: Tiles) -> Tensor:
-    """Return what `multiply` does, by torch: a part of the weight is dense at a time, small enough for the cache."""
+    """Return what `multiply` does, by torch: a part of the weight is dense at a time, in memory that malloc reuses."""
     y_TO = x_TI.new_empty(len(x_TI), tiles.outputs)
-    step = max(1, EXPANDED_BYTES // (tiles.inputs * x_TI.element_size() * ROWS)) * ROWS
+    parts = -(-tiles.outputs * tiles.inputs * x_TI.element_size() // EXPANDED_BYTES)
+    step = -(-tiles.outputs // (parts * ROWS)) * ROWS
     part_OI = tiles.values.new_empty(min(step, tiles.outputs), tiles.inputs)
     for first in range(0, tiles.outputs, step):
         last = min(first + step, tiles.outputs)
@@ -132,6 +136,21 @@ def expand_rows(masks: Tensor, values: Tensor, columns: int) -> Tensor:
         dense.data_ptr(), torch.get_num_threads(), cpu_level(),
     )  # fmt: skip
     return dense
+
+
+def count_bits(masks: Tensor) -> int:
+    """Return how many bits of the bytes in a contiguous tensor are set."""
+    native = compiled()
+    if native is None:
+        return reference.count_bits(masks)
+    count = torch.zeros(1, dtype=torch.int64)
+    native.bitmask_count(masks.data_ptr(), masks.numel(), count.data_ptr(), cpu_level())
+    return int(count)
+
+
+def _stream(count: int, dtype: torch.dtype) -> Tensor:
+    """Return room for values that are read in one go: numpy asks the system for large pages, torch does not."""
+    return torch.from_numpy(np.empty(count * dtype.itemsize, np.uint8)).view(dtype)
 
 
 def _offsets(weight_OI: Tensor) -> Tensor:

@@ -16,6 +16,11 @@ def as_bits(weight: Tensor) -> Tensor:
     return weight.view(INTEGERS[weight.element_size()])
 
 
+def count_bits(masks: Tensor) -> int:
+    """Return how many bits of the bytes in a tensor are set."""
+    return sum(int(((masks >> place) & 1).sum()) for place in range(8))
+
+
 def expand_rows(masks: Tensor, values: Tensor, columns: int) -> Tensor:
     """Return the dense rows [R, columns] of masks [R, ceil(columns / 8)], lowest bit first, and values, row by row."""
     kept = (masks.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1

@@ -23,7 +23,8 @@ def _linear_on_cpu(x: Tensor, masks: Tensor, values: Tensor, starts: Tensor, cou
 def _linear_on_gpu(x: Tensor, masks: Tensor, values: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
     from llmprune_kernels.bitmask import triton
 
-    return triton.linear(x, masks, values, starts, counts)
+    with torch.cuda.device_of(x):  # Triton starts kernels on the current device
+        return triton.linear(x, masks, values, starts, counts)
 
 
 def _linear_shape(x: Tensor, masks: Tensor, values: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
@@ -37,7 +38,8 @@ def _expand_on_cpu(masks: Tensor, values: Tensor, starts: Tensor, counts: Tensor
 def _expand_on_gpu(masks: Tensor, values: Tensor, starts: Tensor, counts: Tensor, inputs: int) -> Tensor:
     from llmprune_kernels.bitmask import triton
 
-    return triton.expand(masks, values, starts, counts, inputs)
+    with torch.cuda.device_of(masks):
+        return triton.expand(masks, values, starts, counts, inputs)
 
 
 def _expand_shape(masks: Tensor, values: Tensor, starts: Tensor, counts: Tensor, inputs: int) -> Tensor:

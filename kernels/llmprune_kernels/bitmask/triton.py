@@ -5,6 +5,7 @@ goes through the bits of its byte. Some 12 instructions a weight: the fastest GP
 others do not, and which is which must be measured.
 """
 
+import functools
 import os
 
 import torch
@@ -33,6 +34,7 @@ def linear(x_TI: Tensor, masks: Tensor, values: Tensor, starts: Tensor, counts: 
     return y_TO
 
 
+@functools.lru_cache(64)
 def constants(tokens: int, inputs: int) -> dict[str, int]:
     """Return what `multiply` is specialised for."""
     block = min(TOKENS_A_BLOCK, triton.next_power_of_2(tokens))

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, I inputs.
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,5 +43,5 @@ def _add(out_II: Tensor, x_TI: Tensor, y_TI: Tensor, scale: float, before: float
 
 
 @functools.cache
-def _compiled() -> ctypes.CDLL | None:
+def _compiled() -> Any:  # None where there is no library; callers ask `available` first
     return declared(_SIGNATURES)

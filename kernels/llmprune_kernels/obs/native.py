@@ -5,6 +5,7 @@ Shape suffixes: B columns (inputs) of the block, O outputs, M columns of an N:M 
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,5 +69,5 @@ def _matrices(block_BO: Tensor, upper_BB: Tensor) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def _compiled() -> ctypes.CDLL | None:
+def _compiled() -> Any:  # None where there is no library; callers ask `available` first
     return declared(_SIGNATURES)

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def kth_smallest(score_C: Tensor, k: int) -> float:
 
 
 @functools.cache
-def _compiled() -> ctypes.CDLL | None:
+def _compiled() -> Any:  # None where there is no library; callers ask `available` first
     native = library()
     if native is not None:
         native.select_kth.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)

@@ -30,7 +30,8 @@ def _mma_on_cpu(x: Tensor, values: Tensor, places: Tensor, outputs: int) -> Tens
 def _mma_on_gpu(x: Tensor, values: Tensor, places: Tensor, outputs: int) -> Tensor:
     from llmprune_kernels.two_four import triton_mma
 
-    return triton_mma.linear(x, values, places, outputs)
+    with torch.cuda.device_of(x):  # Triton starts kernels on the current device
+        return triton_mma.linear(x, values, places, outputs)
 
 
 def _mma_shape(x: Tensor, values: Tensor, places: Tensor, outputs: int) -> Tensor:
@@ -40,7 +41,8 @@ def _mma_shape(x: Tensor, values: Tensor, places: Tensor, outputs: int) -> Tenso
 def _pairs_on_gpu(x: Tensor, pairs: Tensor, codes: Tensor) -> Tensor:
     from llmprune_kernels.two_four import triton
 
-    return triton.linear(x, pairs, codes)
+    with torch.cuda.device_of(x):
+        return triton.linear(x, pairs, codes)
 
 
 def _pairs_shape(x: Tensor, pairs: Tensor, codes: Tensor) -> Tensor:
@@ -69,7 +71,8 @@ def _expand_on_gpu(
 ) -> Tensor:
     from llmprune_kernels.two_four import triton
 
-    return triton.expand(words, codes, outputs, inputs, dtype, of_fragments)
+    with torch.cuda.device_of(words):
+        return triton.expand(words, codes, outputs, inputs, dtype, of_fragments)
 
 
 def _expand_shape(

@@ -4,7 +4,12 @@ Written in Gluon, Triton's dialect with explicit layouts: only there does an ins
 in the registers it wants. Reading the weights is nearly all that the kernel does: every lane loads 16 bytes of values
 at once and multiplies them as they are. The warps of a program, and programs beside each other, share the columns of
 16 rows (split-K), so that matrices with few rows keep the whole GPU busy too.
+
+The instruction takes no part in inputs whose weight is missing: NaN there does not reach the output, as it would if it
+were multiplied by zero.
 """
+
+import functools
 
 import torch
 import triton
@@ -33,12 +38,19 @@ def linear(x_TI: Tensor, values: Tensor, places: Tensor, outputs: int) -> Tensor
     kind = x_TI.dtype if splits == 1 else torch.float32
     y_STO = torch.empty(splits, tokens, outputs, dtype=kind, device=x_TI.device)
     sparse_mma[(len(values), splits, triton.cdiv(tokens, MOST_TOKENS))](
-        x_TI.contiguous().view(torch.int32), values, places, y_STO, tokens, outputs, inputs, steps,
+        _words(x_TI), values, places, y_STO, tokens, outputs, inputs, steps,
         **constants(tokens, inputs, x_TI.dtype), num_warps=WARPS,
     )  # fmt: skip
     return y_STO[0] if splits == 1 else y_STO.sum(0).to(x_TI.dtype)
 
 
+def _words(x_TI: Tensor) -> Tensor:
+    """Return x two values a word, which must not begin between two."""
+    x_TI = x_TI.contiguous()
+    return (x_TI.clone() if x_TI.storage_offset() % 2 else x_TI).view(torch.int32)
+
+
+@functools.lru_cache(64)
 def constants(tokens: int, inputs: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
     """Return what the kernel is specialised for."""
     kind = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
@@ -57,6 +69,7 @@ def _splits(tile_rows: int, steps: int, processors: int) -> int:
     return max(1, min(processors // tile_rows, steps // (WARPS * UNROLLED)))
 
 
+@functools.cache
 def _processors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 

@@ -1,4 +1,4 @@
-"""How much of a budget each site gets."""
+"""One threshold of magnitude over all sites."""
 
 from collections.abc import Callable, Iterable
 

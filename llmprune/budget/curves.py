@@ -1,0 +1,123 @@
+"""What pruning a site alone does to its outputs, at a few sparsities: solved by the run's own method, cut short.
+
+Curves of a weaker method mislead: they make sites look hard that the run's method prunes well. So the method is the
+run's, and cheap by other means: few points, all sites of a group and all points solved as one matrix, so that they
+share their factorisations, and few iterations where a method has many.
+
+Shape suffixes: O outputs, I inputs, P points of a curve, S outputs of stacked matrices.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmprune.methods import Method
+from llmprune.model.groups import Group, is_starved
+from llmprune.model.sites import Site, require_finite
+from llmprune.patterns import Count, Stacked
+from llmprune.statistics import Gram
+
+_CUT_SHORT = {"iterations": 10, "stages": 4, "refit": 3}  # options of methods that go on and on
+_STACKED = 1 << 26  # weights that are solved at once
+
+Solver = Callable[[Site], tuple[Method, Callable[[int, int], Count]]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What pruning a site alone does.
+
+    Attributes:
+        error_PO: squared change of each output, summed over all tokens, at every point.
+        energy: squared outputs, summed over outputs and tokens.
+    """
+
+    error_PO: Tensor
+    energy: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One matrix to be solved at one point."""
+
+    site: Site
+    weight_OI: Tensor
+    pattern: Count
+    method: Method
+
+
+def losses(
+    groups: Iterable[Group], weight: Callable[[Site], Tensor], solver: Solver, shares: Sequence[float], seed: int
+) -> dict[str, Loss]:
+    """Return the loss of every site of the groups, by name; sites that no input has reached are left out.
+
+    Args:
+        weight: of a site.
+        solver: the method of a site, and what makes its pattern from the number of removed weights and of all.
+        shares: the points.
+    """
+    found = dict[str, Loss]()
+    for group in groups:
+        if isinstance(group.statistic, Gram):
+            found |= _of_group(group, group.statistic, weight, solver, shares, seed)
+            group.statistic = None
+    return found
+
+
+def _of_group(
+    group: Group,
+    gram: Gram,
+    weight: Callable[[Site], Tensor],
+    solver: Solver,
+    shares: Sequence[float],
+    seed: int,
+) -> dict[str, Loss]:
+    jobs, energies = [], {}
+    scale = (gram.tokens if is_starved(group) else gram.sequences) / 2  # of the mean that a Gram is, to a sum
+    for site in group.sites:
+        method, pattern_of = solver(site)
+        weight_OI = weight(site).to(gram.device).float()
+        energies[site] = 2 * scale * gram.energy(weight_OI)
+        size = weight_OI.numel()
+        jobs += [_Job(site, weight_OI, pattern_of(int(size * share), size), cut_short(method)) for share in shares]
+    errors: dict[Site, list[Tensor]] = {site: [] for site in group.sites}
+    for batch in _batches(jobs):
+        weight_SI = torch.cat([job.weight_OI for job in batch])
+        heights = tuple(len(job.weight_OI) for job in batch)
+        pattern = Stacked(tuple(job.pattern for job in batch), heights)
+        method, generator = batch[0].method, torch.Generator().manual_seed(seed)
+        solution = method.solve(weight_SI, gram, pattern, generator)
+        require_finite(f"a trial solution of {batch[0].site.name}", solution.weight_OI)
+        change_SI = weight_SI - solution.weight_OI
+        error_S = (change_SI @ gram.hessian_II).mul_(change_SI).sum(1).mul_(scale).cpu()
+        for job, error_O in zip(batch, error_S.split(heights), strict=True):
+            errors[job.site].append(error_O)
+    gram.forget_factors()
+    return {site.name: Loss(torch.stack(errors[site]), energies[site]) for site in group.sites}
+
+
+def _batches(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+    """Yield jobs that are solved as one: those of one method, if it works from a Gram and so treats rows alike."""
+    batch: list[_Job] = []
+    for job in jobs:
+        size = sum(held.weight_OI.numel() for held in batch) + job.weight_OI.numel()
+        if batch and (job.method != batch[0].method or job.method.needs is not Gram or size > _STACKED):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def cut_short(method: Method) -> Method:
+    """Return the method with less to do, where it has an option for that."""
+    assert is_dataclass(method)
+    fewer = {
+        option.name: min(getattr(method, option.name), _CUT_SHORT[option.name])
+        for option in fields(method)
+        if option.name in _CUT_SHORT
+    }
+    shorter: Method = replace(method, **fewer)
+    return shorter
