@@ -113,7 +113,8 @@ def test_a_kill_while_an_old_output_is_replaced_leaves_the_old_or_the_new(exchan
 def test_a_run_that_is_killed_in_every_block_gets_there(tmp_path: Path) -> None:
     source, out, options = source_of("llama", tmp_path), tmp_path / "out", KILLED["demo"]
     whole, events = uninterrupted(source, tmp_path / "whole", **options)
-    _, first, second, *_ = (point for point, event in enumerate(events) if event == "after write")
+    begun, copied, first, second, *_ = (point for point, event in enumerate(events) if event == "after write")
+    assert begun < copied < events.index("before pwrite") < first
     assert faults.prune(source, out, point=first + 1, **options) == -9
     ends = [faults.prune(source, out, resume=True, point=second - first + 3, **options) for _ in range(tiny.BLOCKS)]
     assert ends == [-9] * (tiny.BLOCKS - 1) + [0]

@@ -266,7 +266,7 @@ def test_a_loaded_model_that_cannot_be_finished_has_no_block_that_is_pruned_in_p
 
 @pytest.mark.parametrize("once", [False, True])
 def test_a_loaded_model_whose_dense_blocks_are_gone_is_not_run_again(once: bool) -> None:
-    report: Any = SimpleNamespace(sites=[])
+    report: Any = SimpleNamespace(sites=[], tuning=[])
     store, stage = InMemory(Resident(tiny.model("llama")), report, once), Stage("a block", torch.nn.Identity())
     assert store.go_back()
     store.keep(stage, [])

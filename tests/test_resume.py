@@ -156,7 +156,7 @@ def other_threads(source: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def other_version(source: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("llmprune.pruning.versions", lambda: {"torch": "9.9"})
+    patch.setattr("llmprune.storing.versions", lambda: {"torch": "9.9"})
 
 
 CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
