@@ -8,7 +8,7 @@ from typing import Any
 
 from llmprune.errors import RecipeError, did_you_mean
 
-_TOWARDS_DENSE = {"true_sequential": True, "dense_target": 0.5}
+_TOWARDS_DENSE = {"true_sequential": True, "dense_target": 0.5, "autocast": True}
 _BY_LOSS = {"allocation": "fisher"}  # of unstructured patterns; N:M is the same everywhere
 
 PRESETS: dict[str, dict[str, Any]] = {
