@@ -85,7 +85,7 @@ def test_a_matrix_is_solved_without_waiting_for_its_energies_piece_by_piece() ->
             return [1.0] * len(parts)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("llmprune.statistics._values", read)
+            patch.setattr("llmprune.statistics.gram._values", read)
             weight_OI = torch.empty(4 * SIZE, SIZE, device="cuda")
             change, whole = energies(weight_OI, weight_OI, gram)
         assert reads == 2 and change > 0 and whole > 0

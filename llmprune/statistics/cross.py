@@ -1,0 +1,88 @@
+"""Inputs of the pruned model beside those that the dense one has in their place, for targets between both outputs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmprune import kernels
+from llmprune.statistics.gram import Gram, Tile, row_tiles
+
+
+class CrossGram(Gram):
+    """A Gram matrix that also relates the inputs P to those that the dense model has in their place, D.
+
+    With a target between the two models' outputs, `share`·D Wᵀ + (1-share)·P Wᵀ, the least squares problem over the
+    pruned weights is that of other weights W*, to which every solver applies unchanged; compare GPTAQ (Li et al., 2025,
+    arXiv:2504.02692), which quantizes towards the dense model's outputs in the same way.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        super().__init__(inputs, device)
+        self._cross_II: Tensor | None = None
+        self._mixture: tuple[float, Tensor] | None = None
+
+    def parts(self, tile: Tile) -> list[Tensor]:
+        cross = [] if self._cross_II is None else [self._cross_II[slice(*tile)]]
+        return [*super().parts(tile), *cross]
+
+    def add(
+        self,
+        x_TI: Tensor,
+        sequences: int,
+        dense_TI: Tensor | None = None,
+        *,
+        tiles: Sequence[Tile] | None = None,
+    ) -> None:
+        """As `Gram.add`, and the dense model's inputs [tokens, inputs], for all of the sequences or for none."""
+        if dense_TI is not None:
+            if self._cross_II is None:
+                self._cross_II = torch.zeros_like(self._mean_II)
+            self._mixture = None
+            if tiles != []:
+                self._add_cross(self._cross_II, x_TI, dense_TI, self.sequences + sequences, tiles)
+        super().add(x_TI, sequences, tiles=tiles)
+
+    def _add_cross(
+        self, cross_II: Tensor, x_TI: Tensor, dense_TI: Tensor, total: int, tiles: Sequence[Tile] | None
+    ) -> None:
+        scale, before = 2 / total, self.sequences / total
+        if kernels.multiplies(x_TI):
+            kernels.add_product(cross_II, dense_TI, x_TI, scale, before)
+            return
+        x_TI, dense_IT = x_TI.float(), dense_TI.float().T
+        for start, stop in row_tiles(self.inputs) if tiles is None else tiles:
+            cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
+
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        if self._cross_II is not None:
+            self._cross_II = self._cross_II.to(device)
+
+    @staticmethod
+    def nbytes(inputs: int) -> int:
+        return 2 * Gram.nbytes(inputs)
+
+    def target(self, weight_OI: Tensor, share: float, damp: float) -> Tensor:
+        """Return W* = (W C + λW)(H + λ)⁻¹ in fp32, C = `share`·DᵀP + (1-share)·PᵀP; W where D was not seen.
+
+        Args:
+            weight_OI: the dense weights.
+            share: of the target that is the dense model's output, 0 to 1.
+            damp: λ relative to the mean of H's diagonal.
+        """
+        weight_OI = weight_OI.float()
+        if self._cross_II is None or not share:
+            return weight_OI
+        factor = self.factor(damp, "root")
+        ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
+        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(self._cross_II, share))
+        half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
+        target_OI: Tensor = torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
+        return target_OI
+
+    def _mixed(self, cross_II: Tensor, share: float) -> Tensor:
+        """Return C = `share`·DᵀP + (1-share)·PᵀP, once for all sites that read these inputs."""
+        if self._mixture is None or self._mixture[0] != share:
+            self._mixture = share, torch.lerp(self.hessian_II, cross_II, share)
+        return self._mixture[1]

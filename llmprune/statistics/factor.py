@@ -1,0 +1,86 @@
+"""A factor of the Hessian, damped as far as it takes to be positive definite in fp32."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmprune.errors import NumericalError
+
+_DAMPING_STEPS = 6  # each ten times the one before
+_LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
+
+_log = logging.getLogger(__name__)
+
+FactorKind = Literal["inverse", "root"]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """An upper triangular factor of the damped Hessian.
+
+    Of kind `inverse` it is U with H⁻¹ = Uᵀ U, computed as the paper's code does; of kind `root` it is R with
+    H = R Rᵀ. They are one factor, U = R⁻¹, but R needs a quarter of the work and no inverse.
+    """
+
+    upper_II: Tensor
+    dead_I: Tensor
+    damp: float
+    notes: tuple[str, ...] = field(default=())
+
+
+def factorize(hessian_II: Tensor, damp: float, kind: FactorKind = "inverse") -> Factor:
+    """Factor H with `damp` x mean(diag H) added to its diagonal.
+
+    Inputs that are always zero get a one on the diagonal, before the damping, as in the paper's code. When the
+    matrix is not positive definite in fp32 the damping grows tenfold, and a note says so.
+
+    Raises:
+        NumericalError: no step of the ladder helps.
+    """
+    notes: list[str] = []
+    for step in range(_DAMPING_STEPS):
+        tried = max(damp, _LEAST_DAMPING) * 10**step if step else damp
+        upper_II = _DECOMPOSITIONS[kind](damped(hessian_II, tried))
+        if upper_II is not None:
+            return Factor(upper_II, hessian_II.diagonal() == 0, tried, tuple(notes))
+        raised = max(damp, _LEAST_DAMPING) * 10 ** (step + 1)
+        notes.append(f"not positive definite at damping {tried:g}, raised to {raised:g}")
+        _log.warning("Gram matrix of %d inputs: %s", len(hessian_II), notes[-1])
+    raise NumericalError(f"the Gram matrix is not positive definite even at damping {tried:g}: use more calibration")
+
+
+def damped(hessian_II: Tensor, damp: float) -> Tensor:
+    """Return a copy of H with `damp` x mean(diag H) on its diagonal, dead inputs as in `factorize`."""
+    diagonal_I = hessian_II.diagonal().masked_fill(hessian_II.diagonal() == 0, 1)
+    damped_II = hessian_II.clone()
+    damped_II.diagonal().copy_(diagonal_I + damp * diagonal_I.mean())
+    return damped_II
+
+
+def _root_factor(damped_II: Tensor) -> Tensor | None:
+    """Return R with H = R Rᵀ, or None if H is not positive definite: with J the reversal, J H J = L Lᵀ, R = J L J."""
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+    healthy = not failed.item() and math.isfinite(float(lower_II.diagonal().sum()))
+    return lower_II.flip(0, 1) if healthy else None
+
+
+def _inverse_factor(damped_II: Tensor) -> Tensor | None:
+    """Return U with H⁻¹ = Uᵀ U, or None if H or its inverse is not positive definite in fp32; overwrites H."""
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    if failed.item():
+        return None
+    torch.cholesky_inverse(lower_II, out=damped_II)
+    upper_II, failed = torch.linalg.cholesky_ex(damped_II, upper=True)
+    healthy = not failed.item() and math.isfinite(float(upper_II.diagonal().sum()))
+    return upper_II if healthy else None
+
+
+_DECOMPOSITIONS: dict[FactorKind, Callable[[Tensor], Tensor | None]] = {
+    "inverse": _inverse_factor,
+    "root": _root_factor,
+}

@@ -1,0 +1,155 @@
+"""The Gram matrix of a site's inputs: SparseGPT's Hessian."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmprune import kernels
+from llmprune.patterns import column_blocks
+from llmprune.statistics.factor import Factor, FactorKind, damped, factorize
+from llmprune.statistics.protocol import require_finite
+
+_GRAM_TILE = 256  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
+_GPU_TILE = 2048  # the same on a GPU, which small products leave idle
+
+Tile = tuple[int, int]
+
+
+class Gram:
+    """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
+
+    In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
+    of 16-bit inputs are exact in fp32 and are summed in whatever order is fastest.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self._mean_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
+        self._mirrored = True  # whether the tiles above the diagonal are filled in
+        self._factors: dict[tuple[float, FactorKind], Factor] = {}
+        self.sequences = self.tokens = 0
+
+    @classmethod
+    def from_matrix(cls, gram_II: Tensor) -> "Gram":
+        """Return the statistic of inputs whose Gram matrix XᵀX is known."""
+        statistic = cls(len(gram_II), gram_II.device)
+        statistic._mean_II += 2 * gram_II.float()
+        statistic.sequences = 1
+        return statistic
+
+    @property
+    def inputs(self) -> int:
+        return len(self._mean_II)
+
+    @property
+    def device(self) -> torch.device:
+        return self._mean_II.device
+
+    @staticmethod
+    def tiles(x_TI: Tensor) -> list[Tile]:
+        """Return the rows of each tile, which is what lies in them on and below the diagonal, for such inputs."""
+        inputs = x_TI.shape[1]
+        return [(0, inputs)] if kernels.multiplies(x_TI) else row_tiles(inputs)
+
+    def parts(self, tile: Tile) -> list[Tensor]:
+        """Return the sums of a tile, as views."""
+        start, stop = tile
+        return [self._mean_II[start:stop, :stop]]
+
+    def add(self, x_TI: Tensor, sequences: int, *, tiles: Sequence[Tile] | None = None) -> None:
+        """As `Statistic.add`; with `tiles` to these alone, where the others are summed elsewhere."""
+        total = self.sequences + sequences
+        if tiles != []:
+            self._add(x_TI, total, tiles)
+        self._changed()
+        self.sequences = total
+        self.tokens += x_TI.shape[0]
+
+    def _add(self, x_TI: Tensor, total: int, tiles: Sequence[Tile] | None) -> None:
+        if kernels.multiplies(x_TI):
+            kernels.add_gram(self._mean_II, x_TI, 2 / total, self.sequences / total)
+            return
+        x_IT = x_TI.float().T * math.sqrt(2 / total)
+        for start, stop in row_tiles(self.inputs) if tiles is None else tiles:
+            tile = self._mean_II[start:stop, :stop].mul_(self.sequences / total)
+            tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
+
+    def merge(self, other: "Gram") -> None:
+        total = max(self.sequences + other.sequences, 1)
+        self._mean_II.mul_(self.sequences / total).add_(other._mean_II, alpha=other.sequences / total)
+        self._changed()
+        self.sequences += other.sequences
+        self.tokens += other.tokens
+
+    def shrink(self, other: "Gram", share: float) -> None:
+        own = (1 - share) * self.sequences / max(self.tokens, 1)
+        self._mean_II.mul_(own).add_(other._mean_II, alpha=share * other.sequences / other.tokens)
+        self._changed()
+        self.sequences = 1
+
+    @staticmethod
+    def nbytes(inputs: int) -> int:
+        return 4 * inputs * inputs
+
+    @property
+    def hessian_II(self) -> Tensor:
+        """H = 2/n · X Xᵀ with n the number of sequences (Frantar & Alistarh, 2023, arXiv:2301.00774)."""
+        if not self._mirrored:
+            for start, stop in row_tiles(self.inputs):
+                self._mean_II[start:stop, stop:] = self._mean_II[stop:, start:stop].T
+            self._mirrored = True
+        return self._mean_II
+
+    @property
+    def norm_I(self) -> Tensor:
+        """As `ColumnNorm.norm_I`, from the diagonal: a Gram serves methods that need column norms too."""
+        return (self._mean_II.diagonal() / 2).sqrt()
+
+    def factor(self, damp: float, kind: FactorKind = "inverse") -> "Factor":
+        """Return a factor of the damped Hessian; sites that share this Gram share the work.
+
+        Raises:
+            NumericalError: the Hessian is not positive definite at any step of the damping ladder.
+        """
+        if (damp, kind) not in self._factors:
+            others = {key: factor for key, factor in self._factors.items() if key[0] == damp}
+            self._factors = others | {(damp, kind): factorize(self.hessian_II, damp, kind)}
+        return self._factors[damp, kind]
+
+    def forget_factors(self) -> None:
+        """Let go of the factors, which are as large as the Gram itself."""
+        self._factors.clear()
+
+    def damped_II(self, damp: float) -> Tensor:
+        """Return a copy of H with `damp` x mean(diag H) on its diagonal, dead inputs as in `factorize`."""
+        return damped(self.hessian_II, damp)
+
+    def energy(self, weight_OI: Tensor) -> float:
+        weight_OI, parts = weight_OI.float(), list[Tensor]()
+        tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
+        for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal counts twice
+            product = (weight_OI[:, start:stop] @ self.hessian_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
+            parts += [product[:, :start].sum(), product[:, start:].sum() / 2]
+        return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
+
+    def move(self, device: torch.device) -> None:
+        self._mean_II = self._mean_II.to(device)
+        self.forget_factors()
+
+    def require_finite(self, name: str) -> None:
+        require_finite(self._mean_II.diagonal(), name)
+
+    def _changed(self) -> None:
+        self._mirrored = False
+        self._factors.clear()
+
+
+def row_tiles(inputs: int) -> list[Tile]:
+    """Return the rows of the tiles in which a Gram matrix of so many inputs is summed."""
+    return column_blocks(inputs, _GRAM_TILE)
+
+
+def _values(sums: Tensor) -> list[float]:
+    values: list[float] = sums.tolist()
+    return values
