@@ -15,9 +15,10 @@ from llmprune.model import Outline
 from llmprune.model.memory import statistics_budget
 from llmprune.model.probe import Trial, try_blocks, try_head
 from llmprune.model.streamed import stored_dtype
+from llmprune.options import require_whole
 from llmprune.planning import Plan, make_plan
 from llmprune.progress import size_text
-from llmprune.recipe import Recipe, require_whole
+from llmprune.recipe import Recipe
 from llmprune.report import hardware, versions
 
 

@@ -13,12 +13,12 @@ from llmprune import methods, overrides, patterns
 from llmprune.errors import RecipeError, did_you_mean
 from llmprune.locate import DEMO
 from llmprune.methods import Method
+from llmprune.options import DTYPES, as_globs, require_dtype, require_whole, resolve_device
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
 from llmprune.presets import expanded
 from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
 
 ALLOCATIONS = ("uniform", "owl", "error", "fisher")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Recipe:
         values = expanded(options)
         for name in ("include", "exclude"):
             if name in values:
-                values[name] = _globs(name, values[name])
+                values[name] = as_globs(name, values[name])
         recipe = cls(**values)
         recipe.require_valid()
         return recipe
@@ -268,26 +268,6 @@ class Recipe:
         return fields
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Return the options of a YAML recipe file.
-
-    Raises:
-        RecipeError: the file is missing or is not a YAML mapping.
-    """
-    import yaml
-
-    try:
-        options = yaml.load(Path(path).read_text("utf-8"), _loader())
-    except OSError as error:
-        raise RecipeError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no date of a calendar
-        raise RecipeError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        raise RecipeError(f"recipe {path} must map option names to values, such as 'method: wanda'")
-    require_known(options)
-    return options
-
-
 def require_known(options: Mapping[str, Any]) -> None:
     """Raise RecipeError, with the nearest known name, for an option that a recipe does not have."""
     known = ["preset", *(item.name for item in dataclasses.fields(Recipe))]
@@ -296,64 +276,9 @@ def require_known(options: Mapping[str, Any]) -> None:
             raise RecipeError(f"unknown option '{name}': {did_you_mean(name, known)}")
 
 
-def _loader() -> Any:
-    """Return a safe YAML loader that takes `2:4` for the text that it is; YAML 1.1 has it as 124, in base 60.
-
-    It takes no aliases, with which a few lines can stand for more values than fit in memory.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it refers to a value by an alias (*name), write the value out")
-            return super().compose_node(parent, index)
-
-    def whole_number(loader: Loader, node: yaml.ScalarNode) -> str | int:
-        return node.value if ":" in node.value else int(loader.construct_yaml_int(node))
-
-    Loader.add_constructor("tag:yaml.org,2002:int", whole_number)
-    return Loader
-
-
-def _globs(name: str, value: Any) -> tuple[str, ...]:
-    globs = (value,) if isinstance(value, str) else () if value is None else value
-    if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
-        raise RecipeError(f"{name} must be a glob or a list of globs, not {value!r}")
-    return tuple(globs)
-
-
 def _method_object(method: Method, options: Mapping[str, Any]) -> Method:
     if not dataclasses.is_dataclass(method) or isinstance(method, type):
         raise RecipeError(f"method must be a name or a method object, not {method!r}")
     if options:
         raise RecipeError(f"method_options go with a method's name; set them in {methods.name_of(method)} itself")
     return method
-
-
-def require_whole(name: str, value: Any, least: int) -> None:
-    """Raise RecipeError unless the option called `name` is None or a whole number of at least `least`."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-        raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def require_dtype(name: Any) -> None:
-    """Raise RecipeError unless `name` is `auto` or one of `DTYPES`."""
-    if name not in ("auto", *DTYPES):
-        raise RecipeError(f"unknown dtype '{name}': {did_you_mean(str(name), ['auto', *DTYPES])}")
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is the first GPU, or the CPU where there is none.
-
-    Raises:
-        RecipeError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        made = torch.empty(0, device=torch.device(name))
-        made.tolist()  # where nothing can be read back, as from `meta`, nothing can be run
-    except (RuntimeError, AssertionError, TypeError):
-        raise RecipeError(f"device '{name}' is not available here; use --device cpu or --device auto") from None
-    return made.device  # with its number, as tensors have it: `cuda` and `cuda:0` do not compare as equal

@@ -26,7 +26,8 @@ from llmprune.checkpoint.source import INDEX, SINGLE
 from llmprune.errors import DataError, LlmpruneError, RecipeError
 from llmprune.model import Streamed
 from llmprune.model.sites import sites_of
-from llmprune.recipe import Recipe, read_recipe
+from llmprune.recipe import Recipe
+from llmprune.recipefiles import read_recipe
 
 MEMORY = 1 << 30  # bytes that reading may take beyond what the process has
 SECONDS = 60  # after which reading counts as hanging

@@ -13,9 +13,11 @@ from llmprune.locate import DEMO
 from llmprune.methods.magnitude import Magnitude
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.methods.wanda import Wanda
+from llmprune.options import resolve_device
 from llmprune.patterns import NM, Unstructured
 from llmprune.presets import PRESETS, as_yaml
-from llmprune.recipe import Recipe, read_recipe, resolve_device
+from llmprune.recipe import Recipe
+from llmprune.recipefiles import read_recipe
 
 GOOD: dict[str, Any] = {
     "method": "wanda",

@@ -21,8 +21,8 @@ from llmprune.locate import locate
 from llmprune.model import Lanes, Streamed, load_causal_lm, load_tokenizer, read_config
 from llmprune.model.memory import home_device
 from llmprune.model.streamed import stored_dtype
+from llmprune.options import DTYPES, require_dtype, resolve_device
 from llmprune.progress import Progress
-from llmprune.recipe import DTYPES, require_dtype, resolve_device
 from llmprune.sparse.sparsify import count_sparse, sparsify
 
 _MEMORY_SHARE = 0.8  # of the free memory that weights may take; the rest is for activations and logits

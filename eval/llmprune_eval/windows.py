@@ -14,7 +14,7 @@ from torch import Tensor
 from llmprune.calibration import Tokens, text_tokens
 from llmprune.documents import Documents
 from llmprune.errors import DataError
-from llmprune.recipe import require_whole
+from llmprune.options import require_whole
 
 MOST_WINDOWS = {"c4": 256}  # as SparseGPT's and Wanda's code
 _LOGIT_BYTES = 256 << 20  # of fp32 logits at a time

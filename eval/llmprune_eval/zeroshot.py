@@ -13,7 +13,7 @@ from typing import Any
 from llmprune.errors import DataError, RecipeError, did_you_mean
 from llmprune.hub import one_line
 from llmprune.locate import locate
-from llmprune.recipe import require_dtype, require_whole, resolve_device
+from llmprune.options import require_dtype, require_whole, resolve_device
 
 _RESAMPLES = 1000  # for standard errors that have no formula
 

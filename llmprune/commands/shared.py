@@ -93,7 +93,7 @@ def given(values: dict[str, Any]) -> dict[str, Any]:
 
 def recipe_options(recipe: str | None, values: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a recipe file, overruled by those of the command line."""
-    from llmprune.recipe import read_recipe
+    from llmprune.recipefiles import read_recipe
 
     asked = given(values)
     if "method_option" in asked:

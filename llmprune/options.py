@@ -1,0 +1,49 @@
+"""Options that are checked, and turned into what they stand for, each on its own."""
+
+from typing import Any
+
+import torch
+
+from llmprune.errors import RecipeError, did_you_mean
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def require_whole(name: str, value: Any, least: int) -> None:
+    """Raise RecipeError unless the option called `name` is None or a whole number of at least `least`."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def require_dtype(name: Any) -> None:
+    """Raise RecipeError unless `name` is `auto` or one of `DTYPES`."""
+    if name not in ("auto", *DTYPES):
+        raise RecipeError(f"unknown dtype '{name}': {did_you_mean(str(name), ['auto', *DTYPES])}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        made = torch.empty(0, device=torch.device(name))
+        made.tolist()  # where nothing can be read back, as from `meta`, nothing can be run
+    except (RuntimeError, AssertionError, TypeError):
+        raise RecipeError(f"device '{name}' is not available here; use --device cpu or --device auto") from None
+    return made.device  # with its number, as tensors have it: `cuda` and `cuda:0` do not compare as equal
+
+
+def as_globs(name: str, value: Any) -> tuple[str, ...]:
+    """Return the globs that the option called `name` gives, one or several.
+
+    Raises:
+        RecipeError: they are no text.
+    """
+    globs = (value,) if isinstance(value, str) else () if value is None else value
+    if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
+        raise RecipeError(f"{name} must be a glob or a list of globs, not {value!r}")
+    return tuple(globs)
