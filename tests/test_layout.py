@@ -33,6 +33,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.report"},
     {"llmprune.storing", "llmprune.forecast", "llmprune.portions"},
     {"llmprune.thrift"},
+    {"llmprune.feeding"},
     {"llmprune.run", "llmprune.sparse"},
     {"llmprune.branches", "llmprune.reverse"},
     {"llmprune.several"},

@@ -1,0 +1,116 @@
+"""How the model is fed with calibration sequences: how many at once, in which precision, and who sums up its inputs."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from llmprune import kernels
+from llmprune.calibration import Tokens, batches
+from llmprune.errors import RecipeError
+from llmprune.model import Lanes
+from llmprune.model.collect import Collector
+from llmprune.model.memory import batch_size, fits_side_by_side, statistics_budget
+from llmprune.model.sharing import SharedCollector
+from llmprune.planning import Host, Plan
+from llmprune.recipe import Recipe
+from llmprune.statistics import CrossGram
+from llmprune.team.team import Team
+from llmprune.thrift import Thrift
+from llmprune.tuning import sequences_at_once
+
+_AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a recipe, a machine and a team make of the calibration sequences.
+
+    Attributes:
+        host: the model.
+        tokens: the calibration tokens; None where the method needs none.
+        recipe: what the user asked for.
+        home: device on which hidden states wait between stages.
+        team: the processes that share the work.
+    """
+
+    host: Host
+    tokens: Tokens | None
+    recipe: Recipe
+    home: torch.device
+    team: Team
+
+    def notes(self, plan: Plan) -> list[str]:
+        """Return what the recipe asks for and this model or machine does not get."""
+        notes = []
+        if self.recipe.dense_target and any(site.expert is not None for site in plan.all_sites()):
+            notes.append("blocks with experts are fitted to their own outputs: no dense target follows tokens")
+        if self._asks_autocast and not self._autocast:
+            notes.append("autocast: bfloat16 is not faster here, so the calibration ran in float32")
+        return notes
+
+    def batch_size(self) -> int:
+        """Return how many sequences go through a block at once."""
+        rows = self.tokens.rows if self.tokens else []
+        longest = max((len(row) for row in rows), default=1)
+        most = batch_size(longest, self.host.config, self.host.dtype, self.host.place)
+        if self._autocast and self.host.place.type == "cpu":
+            most = max(1, _AUTOCAST_TOKENS // longest)
+        return self.recipe.batch_size or (sequences_at_once(most, len(rows)) if self.recipe.tune_epochs else most)
+
+    def lanes(self, sequences: int) -> AbstractContextManager[Lanes | None]:
+        """Return this rank's lanes of so many sequences each; None where the method sees no inputs.
+
+        Where the dense model runs too, it has a second lane for each.
+        """
+        if self.tokens is None or self.recipe.needs is None:
+            return nullcontext()
+        rows = self.team.share(batches(self.tokens, sequences))
+        rows = [*rows, *rows] if self.recipe.dense_stream else rows
+        stops = [*self.host.blocks, self.host.head]
+        return Lanes(self.host.model, stops, rows, self.home, self.host.device_of, self._autocast)
+
+    def collector(self, lanes: Lanes | None, thrift: Thrift, settle: Callable[[], None]) -> Collector | None:
+        """Return what sums up the inputs of sites from the lanes, with no more at once than there is memory for.
+
+        Args:
+            lanes: as from `lanes`.
+            thrift: what is given up where memory ran out.
+            settle: brings what is solved to all ranks.
+
+        Raises:
+            RecipeError: a dense target needs more memory than there is.
+        """
+        needs, twins = self.recipe.needs, self.recipe.dense_stream
+        if lanes is None or needs is None or self.tokens is None:
+            return None
+        room = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
+        budget = room if thrift.budget is None else min(room, thrift.budget)
+        tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
+        fits = thrift.side_by_side and fits_side_by_side(
+            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
+        )
+        budget, fits = self.team.tell((budget, fits))
+        if self.recipe.dense_target and not fits:
+            raise RecipeError(
+                f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
+            )
+        statistic = CrossGram if self.recipe.dense_target else needs
+        how = lanes, statistic, budget, self.recipe.true_sequential, fits, twins
+        shared = partial(SharedCollector, team=self.team, settle=settle)
+        return Collector(*how) if self.team.size == 1 else shared(*how)
+
+    @property
+    def _asks_autocast(self) -> bool:
+        return self.recipe.autocast and self.host.dtype == torch.float32
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        """The dtype that the forward multiplies in, if not that of the weights."""
+        return torch.bfloat16 if self._asks_autocast and kernels.multiplies_bfloat16(self.host.place) else None
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
