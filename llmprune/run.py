@@ -1,6 +1,5 @@
 """The line of a run: the stages of a model, one after another, are loaded, measured, solved, stored and run on."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from functools import cached_property, partial
 
 import torch
 
-from llmprune.budget import choose
+from llmprune.budget import agree
 from llmprune.calibration import Tokens
 from llmprune.errors import ResourceError
 from llmprune.feeding import Feed
@@ -28,9 +27,7 @@ from llmprune.solving import prune_matrix
 from llmprune.storing import Store
 from llmprune.team.team import Team
 from llmprune.thrift import SolvingError, Thrift
-from llmprune.tuning import tunable, tune
-
-_log = logging.getLogger(__name__)
+from llmprune.tuning import tune
 
 
 @dataclass(frozen=True)
@@ -80,18 +77,17 @@ class Run:
             try:
                 self._stream(patterns)
             except ResourceError as error:
-                self._give_up(error)
+                if self.team.size > 1:
+                    raise  # only one of the ranks knows that memory ran out
+                self.thrift.retry(error, self.store, self.report, self.host.place.type != "cpu")
             make_room()
         self.report.close(self.plan)
 
     def patterns(self) -> dict[str, Pattern]:
-        """Return every site's pattern; what is shared out over the sites the first rank decides, for all."""
-        chosen = partial(choose, self.host, self.plan, self.recipe, self.tokens, self.home)
+        """Return every site's pattern, the same for all ranks."""
+        known = self.store.allocation
         with self.report.clock.phase("allocation") if self.recipe.allocation != "uniform" else nullcontext():
-            known = self.store.allocation
-            choice = chosen(known) if self.team.leads else None
-            told = self.team.tell(choice.allocation if choice else None)
-            choice = choice or chosen(told)
+            choice = agree(self.team, self.host, self.plan, self.recipe, self.tokens, self.home, known)
         self.report.allocation = choice.allocation
         if choice.allocation and not known:
             self.store.keep_allocation(choice.allocation)
@@ -130,19 +126,17 @@ class Run:
                 self._solve(self._timed(stage, groups), patterns)
             self.report.most_runs = max(self.report.most_runs, collector.most_runs)
             if self.recipe.tune_epochs and sites and stage is not self.host.head:
-                self._tune(stage, index, collector.lanes, sites)
+                self._tune(index, collector.lanes, sites)
         self.report.note_memory(stage.name)
         with clock.phase("write"):
             self.store.keep(stage, sites)
 
-    def _tune(self, stage: Stage, index: int, lanes: Lanes, sites: list[Site]) -> None:
+    def _tune(self, index: int, lanes: Lanes, sites: list[Site]) -> None:
         recipe, tied = self.recipe, self.host.model.all_tied_weights_keys
-        inputs_of = tunable(stage, sites, {*tied, *tied.values()})
+        fixed = {*tied, *tied.values()}
         with self.report.clock.phase("tune"):
-            tuning = tune(lanes, index, inputs_of, recipe.tune_epochs, recipe.tune_rate, recipe.seed)
+            tuning = tune(lanes, index, sites, fixed, recipe.tune_epochs, recipe.tune_rate, recipe.seed)
         self.report.tuning.append(tuning)
-        if tuning.kept:
-            lanes.retract(range(len(lanes) // 2))
 
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
         with self.report.clock.phase("recall"):
@@ -198,16 +192,6 @@ class Run:
             yield
         finally:
             self.host.free(stage)
-
-    def _give_up(self, error: ResourceError) -> None:
-        """Go back to the start of the stage at work, with less at once; raise the error where that cannot be."""
-        may_retry = self.team.size == 1 and self.store.go_back()  # of several ranks only one knows that memory ran out
-        step = self.thrift.give_up(error, self.store, self.host.place.type != "cpu") if may_retry else None
-        if step is None:
-            raise error
-        said = str(error)  # not the error itself, from whose traceback all that took the memory hangs
-        self.report.retries.append(f"{said.partition(': ')[0]}: {step}")
-        _log.warning("%s; %s", said, step)
 
 
 def _unfed(sites: Iterable[Site]) -> Iterator[Group]:

@@ -1,13 +1,17 @@
 """Memory that runs out during a run: what is given up, step by step, until it suffices."""
 
+import logging
 from dataclasses import dataclass, field
 
 from llmprune.errors import ResourceError
 from llmprune.model.collect import Collector
 from llmprune.progress import size_text
+from llmprune.report import Report
 from llmprune.storing import Store
 
 _SHRINK = 4  # by how much the statistics that are held at once shrink in one step
+
+_log = logging.getLogger(__name__)
 
 
 class SolvingError(ResourceError):
@@ -29,6 +33,15 @@ class Thrift:
     side_by_side: bool = True
     on_host: bool = False
     collector: Collector | None = field(default=None, init=False)
+
+    def retry(self, error: ResourceError, store: Store, report: Report, has_gpu: bool) -> None:
+        """Go back to the start of the stage at work and give up the next thing; raise `error` where that cannot be."""
+        step = self.give_up(error, store, has_gpu) if store.go_back() else None
+        if step is None:
+            raise error
+        said = str(error)  # not the error itself, from whose traceback all that took the memory hangs
+        report.retries.append(f"{said.partition(': ')[0]}: {step}")
+        _log.warning("%s; %s", said, step)
 
     def give_up(self, error: ResourceError, store: Store, has_gpu: bool) -> str | None:
         """Give up the next thing, and return in words how the run goes on; None where nothing is left.

@@ -73,25 +73,16 @@ def sequences_at_once(most: int, sequences: int) -> int:
     return max(1, min(most, STEP_SEQUENCES, int(_HELD_OUT * sequences)))
 
 
-def tunable(stage: Stage, sites: Sequence[Site], tied: Collection[str]) -> dict[str, int]:
-    """Return the full names of what can be tuned in a stage, and how many inputs each has.
-
-    These are the pruned matrices, the gains of norms and the biases, without what other parts of the model share.
-    """
-    inputs = {site.tensor: site.shape[1] for site in sites}
-    for name, parameter in stage.module.named_parameters(stage.name):
-        if parameter.ndim == 1 and not is_router(f"{name.rpartition('.')[0]}.weight"):
-            inputs[name] = len(parameter)
-    return {name: count for name, count in inputs.items() if name not in tied}
-
-
-def tune(lanes: Lanes, index: int, inputs_of: Mapping[str, int], epochs: int, rate: float, seed: int) -> BlockTuning:
+def tune(
+    lanes: Lanes, index: int, sites: Sequence[Site], fixed: Collection[str], epochs: int, rate: float, seed: int
+) -> BlockTuning:
     """Tune a pruned block in place, if that brings its outputs nearer to the dense ones on sequences held out.
 
     Args:
         lanes: they wait at the block; the second half, with the dense model's inputs, have been given its outputs.
         index: of the block.
-        inputs_of: what to tune, as `tunable` returns it.
+        sites: the pruned ones of the block.
+        fixed: full names of weights to leave as they are, such as those that other parts of the model share.
         epochs: passes over the calibration sequences.
         rate: step size of Adam at the start, as a share of the weights' root mean square over the square root of their
             inputs; it falls to zero linearly.
@@ -108,7 +99,7 @@ def tune(lanes: Lanes, index: int, inputs_of: Mapping[str, int], epochs: int, ra
     order = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
     count = max(1, round(_HELD_OUT * len(order)))
     held_out, seen = order[:count], order[count:]
-    block = _Block(lanes, index, inputs_of)
+    block = _Block(lanes, index, _tunable(stage, sites, fixed))
     before = after = block.error(held_out, block.own)
     for attempt in range(_ATTEMPTS if before else 0):
         rate_now = rate / _SLOWER**attempt
@@ -118,8 +109,22 @@ def tune(lanes: Lanes, index: int, inputs_of: Mapping[str, int], epochs: int, ra
             if error < after:
                 best, after, kept = weights, error, epoch
         if kept:
-            return BlockTuning(stage.name, before, after, kept, rate_now, block.adopt(best))
+            changed = block.adopt(best)
+            lanes.retract(range(len(lanes) // 2))  # they are those of the old weights
+            return BlockTuning(stage.name, before, after, kept, rate_now, changed)
     return BlockTuning(stage.name, before, before, 0, rate, ())
+
+
+def _tunable(stage: Stage, sites: Sequence[Site], fixed: Collection[str]) -> dict[str, int]:
+    """Return the full names of what can be tuned in a stage, and how many inputs each has.
+
+    These are the pruned matrices, the gains of norms and the biases, without those in `fixed`.
+    """
+    inputs = {site.tensor: site.shape[1] for site in sites}
+    for name, parameter in stage.module.named_parameters(stage.name):
+        if parameter.ndim == 1 and not is_router(f"{name.rpartition('.')[0]}.weight"):
+            inputs[name] = len(parameter)
+    return {name: count for name, count in inputs.items() if name not in fixed}
 
 
 class _Block:

@@ -16,6 +16,7 @@ from llmprune.model.sites import Site
 from llmprune.patterns import ComparisonGroup, Count, Pattern, Unstructured
 from llmprune.planning import Host, Plan
 from llmprune.recipe import Recipe
+from llmprune.team.team import Team
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,21 @@ class Choice:
 
     patterns: dict[str, Pattern]
     allocation: dict[str, Any] | None = None
+
+
+def agree(
+    team: Team,
+    host: Host,
+    plan: Plan,
+    recipe: Recipe,
+    tokens: Tokens | None,
+    home: torch.device,
+    known: dict[str, Any] | None,
+) -> Choice:
+    """As `choose`; what is shared out over the sites the first rank decides, for all."""
+    choice = choose(host, plan, recipe, tokens, home, known) if team.leads else None
+    told = team.tell(choice.allocation if choice else None)
+    return choice or choose(host, plan, recipe, tokens, home, told)
 
 
 def choose(
