@@ -12,7 +12,7 @@ from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError
 from llmprune.model import Lanes
 from llmprune.model.collect import Collector
-from llmprune.model.memory import batch_size, fits_side_by_side, statistics_budget
+from llmprune.model.memory import batch_size, fits_side_by_side, parameter_bytes, statistics_budget
 from llmprune.model.sharing import SharedCollector
 from llmprune.planning import Host, Plan
 from llmprune.recipe import Recipe
@@ -86,7 +86,7 @@ class Feed:
         needs, twins = self.recipe.needs, self.recipe.dense_stream
         if lanes is None or needs is None or self.tokens is None:
             return None
-        room = statistics_budget(max(_nbytes(block.module) for block in self.host.blocks), self.host.place)
+        room = statistics_budget(max(parameter_bytes(block.module) for block in self.host.blocks), self.host.place)
         budget = room if thrift.budget is None else min(room, thrift.budget)
         tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
         fits = thrift.side_by_side and fits_side_by_side(
@@ -110,7 +110,3 @@ class Feed:
     def _autocast(self) -> torch.dtype | None:
         """The dtype that the forward multiplies in, if not that of the weights."""
         return torch.bfloat16 if self._asks_autocast and kernels.multiplies_bfloat16(self.host.place) else None
-
-
-def _nbytes(module: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())

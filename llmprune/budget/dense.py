@@ -25,7 +25,7 @@ from llmprune.model import Lanes
 from llmprune.model.collect import Collector
 from llmprune.model.gradients import Tape
 from llmprune.model.groups import Group
-from llmprune.model.memory import home_device, most_kept, statistics_budget
+from llmprune.model.memory import home_device, most_kept, parameter_bytes, statistics_budget
 from llmprune.model.sites import Site, Stage
 from llmprune.planning import Host
 from llmprune.progress import Progress
@@ -123,7 +123,7 @@ class DensePass:
     def _blocks(self, lanes: Lanes, tape: Tape | None) -> Iterator[tuple[Stage, Generator[Group, None, None]]]:
         """Yield every block, loaded, with its groups, and let the lanes go on to the next."""
         blocks = self.host.blocks
-        largest = max(sum(parameter.nbytes for parameter in block.module.parameters()) for block in blocks)
+        largest = max(parameter_bytes(block.module) for block in blocks)
         collector = Collector(lanes, Gram, statistics_budget(largest, self.host.place))
         with Progress(len(blocks), "measuring", "block") as bar:
             for index, stage in enumerate(blocks):

@@ -6,6 +6,7 @@ inputs, `comparison_group` the paper's own, and `solve` is pure tensor maths on 
 
 import dataclasses
 import inspect
+import math
 import pkgutil
 from dataclasses import dataclass
 from importlib import import_module
@@ -90,6 +91,13 @@ def get(name: str, options: dict[str, Any] | None = None) -> Method:
 def name_of(method: Method) -> str:
     """Return the name under which `get` finds this method."""
     return type(method).__module__.rpartition(".")[2]
+
+
+def require_from_zero(method: Any, name: str) -> None:
+    """Raise RecipeError unless the hyper-parameter called `name` is a finite number of at least 0."""
+    value = getattr(method, name)
+    if not 0 <= value < math.inf:
+        raise RecipeError(f"method '{name_of(method)}': {name} must be a number of at least 0, not {value}")
 
 
 def _method_class(name: str) -> Any:

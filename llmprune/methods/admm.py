@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmprune import kernels
 from llmprune.errors import NumericalError, RecipeError
-from llmprune.methods import Solution
+from llmprune.methods import Solution, require_from_zero
 from llmprune.patterns import ComparisonGroup, Pattern
 from llmprune.refit import refit
 from llmprune.statistics import Gram
@@ -42,8 +42,7 @@ class ADMM:
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer", "block")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp < math.inf:
-            raise RecipeError(f"method 'admm': damp must be a number of at least 0, not {self.damp}")
+        require_from_zero(self, "damp")
         if not 1 <= self.stages <= self.iterations:
             asked = f"{self.stages} stages of {self.iterations} iterations"
             raise RecipeError(f"method 'admm': there must be at least 1 stage, and an iteration for each, not {asked}")

@@ -13,7 +13,6 @@ model; and a cycle that would not lower |E[Δ]| is not made. For N:M both weight
 Shape suffixes: R rows, O outputs, I inputs.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import RecipeError
-from llmprune.methods import Solution
+from llmprune.methods import Solution, require_from_zero
 from llmprune.patterns import NM, ComparisonGroup, Pattern
 from llmprune.statistics import ColumnMoments
 
@@ -40,8 +39,7 @@ class DSnoT:
     def __post_init__(self) -> None:
         if self.cycles < 0:
             raise RecipeError(f"method 'dsnot': cycles must be at least 0, not {self.cycles}")
-        if not 0 <= self.threshold < math.inf:
-            raise RecipeError(f"method 'dsnot': threshold must be a number of at least 0, not {self.threshold}")
+        require_from_zero(self, "threshold")
 
     def solve(
         self, weight_OI: Tensor, statistic: ColumnMoments, pattern: Pattern, generator: torch.Generator

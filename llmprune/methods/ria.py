@@ -1,14 +1,12 @@
 """RIA, relative importance and activations (Zhang et al., Plug-and-Play, ICLR 2024)."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llmprune.errors import RecipeError
-from llmprune.methods import Solution
+from llmprune.methods import Solution, require_from_zero
 from llmprune.patterns import ComparisonGroup, Pattern
 from llmprune.statistics import ColumnNorm
 
@@ -24,8 +22,7 @@ class RIA:
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer", "block")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.power < math.inf:
-            raise RecipeError(f"method 'ria': power must be a number of at least 0, not {self.power}")
+        require_from_zero(self, "power")
 
     def solve(self, weight_OI: Tensor, statistic: ColumnNorm, pattern: Pattern, generator: torch.Generator) -> Solution:
         score_OI = relative_importance(weight_OI.abs().float()).mul_(statistic.norm_I.pow(self.power))

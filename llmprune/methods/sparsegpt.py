@@ -17,7 +17,6 @@ Shape suffixes: O outputs, I inputs, B inputs of one block. Matrices are held tr
 of weights is contiguous.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from llmprune import kernels
 from llmprune.errors import RecipeError, did_you_mean
-from llmprune.methods import Solution
+from llmprune.methods import Solution, require_from_zero
 from llmprune.patterns import NM, ComparisonGroup, Pattern, column_blocks
 from llmprune.statistics import FactorKind, Gram
 
@@ -47,8 +46,7 @@ class SparseGPT:
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "block")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp < math.inf:
-            raise RecipeError(f"method 'sparsegpt': damp must be a number of at least 0, not {self.damp}")
+        require_from_zero(self, "damp")
         if self.block_size < 1:
             raise RecipeError(f"method 'sparsegpt': block_size must be at least 1, not {self.block_size}")
         if self.arithmetic not in ARITHMETICS:

@@ -12,7 +12,6 @@ so one factorisation serves all blocks. (The paper's outlier rows are left out.)
 Shape suffixes: O outputs, I inputs, B inputs of one block.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import RecipeError
-from llmprune.methods import Solution
+from llmprune.methods import Solution, require_from_zero
 from llmprune.patterns import NM, ComparisonGroup, Pattern, column_blocks
 from llmprune.statistics import Gram
 
@@ -39,8 +38,7 @@ class Thanos:
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer", "block")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damp < math.inf:
-            raise RecipeError(f"method 'thanos': damp must be a number of at least 0, not {self.damp}")
+        require_from_zero(self, "damp")
         if self.block_size < 1:
             raise RecipeError(f"method 'thanos': block_size must be at least 1, not {self.block_size}")
 

@@ -35,7 +35,7 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
     """Return where the hidden states of all `rows` of tokens wait: on the device if they fit there, else the host."""
     if device.type != "cuda":
         return device
-    hidden = getattr(config.get_text_config(), "hidden_size", 1024)
+    hidden, _ = _widths(config)
     needed = sum(len(row) for row in rows) * hidden * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     return device if needed < _HIDDEN_SHARE * free else torch.device("cpu")
@@ -43,7 +43,7 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
 
 def most_kept(rows: Sequence[Tensor], blocks: int, config: Any, dtype: torch.dtype) -> int:
     """Return how many of the first `rows` of tokens may have their hidden states kept before every block; one at least."""
-    hidden = getattr(config.get_text_config(), "hidden_size", 1024)
+    hidden, _ = _widths(config)
     room = _KEPT_SHARE * psutil.virtual_memory().available / (blocks * hidden * dtype.itemsize)
     for count, row in enumerate(rows):
         room -= len(row)
@@ -58,6 +58,11 @@ def statistics_budget(block_bytes: int, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(_STATISTICS_SHARE * free)
     return max(block_bytes, int(_HOST_STATISTICS_SHARE * psutil.virtual_memory().available))
+
+
+def parameter_bytes(module: torch.nn.Module) -> int:
+    """Return the bytes that the parameters of a module take."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 @contextmanager
