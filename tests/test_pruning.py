@@ -79,7 +79,8 @@ def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def without_times(path: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(path.read_text())
-    return {name: value for name, value in report.items() if name not in ("timings", "peak_memory_bytes")}
+    measured = ("timings", "peak_memory_bytes", "memory_bytes")
+    return {name: value for name, value in report.items() if name not in measured}
 
 
 def require_exact(family: str, method: str, pattern: str, report: Report, tensors: dict[str, Tensor]) -> None:

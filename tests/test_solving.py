@@ -12,7 +12,7 @@ from llmprune.errors import LlmpruneError, NumericalError, PatternError, RecipeE
 from llmprune.methods.wanda import Wanda
 from llmprune.recipe import Recipe
 from llmprune.solving import energies, prune_matrix
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, Gradient, Gram
 
 CPU = torch.device("cpu")
 METHODS = llmprune.methods.names()
@@ -20,6 +20,11 @@ METHODS = llmprune.methods.names()
 
 def matrix(outputs: int = 8, inputs: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def told(method: str) -> Tensor:
+    """Return what a method may be told beside the weights: the gradient of the loss, or inputs."""
+    return matrix(seed=1) if llmprune.methods.get(method).needs is Gradient else matrix(64, seed=1)
 
 
 def fed(kind: type[ColumnNorm] | type[Gram], x_TI: Tensor) -> ColumnNorm | Gram:
@@ -47,14 +52,14 @@ def test_methods_that_look_at_weights_only_need_no_inputs(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_any_floating_dtype_of_weights_and_inputs(method: str, dtype: torch.dtype) -> None:
-    solution = llmprune.solve(matrix().to(dtype), matrix(64, seed=1).to(dtype), method=method)
+    solution = llmprune.solve(matrix().to(dtype), told(method).to(dtype), method=method)
     assert solution.weight_OI.dtype == dtype
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_parameter_is_solved_outside_of_autograd(method: str) -> None:
     weight = torch.nn.Parameter(matrix())
-    solution = llmprune.solve(weight, matrix(64, seed=1).requires_grad_(), method=method)
+    solution = llmprune.solve(weight, told(method).requires_grad_(), method=method)
     assert not solution.weight_OI.requires_grad
     assert torch.equal(weight, matrix())
 
