@@ -470,7 +470,9 @@ def test_an_unknown_method_gets_the_nearest_name(name: str, near: str) -> None:
 
 
 def test_a_method_unlike_any_gets_them_all() -> None:
-    with pytest.raises(RecipeError, match=r"known: admm, .*, magnitude, .*, sparsegpt, sparseswaps, taylor, thanos, wanda"):
+    with pytest.raises(
+        RecipeError, match=r"known: admm, .*, magnitude, .*, sparsegpt, sparseswaps, taylor, thanos, wanda"
+    ):
         methods.get("xyz")
 
 
