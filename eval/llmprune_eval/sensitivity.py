@@ -14,13 +14,13 @@ from torch import Tensor
 
 from llmprune import data as data_room
 from llmprune import methods
+from llmprune.allocation import kind_of
 from llmprune.calibration import batches, sample
 from llmprune.errors import RecipeError
 from llmprune.locate import DEMO
 from llmprune.model import Resident
 from llmprune.model.sites import Site, is_router, sites_of
 from llmprune.page import html
-from llmprune.page.facts import kind_of
 from llmprune.planning import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
 from llmprune.pruning import prune

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
+from llmprune.model.configuration import read_config
 from llmprune.model.experts import stacks_of
 from llmprune.planning import context_length
 from llmprune.progress import Progress
+from llmprune.recipe import resolve_device
 from llmprune.report import hardware, versions
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.plot import Bar, picture
@@ -130,26 +132,32 @@ def bench(
     batch: int = 1,
     rounds: int = 5,
     dtype: torch.dtype | None = None,
+    device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Benchmark:
-    """Measure a model on the CPU, dense and sparse in turn, on random tokens.
+    """Measure a model, dense and sparse in turn, on random tokens.
 
     Args:
         model: a folder, dense or compressed, a Hub id, or `demo`.
         prompt_tokens: of each sequence; None is 512, or what the model's context leaves beside the new ones.
         batch: sequences at a time.
         rounds: times that each side reads the prompt and writes the tokens.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
 
     Raises:
-        LlmpruneError: the model cannot be loaded, a number is below 1, or the tokens exceed the model's context.
+        LlmpruneError: the model cannot be loaded, a number is below 1, there is no such device, or, before any weights
+            are loaded, the tokens exceed the model's context.
     """
     asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
     for name, value in asked.items():
         if value is not None and value < 1:
             raise RecipeError(f"{name} is {value}: it must be at least 1")
-    loaded = load(open_dense(locate(model, revision)), trust_remote_code, dtype)
-    fitting = _prompt_length(prompt_tokens, new_tokens, context_length(loaded.config))
+    place = resolve_device(device)
+    source = open_dense(locate(model, revision))
+    context = context_length(read_config(source.folder, source.config, trust_remote_code))
+    fitting = _prompt_length(prompt_tokens, new_tokens, context)
+    loaded = load(source, trust_remote_code, dtype).to(place)
     return measure(
         loaded, str(model), {"prompt_tokens": fitting, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
     )
