@@ -13,7 +13,7 @@ import tiny
 from llmprune import runs
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import compress
-from llmprune.errors import DataError, PatternError, RecipeError
+from llmprune.errors import CheckpointError, DataError, PatternError, RecipeError
 from llmprune.run import Run
 from llmprune.storing import OnDisk
 from llmprune_eval import sensitivity as room
@@ -100,6 +100,18 @@ def test_fused_experts_are_kinds_and_are_put_back(tmp_path: Path) -> None:
 def test_shares_out_of_range_are_refused(folder: Path, sparsities: tuple[float, ...]) -> None:
     with pytest.raises(RecipeError, match="strictly between 0 and 1"):
         llmprune.sensitivity(folder, sparsities=sparsities, data=DATA)
+
+
+@pytest.mark.parametrize("inside", ["", "below/it"])
+def test_a_file_in_the_place_of_the_folder_is_named_before_work(inside: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for measure in (
+        lambda: llmprune.sensitivity("no/model", file / inside),
+        lambda: llmprune.sweep("no/model", file / inside, methods=["random"], patterns=["50%"]),
+    ):
+        with pytest.raises(CheckpointError, match=f"{file} is a file, and a folder is needed there"):
+            measure()
 
 
 SWEEP: dict[str, Any] = {

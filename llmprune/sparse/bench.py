@@ -69,6 +69,7 @@ class Benchmark:
     sparse: Side | None
     bandwidth: float  # bytes a second
     sparsified: Sparsified
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """Return the run as plain values."""
@@ -76,6 +77,7 @@ class Benchmark:
         return {
             "model": self.model,
             **self.setting,
+            "device": self.device,
             "dense": _plain(dense),
             "sparse": _plain(sparse) if sparse else None,
             "decode_speedup": sparse.decode.median / dense.decode.median if sparse else None,
@@ -113,9 +115,9 @@ class Benchmark:
                 [Bar(name, **vars(side.decode), roofline=side.roofline) for name, side in sides.items()],
             ),
         ]
-        threads = hardware()["threads"]
+        where = f"{hardware()['threads']} threads" if self.device == "cpu" else self.device
         title = f"{self.model}: {self.setting['prompt_tokens']} tokens read, {self.setting['new_tokens']} written"
-        return picture(f"{title}, batch {self.setting['batch']}, {threads} threads", panels)
+        return picture(f"{title}, batch {self.setting['batch']}, {where}", panels)
 
 
 def _ratio(cells: Sequence[tuple[str, float | None]]) -> str:
@@ -173,7 +175,7 @@ def _prompt_length(asked: int | None, new_tokens: int, context: int | None) -> i
 
 
 def measure(dense: Any, name: str, setting: dict[str, int]) -> Benchmark:
-    """Compare a dense model on the CPU with its sparse twin; `setting` holds the numbers that `bench` takes."""
+    """Compare a dense model, where it lies, with its sparse twin; `setting` holds the numbers that `bench` takes."""
     sparse = twin(dense)
     sparsified = sparsify(sparse, batch=setting["batch"])
     prompt_BT = _prompt(dense, setting["batch"], setting["prompt_tokens"])
@@ -188,7 +190,7 @@ def measure(dense: Any, name: str, setting: dict[str, int]) -> Benchmark:
             bar.step()
     bandwidth = read_bandwidth(prompt_BT.device)
     sides = {which: side.result(prompt_BT.numel(), setting["batch"], bandwidth) for which, side in rates.items()}
-    return Benchmark(name, setting, sides["dense"], sides.get("sparse"), bandwidth, sparsified)
+    return Benchmark(name, setting, sides["dense"], sides.get("sparse"), bandwidth, sparsified, str(prompt_BT.device))
 
 
 def twin(model: nn.Module) -> Any:
