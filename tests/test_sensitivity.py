@@ -170,11 +170,9 @@ def test_a_sweep_measures_how_fast_each_decodes(folder: Path, tmp_path: Path) ->
     )
     for row in found.rows:
         saved = runs.read_run(row.out)["speed"]
-        assert (
-            row.decode is not None
-            and row.decode == saved["sparse"]["decode"]["median"] > 0
-            and row.layers in ("sparse", "dense")
-        )
+        ran = saved["sparse"] or saved["dense"]  # on a busy machine dense may have measured faster in every layer
+        assert row.layers == ("sparse" if saved["sparse"] else "dense") and saved["device"] == "cpu"
+        assert row.decode is not None and row.decode == ran["decode"]["median"] > 0
         faster = any((other.decode or 0) >= row.decode and other.perplexity < row.perplexity for other in found.rows)
         assert row.fastest is not faster
     assert found.dense_decode and "tokens/s: decoding on the CPU" in str(found)
