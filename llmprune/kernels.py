@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmprune_kernels.gram import cuda as gram_cuda
 from llmprune_kernels.gram import native as gram_native
+from llmprune_kernels.native import cpu_level
 from llmprune_kernels.obs import native as obs_native
 from llmprune_kernels.obs import recursive, reference
 from llmprune_kernels.obs.selection import keep_highest
@@ -62,9 +63,14 @@ def kth_smallest(score_C: Tensor, k: int) -> float:
     return select_native.kth_smallest(score_C, k)
 
 
+def compiled_level() -> int:
+    """Return which compiled kernels run on this CPU; they may round otherwise than torch. See `cpu_level`."""
+    return cpu_level()
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Say whether products of bfloat16, summed in fp32, are faster there than those of fp32."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else gram_native.available()
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else gram_native.available()
 
 
 def multiplies(x_TI: Tensor) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from llmprune.calibration import Tokens
 from llmprune.errors import RecipeError
+from llmprune.kernels import compiled_level
 from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
@@ -289,6 +290,6 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return what the run ran on."""
+    """Return what the run ran on; `kernels` is the level of instructions that the compiled ones use, 0 without them."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu, "kernels": compiled_level()}

@@ -255,6 +255,21 @@ def test_inputs_whose_rows_lie_apart_are_summed_as_they_are() -> None:
         gram_native.add_gram(gram_II, x_TI.float(), 1.0, 0.0)
 
 
+@pytest.mark.skipif(not gram_native.available(), reason="this CPU does not multiply bfloat16, or there is no compiler")
+def test_inputs_without_tokens_leave_their_share_of_the_mean() -> None:
+    gram_II = torch.ones(5, 5)
+    kernels.add_gram(gram_II, torch.empty(0, 5, dtype=torch.bfloat16), 0.5, 0.25)
+    assert torch.equal(gram_II, torch.full((5, 5), 0.25))
+
+
+@pytest.mark.parametrize("obs", PAPER)
+def test_a_block_of_one_column_of_a_factor_that_lies_by_columns(obs: ModuleType) -> None:
+    upper_II = torch.rand(129, 129).T.contiguous().T
+    block_BO = torch.tensor([[3.0, -4.0]])
+    error_BO = obs.obs_masked(block_BO, upper_II[128:, 128:], torch.tensor([[True, False]]))
+    assert block_BO.tolist() == [[3.0, 0.0]] and error_BO[0, 1] == -4.0 / upper_II[128, 128]
+
+
 @pytest.mark.skipif(not select_native.available(), reason="no compiled kernels")
 @settings(max_examples=80, deadline=None)
 @given(

@@ -34,6 +34,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "batches of two": ("llama", {"calibration": IDS, "batch_size": 2}),
     "head": ("llama", {"calibration": IDS, "include": "lm_head.weight", "method": "obd"}),
     "no calibration": ("llama", {"method": "magnitude", "comparison_group": "model", "include": "*"}),
+    "moments": ("llama", {"method": "dsnot", "calibration": IDS}),
     "random": ("gpt2", {"method": "random"}),
     "exchanges": ("llama", {"method": "sparseswaps", "calibration": IDS, "dtype": "bfloat16"}),
 }

@@ -83,8 +83,10 @@ class Tally:
         group = self._groups[fed.group]
         if group.statistic is None:
             group.statistic = self._needs(group.inputs, self._device)
-        if isinstance(group.statistic, ColumnNorm):
+        if self._needs is ColumnNorm and isinstance(group.statistic, ColumnNorm):
             group.statistic.add_squares(fed.tensors[0], fed.sequences, fed.tokens)
+        elif not isinstance(group.statistic, Gram):
+            group.statistic.add(fed.tensors[0], fed.sequences)
         else:
             if fed.group not in self._tiles:
                 self._tiles[fed.group] = self._dealt(Gram.tiles(fed.tensors[0]))

@@ -594,7 +594,7 @@ template <typename T> void expand(const Tiles& tiles, T* out, int threads, int l
 extern "C" {
 
 // Raised whenever a function below changes its meaning; native.py refuses a library of another number.
-int llmprune_abi() { return 2; }
+int llmprune_abi() { return 3; }
 
 int llmprune_cpu_level() {
 #ifdef LLMPRUNE_X86

@@ -7,7 +7,6 @@
 // Only for `llmprune_cpu_level()` 2; elsewhere torch's products are as good.
 
 #include <cstdint>
-#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define LLMPRUNE_X86 1
@@ -73,11 +72,10 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Make the result [inputs][inputs] `before` times what it was plus `scale` x xT y. With a `tile`, a multiple of WIDTH,
 // what lies right of the diagonal's squares of that size is left out.
 void add_product(Matrix x, Matrix y, int64_t tokens, int64_t inputs, float scale, float before, float* out, int64_t tile,
-                 int threads) {
+                 uint32_t* packed, int threads) {
   int64_t across = panels(inputs), size = PAIRS * WIDTH;
   bool same = x.elements == y.elements;
-  std::vector<uint32_t> packed(across * size * (same ? 1 : 2));
-  uint32_t *left = packed.data(), *right = same ? left : left + across * size;
+  uint32_t *left = packed, *right = same ? left : left + across * size;
   for (int64_t start = 0; start < tokens; start += KEPT) {
     int64_t count = least(KEPT, tokens - start);
     float kept = start ? 1.0f : before;
@@ -102,9 +100,23 @@ void add_product(Matrix x, Matrix y, int64_t tokens, int64_t inputs, float scale
 }  // namespace
 #endif
 
-extern "C" void gram_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* y, int64_t y_stride, int64_t tokens,
-                          int64_t inputs, float scale, float before, float* out, int64_t tile, int threads) {
+extern "C" {
+
+// 32-bit words that the packed panels of a matrix take. The caller provides them, as running out of memory is hers to
+// tell: for x, and for y where that is another matrix.
+int64_t gram_words(int64_t inputs) {
 #ifdef LLMPRUNE_X86
-  add_product({x, x_stride}, {y, y_stride}, tokens, inputs, scale, before, out, tile, threads);
+  return panels(inputs) * PAIRS * WIDTH;
+#else
+  return 0;
 #endif
 }
+
+void gram_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* y, int64_t y_stride, int64_t tokens, int64_t inputs,
+               float scale, float before, float* out, int64_t tile, uint32_t* packed, int threads) {
+#ifdef LLMPRUNE_X86
+  add_product({x, x_stride}, {y, y_stride}, tokens, inputs, scale, before, out, tile, packed, threads);
+#endif
+}
+
+}  // extern "C"

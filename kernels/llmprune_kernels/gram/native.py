@@ -13,7 +13,7 @@ from torch import Tensor
 from llmprune_kernels.native import cpu_level, declared
 
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_SIGNATURES = {"gram_bf16": (_P, _L, _P, _L, _L, _L, _F, _F, _P, _L, _I)}
+_SIGNATURES = {"gram_bf16": (_P, _L, _P, _L, _L, _L, _F, _F, _P, _L, _P, _I)}
 TILE = 256  # a multiple of the kernel's panels
 
 
@@ -37,11 +37,20 @@ def _add(out_II: Tensor, x_TI: Tensor, y_TI: Tensor, scale: float, before: float
         raise ValueError(f"the sum must be dense and float32, not {out_II.dtype} of strides {out_II.stride()}")
     if x_TI.dtype != torch.bfloat16 or y_TI.dtype != torch.bfloat16 or x_TI.shape != y_TI.shape:
         raise ValueError(f"bfloat16 inputs of one shape are needed, not {x_TI.dtype} and {y_TI.dtype}")
-    x_TI, y_TI = x_TI.contiguous(), y_TI.contiguous()
+    if not len(x_TI):
+        out_II.mul_(before)
+        return
+    native, same = _compiled(), y_TI is x_TI
+    x_TI = x_TI.contiguous()
+    y_TI = x_TI if same else y_TI.contiguous()
+    packed = torch.empty(native.gram_words(x_TI.shape[1]) * (1 if same else 2), dtype=torch.int32)
     matrices = (x_TI.data_ptr(), x_TI.stride(0), y_TI.data_ptr(), y_TI.stride(0), *x_TI.shape)
-    _compiled().gram_bf16(*matrices, scale, before, out_II.data_ptr(), tile, torch.get_num_threads())
+    native.gram_bf16(*matrices, scale, before, out_II.data_ptr(), tile, packed.data_ptr(), torch.get_num_threads())
 
 
 @functools.cache
 def _compiled() -> Any:  # None where there is no library; callers ask `available` first
-    return declared(_SIGNATURES)
+    native = declared(_SIGNATURES)
+    if native is not None:
+        native.gram_words.argtypes, native.gram_words.restype = (_L,), _L
+    return native

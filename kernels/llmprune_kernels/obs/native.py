@@ -63,7 +63,7 @@ def _fast(block_BO: Tensor, upper_BB: Tensor, keep_BO: Tensor, n: int, m: int) -
 def _matrices(block_BO: Tensor, upper_BB: Tensor) -> tuple[int, int, int, int]:
     """Return the addresses of both matrices, each with the distance of its rows."""
     for matrix in (block_BO, upper_BB):
-        if matrix.dtype != torch.float32 or matrix.stride(1) != 1:
+        if matrix.dtype != torch.float32 or (matrix.stride(1) != 1 and matrix.shape[1] > 1):
             raise ValueError(f"rows must be dense and float32, not {matrix.dtype} of strides {matrix.stride()}")
     return block_BO.data_ptr(), block_BO.stride(0), upper_BB.data_ptr(), upper_BB.stride(0)
 
