@@ -192,7 +192,9 @@ def _size_and_speed(run: dict[str, Any]) -> str:
         lines.append(f"- `llmprune compress` stores the weights in {both}.")
     if (speed := run.get("speed")) and speed["sparse"]:  # else no layer was sparse there
         dense, sparse = speed["dense"]["decode"]["median"], speed["sparse"]["decode"]["median"]
-        machine = f"{speed['hardware']['machine']}, {speed['hardware']['threads']} threads"
+        hardware = speed["hardware"]
+        on_gpu = speed.get("device", "cpu") != "cpu"
+        machine = hardware["gpu"] if on_gpu else f"{hardware['machine']}, {hardware['threads']} threads"
         lines.append(
             f"- Decoding with {speed['batch']} at a time: {sparse:.1f} tokens/s with sparse layers where these are "
             f"faster, {dense:.1f} with dense ones, measured side by side on {machine} by `llmprune bench`."

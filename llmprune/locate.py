@@ -37,6 +37,12 @@ def require_own_name(out: Path) -> None:
         raise CheckpointError(f"output '{DEMO}' would be mistaken for the shipped model of that name: choose another")
 
 
+def require_folder(out: Path) -> None:
+    """Raise CheckpointError for an output folder that cannot become one, as a file is in its place."""
+    if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise CheckpointError(f"output {out}: {file} is a file, and a folder is needed there: choose another place")
+
+
 def demo_folder() -> Path:
     """Return the folder of the model that ships with llmprune."""
     return Path(str(files("llmprune") / "demo"))

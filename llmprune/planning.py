@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmprune import calibration, data, methods, overrides
+from llmprune.allocation import Measured, Part, kind_of
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
 from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
@@ -67,8 +68,8 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     """Choose the sites.
 
     Raises:
-        RecipeError: nothing is left to prune, a glob matches nothing, or an embedding is to be pruned by a method
-            that needs to see inputs.
+        RecipeError: nothing is left to prune, a glob matches nothing, an embedding is to be pruned by a method that
+            needs to see inputs, or the sparsity is to be shared out by what was measured on another model.
         PatternError: the pattern does not fit a site.
     """
     selection = Selection(recipe.include, recipe.exclude)
@@ -95,6 +96,16 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     _require_sense(host, recipe, chosen, sites)
     stages = [*host.blocks, host.head] if host.head.name in chosen else list(host.blocks)
     return Plan(stages, host.embedding.name, host.head.name, chosen, left_dense, *_parameters(host))
+
+
+def parts_of(host: Host) -> dict[str, Part]:
+    """Return where every site of the blocks belongs, by its name, but for routers: what `llmprune sensitivity` measures."""
+    return {
+        site.name: Part(str(index), kind_of(site.tensor), site.shape[0] * site.shape[1])
+        for index, stage in enumerate(host.blocks)
+        for site in sites_of(stage)
+        if not is_router(site.tensor)
+    }
 
 
 def _twins(tied: dict[str, str]) -> dict[str, set[str]]:
@@ -160,6 +171,8 @@ def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], si
         cause = "--exclude takes every matrix away" if recipe.exclude else "the model's blocks hold no matrix"
         raise RecipeError(f"nothing is left to prune: {cause}")
     overrides.require_matches([site.tensor for site in sites], recipe.overrides, recipe.sparsities)
+    if recipe.allocation_file:
+        Measured.read(recipe.allocation_file).require_fit(parts_of(host).values())
     for site in chosen.get(host.embedding.name, ()):
         solver = recipe.at(site.tensor).solver()
         if solver.needs is not None:

@@ -41,7 +41,8 @@ class Recipe:
         dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
             outputs that the dense matrix has on the pruned model's inputs. Needs `true_sequential`.
         allocation: how a sparsity is shared out over the sites: `uniform`; by cost, `error` (of a site's outputs) or
-            `fisher` (of the loss, by one backward pass); `owl` by the outliers of blocks. In all the sites it is exact.
+            `fisher` (of the loss, by one backward pass); `owl` by the outliers of blocks; or the path of a
+            `sensitivity.json`, by the curves that `llmprune sensitivity` measured. In all the sites it is exact.
         allocation_range: how far a site's sparsity may then be from the pattern's.
         sparsities: sparsities of sites by glob, as `pattern` has them. The first glob that matches counts; all other
             sites have the pattern's own sparsity, in their sum if that is shared out.
@@ -137,7 +138,7 @@ class Recipe:
             raise RecipeError("dense_target needs true_sequential, so that a block is solved as its inputs change")
 
     def _require_allocation(self) -> None:
-        if self.allocation not in ALLOCATIONS:
+        if self.allocation not in ALLOCATIONS and not self.allocation_file:
             hint = did_you_mean(str(self.allocation), ALLOCATIONS)
             raise RecipeError(f"unknown allocation '{self.allocation}': {hint}")
         if not isinstance(self.allocation_range, int | float) or not 0 < self.allocation_range < 1:
@@ -198,7 +199,12 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether calibration data is needed."""
-        return self.needs is not None or self.allocation != "uniform"
+        return self.needs is not None or (self.allocation != "uniform" and not self.allocation_file)
+
+    @property
+    def allocation_file(self) -> str | None:
+        """The file whose curves share out the sparsity, where `allocation` names one."""
+        return str(self.allocation) if str(self.allocation).endswith(".json") else None
 
     def solver(self) -> Method:
         """Return the method with its hyper-parameters set."""
@@ -260,7 +266,7 @@ class Recipe:
             glob: {name: parts[glob][name] for option in changes for name in told.get(option, (option,))}
             for glob, changes in self.overrides.items()
         }
-        fields["pattern"], fields["device"] = str(self.pattern), str(self.device)
+        fields |= {name: str(fields[name]) for name in ("pattern", "device", "allocation")}
         pattern = self.target()
         fields["comparison_group"] = pattern.group if isinstance(pattern, Unstructured) else None
         if not isinstance(self.calibration, str | None):

@@ -14,7 +14,17 @@ from llmprune.recipe import Recipe
 
 _TOLD = {"method": None, "pattern": None}  # these are told even where they are the defaults
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe)} | _TOLD
-_OF_SPEED = ("dense", "sparse", "decode_speedup", "prompt_tokens", "new_tokens", "batch", "rounds", "hardware")
+_OF_SPEED = (
+    "dense",
+    "sparse",
+    "decode_speedup",
+    "prompt_tokens",
+    "new_tokens",
+    "batch",
+    "rounds",
+    "device",
+    "hardware",
+)
 _SAME_EVALUATION = ("data", "length", "windows", "convention", "dtype")
 
 

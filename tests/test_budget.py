@@ -7,22 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import faults
 import llmprune
 import tiny
 from llmprune import methods, preview
-from llmprune.allocation import Curve
+from llmprune.allocation import Curve, Measured, Part
 from llmprune.budget import dense
 from llmprune.budget.curves import Loss, cut_short, losses
 from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.checkpoint import Sink
-from llmprune.errors import PatternError, RecipeError
+from llmprune.errors import PatternError, RecipeError, UnsupportedModelError
 from llmprune.model import Lanes, Resident
 from llmprune.model.gradients import Tape
 from llmprune.model.groups import Group
 from llmprune.model.sites import sites_of
 from llmprune.patterns import Count, Stacked
+from llmprune.planning import parts_of
 from llmprune.recipe import Recipe
 from llmprune.statistics import Gram
 
@@ -370,3 +372,128 @@ def test_a_cost_of_the_report_is_the_curves_value() -> None:
     for entry in report.allocation["sites"].values():
         shares, costs = zip(*entry["curve"], strict=True)
         assert entry["cost"] == pytest.approx(float(Curve(shares, costs)(np.array([entry["sparsity"]]))[0]))
+
+
+def measured(folder: Path, out: Path, **options: Any) -> Path:
+    data = [row.tolist() for row in tiny.ids(3, 16)]
+    llmprune.sensitivity(folder, out, sparsities=(0.4, 0.6, 0.8), data=data, windows=2, **options)
+    return out / "sensitivity.json"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3-moe"])
+def test_a_measured_file_shares_out_a_sparsity(family: str, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.model(family), tmp_path / family)
+    file = measured(folder, tmp_path / "sensitivity")
+    told = json.loads(file.read_text())
+    for cell in told["cells"]:  # let the first block be the one that matters
+        cell["kl_divergence"] *= 1e3 if (cell["axis"], cell["part"]) == ("block", "0") else 1
+    file.write_text(json.dumps(told))
+    options: dict[str, Any] = {"method": "magnitude", "pattern": "61.7%", "allocation": str(file)}
+    report = llmprune.prune(folder, tmp_path / "out", exclude="*.1.*attn*", **options)
+    assert report.zeros == int(report.site_parameters * 0.617)
+    shares = {site.name: site.sparsity for site in report.sites}
+    firsts = [share for name, share in shares.items() if ".0." in name.partition(".experts")[0]]
+    assert max(firsts) < 0.617 and max(shares.values()) < 0.768
+    allocation = json.loads((tmp_path / "out" / "llmprune.json").read_text())["allocation"]
+    assert (allocation["by"], allocation["model"]) == (str(file), str(folder))
+    assert {name: entry["sparsity"] for name, entry in allocation["sites"].items()} == shares
+    assert llmprune.inspect(tmp_path / "out").verified
+    made = tiny.load(folder)
+    in_place = llmprune.prune(made, exclude="*.1.*attn*", **options)
+    assert {site.name: site.sparsity for site in in_place.sites} == shares
+
+
+def test_costs_of_sites_sum_up_to_what_was_measured(llama: Path, tmp_path: Path) -> None:
+    file = measured(llama, tmp_path)
+    found = Measured.read(str(file))
+    parts = parts_of(Resident(tiny.load(llama)))
+    costs = found.costs(parts)
+    assert found.shares == (0.4, 0.6, 0.8)
+    cells = {(c["axis"], c["part"], c["sparsity"]): c["kl_divergence"] for c in json.loads(file.read_text())["cells"]}
+    for at, share in enumerate(found.shares):
+        blocks, kinds = dict.fromkeys(found.blocks, 0.0), dict.fromkeys(found.kinds, 0.0)
+        for name, part in parts.items():
+            blocks[part.block] += costs[name].costs[at]
+            kinds[part.kind] += costs[name].costs[at]
+        assert blocks == pytest.approx({part: cells["block", part, share] for part in blocks}, rel=1e-6)
+        ratios = {kind: cost / cells["kind", kind, share] for kind, cost in kinds.items()}
+        assert max(ratios.values()) == pytest.approx(min(ratios.values()), rel=1e-6)
+
+
+def test_experts_of_a_kind_share_its_cost_by_their_weights(tmp_path: Path) -> None:
+    parts = {"a": Part("0", "up", 30), "b": Part("0", "up", 10), "c": Part("0", "q", 40), "d": Part("1", "q", 40)}
+    found = Measured("x.json", "x", (0.5, 0.6), {"0": (3.0, 6.0), "1": (1.0, 2.0)}, {"up": (2.0, 4.0), "q": (2.0, 4.0)})
+    costs = {name: curve.costs for name, curve in found.costs(parts).items()}
+    expected = {"a": (1.5, 3.0), "b": (0.5, 1.0), "c": (1.0, 2.0), "d": (1.0, 2.0)}
+    for name, cost in expected.items():
+        assert costs[name] == pytest.approx(cost, rel=1e-3)
+
+
+def a_cell(axis: str = "block", part: str = "0", sparsity: float = 0.5, kl: float = 0.1) -> dict[str, Any]:
+    return {"axis": axis, "part": part, "sparsity": sparsity, "perplexity": 9.0, "kl_divergence": kl}
+
+
+def a_file(*cells: dict[str, Any]) -> str:
+    return json.dumps({"settings": {"model": "other/model"}, "dense": 9.0, "cells": list(cells)})
+
+
+def a_grid(blocks: int, kinds: list[str]) -> str:
+    parts = [("block", str(block)) for block in range(blocks)] + [("kind", kind) for kind in kinds]
+    return a_file(*(a_cell(axis, part, share) for axis, part in parts for share in (0.5, 0.7)))
+
+
+KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "is not what `llmprune sensitivity --out FOLDER` writes: give its sensitivity.json"),
+        ("[1]", "is not what `llmprune sensitivity"),
+        ('{"method": "wanda"}', "is not what `llmprune sensitivity"),
+        (a_file(), "is not what `llmprune sensitivity"),
+        (a_file(a_cell(kl=float("nan")), a_cell("kind", "q_proj")), "is not what `llmprune sensitivity"),
+        (a_file(a_cell(), a_cell("kind", "q_proj", 0.6)), "is not what `llmprune sensitivity"),
+        (a_file(a_cell(), a_cell("kind", "q_proj")), "fewer than two sparsities were measured"),
+        (a_grid(tiny.BLOCKS + 1, KINDS), f"other/model: the file has block {tiny.BLOCKS}, the model does not"),
+        (a_grid(tiny.BLOCKS - 1, KINDS), f"the model has block {tiny.BLOCKS - 1}, the file does not"),
+        (a_grid(tiny.BLOCKS, KINDS[:-1]), "the model has kind down_proj, the file does not"),
+    ],
+)
+def test_a_wrong_or_foreign_file_is_refused_before_work(
+    content: str | None, message: str, llama: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "sensitivity.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RecipeError) as error:
+        llmprune.prune(llama, tmp_path / "out", calibration=IDS, allocation=file)
+    assert message in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == (content is not None)
+
+
+def test_a_measured_file_goes_with_no_nm(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="shares out a sparsity, 2:4 is the same everywhere"):
+        llmprune.prune(llama, tmp_path / "out", pattern="2:4", allocation="sensitivity.json", calibration=IDS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_accelerate_offloads_takes_an_allocation(way: str, llama: Path) -> None:
+    plain, offloaded = tiny.load(llama), tiny.load(llama)
+    options: dict[str, Any] = {"method": "sparsegpt", "pattern": "60%", "calibration": IDS, "allocation": way}
+    llmprune.prune(plain, **options)
+    cpu_offload(offloaded, execution_device=CPU)
+    llmprune.prune(offloaded, **options)
+    assert torch.equal(tiny.logits(offloaded, IDS), tiny.logits(plain, IDS))
+
+
+def test_a_preset_on_an_offloaded_model_says_what_to_leave_out(llama: Path) -> None:
+    offloaded = tiny.load(llama)
+    cpu_offload(offloaded, execution_device=CPU)
+    before = tiny.logits(offloaded, IDS)
+    with pytest.raises(UnsupportedModelError, match=r"offloaded by accelerate.*dense_target=0, tune_epochs=0") as error:
+        llmprune.prune(offloaded, preset="balanced", pattern="60%", calibration=IDS)
+    assert "\n" not in str(error.value) and torch.equal(tiny.logits(offloaded, IDS), before)
+    report = llmprune.prune(offloaded, preset="balanced", pattern="60%", calibration=IDS, dense_target=0)
+    assert report.zeros == int(report.site_parameters * 0.6)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import llmprune
 import tiny
 from llmprune import cli, runs
+from llmprune.allocation import kind_of
 from llmprune.errors import CheckpointError
 from llmprune.page import comparison, facts, png, run, svg, write_comparison, write_page
 from llmprune.solving import magnitude_error
@@ -176,7 +177,7 @@ def test_the_histograms_count_the_weights_that_are_left(outs: list[Path]) -> Non
     from llmprune.page.weights import histograms
 
     for entry in histograms(outs[0], facts_of_run):
-        members = [site for site in facts_of_run["sites"] if facts.kind_of(site["name"]) == entry.kind]
+        members = [site for site in facts_of_run["sites"] if kind_of(site["name"]) == entry.kind]
         total, zeros = sum(map(facts.weights_in, members)), sum(site["zeros"] for site in members)
         assert entry.before is not None and 0.99 * total <= sum(entry.before) <= total
         assert 0.95 * (total - zeros) <= sum(entry.after) <= total - zeros

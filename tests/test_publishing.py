@@ -160,6 +160,13 @@ def test_the_card_tells_size_and_speed_where_they_were_measured(hub: FakeHub, ou
     text = (out / "README.md").read_text("utf-8")
     assert "2.2 MB instead of 4.0 MB" in text and "x86_64, 4 threads" in text
     assert "25.0 tokens/s with sparse layers where these are faster, 12.5 with dense ones" in text
+    speed = runs.read_run(out)["speed"] | {
+        "device": "cuda:0",
+        "hardware": {"machine": "x", "threads": 4, "gpu": "A GPU"},
+    }
+    runs.update_run(out, speed=speed)
+    publish(out)
+    assert "measured side by side on A GPU by" in (out / "README.md").read_text("utf-8")
 
 
 def test_what_a_newer_llmprune_has_added_is_no_obstacle(hub: FakeHub, out: Path) -> None:

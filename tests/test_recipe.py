@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llmprune import methods
 from llmprune.errors import LlmpruneError, PatternError, RecipeError
 from llmprune.locate import DEMO
 from llmprune.methods.magnitude import Magnitude
@@ -18,6 +19,7 @@ from llmprune.patterns import NM, Unstructured
 from llmprune.presets import PRESETS, as_yaml
 from llmprune.recipe import Recipe
 from llmprune.recipefiles import read_recipe
+from llmprune.statistics import Gradient, Gram
 
 GOOD: dict[str, Any] = {
     "method": "wanda",
@@ -259,6 +261,19 @@ def test_a_preset_is_a_valid_recipe_and_what_is_given_beside_it_wins(name: str) 
 
 def test_another_method_than_the_presets_keeps_its_own_hyper_parameters() -> None:
     assert Recipe.of({"preset": "balanced", "method": "sparsegpt"}).solver() == SparseGPT()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+def test_a_preset_goes_with_every_method(name: str, method: str, pattern: str) -> None:
+    recipe = Recipe.of({"preset": name, "method": method, "pattern": pattern})
+    assert (recipe.dense_target > 0) == (recipe.solver().needs is Gram)
+    assert (recipe.tune_epochs > 0) == (name == "best" and recipe.needs not in (None, Gradient))
+    if recipe.solver().needs is not Gram:
+        assert f"{method} fits no outputs: leave out dense_target" in message(
+            {"preset": name, "method": method, "dense_target": 0.5}
+        )
 
 
 def test_an_unknown_preset_is_named_with_the_nearest() -> None:

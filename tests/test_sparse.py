@@ -387,12 +387,53 @@ def test_bench_fits_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_generate_stops_at_the_context(tmp_path: Path) -> None:
-    done = run("generate", "demo", "The river", "--max-new-tokens", 300)
+    prompt = "river " * 120
+    done = run("generate", "demo", prompt)
     assert "the model's context of 256 tokens is full" in done.stderr
-    found = json.loads(run("generate", "demo", "The river", "--max-new-tokens", 300, "--json").stdout)
-    assert found["context"] == 256 and found["new_tokens"] < 256
-    error = run("generate", "demo", "river " * 300).exception
-    assert isinstance(error, LlmpruneError) and "the model's context is 256: shorten it" in str(error)
+    found = json.loads(run("generate", "demo", prompt, "--json").stdout)
+    assert found["context"] == 256 and 0 < found["new_tokens"] < 64
+
+
+def refuses_to_load(*_: object, **__: object) -> None:
+    raise AssertionError("weights were loaded before the options were checked")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "demo", "river " * 300), "the model's context is 256: shorten it"),
+        (
+            ("generate", "demo", "x", "--max-new-tokens", 100000),
+            "100000 new ones are more than the model's context of 256",
+        ),
+        (("bench", "demo", "--prompt-tokens", 100000), "100000 prompt tokens and 32 new ones are more than"),
+        (("bench", "demo", "--new-tokens", 256), "more than the model's context of 256"),
+        (("generate", "demo", "x", "--device", "cuda:77"), "device 'cuda:77' is not available here"),
+        (("bench", "demo", "--device", "nowhere"), "device 'nowhere' is not available here"),
+        (("generate", "nofolder", "x"), "'nofolder'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_weights_are_loaded(
+    arguments: tuple[Any, ...], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmprune.sparse.running.load", refuses_to_load)
+    monkeypatch.setattr("llmprune.sparse.bench.load", refuses_to_load)
+    done = run(*arguments)
+    assert isinstance(done.exception, LlmpruneError) and message in str(done.exception)
+    assert done.stdout == "" and "\n" not in str(done.exception)
+
+
+def test_bench_and_generate_take_a_device(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.sparse.bench._STREAMED_BYTES", 1 << 20)
+    assert (
+        run("bench", pruned, "--device", "cpu", "--prompt-tokens", 4, "--new-tokens", 1, "--rounds", 1).exit_code == 0
+    )
+    texts = [
+        run("generate", pruned, "The river", "--max-new-tokens", 3, *device).stdout
+        for device in ((), ("--device", "cpu"))
+    ]
+    assert texts[0] == texts[1] and texts[0].startswith("The river")
 
 
 def test_one_line_says_what_is_wrong(tmp_path: Path) -> None:

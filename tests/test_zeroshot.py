@@ -83,6 +83,20 @@ def test_an_unknown_task_is_one_line(tasks: Path) -> None:
 
 
 @installed
+def test_an_unknown_task_is_named_before_any_text_or_model_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("work was done before the tasks were checked")
+
+    monkeypatch.setattr("llmprune_eval.perplexity.evaluate", never)
+    monkeypatch.setattr("llmprune_eval.zeroshot.locate", never)
+    for options in (["--data", "demo"], []):
+        with pytest.raises(DataError, match="knows no task 'foo'"):
+            cli.cli.main(["eval", "demo", "--tasks", "foo", *options], standalone_mode=False)
+
+
+@installed
 def test_the_json_of_tasks_is_alone_on_stdout(tasks: Path) -> None:
     arguments = ["eval", "demo", "--tasks", "local_choice", "--include-path", str(tasks), "--json"]
     done = subprocess.run([sys.executable, "-m", "llmprune", *arguments], capture_output=True, text=True)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from llmprune import data as data_room
 from llmprune import methods
+from llmprune.allocation import kind_of
 from llmprune.calibration import batches, sample
 from llmprune.errors import RecipeError
-from llmprune.locate import DEMO
+from llmprune.locate import DEMO, require_folder
 from llmprune.model import Resident
 from llmprune.model.sites import Site, is_router, sites_of
 from llmprune.page import html
-from llmprune.page.facts import kind_of
 from llmprune.planning import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
 from llmprune.pruning import prune
@@ -122,6 +122,8 @@ def sensitivity(
     """
     amount = Amount(length, windows, batch_size)
     _require_shares(sparsities)
+    if out is not None:
+        require_folder(Path(out))
     place = Place.of(device, dtype, False, trust_remote_code)
     dense, pruned = Subject(model, place), Subject(model, place)
     cut = cut_for(dense, read_text(model, data), amount)

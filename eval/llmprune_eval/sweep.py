@@ -12,7 +12,7 @@ import torch
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import size_in_bytes
 from llmprune.errors import RecipeError
-from llmprune.locate import locate
+from llmprune.locate import locate, require_folder
 from llmprune.model import Outline
 from llmprune.model.streamed import stored_dtype
 from llmprune.page import html
@@ -34,6 +34,7 @@ _SETTING: dict[str, Any] = {
     "prompt_tokens": 16,
     "new_tokens": 24,
     "rounds": 3,
+    "device": "cpu",
 }  # of the benchmark: fits into every context
 
 
@@ -154,6 +155,7 @@ def sweep(
     """
     if not methods or not patterns:
         raise RecipeError("a sweep needs at least one method and one pattern")
+    require_folder(Path(out))
     amount = Amount(length, windows, options.get("batch_size"))
     recipes = {
         Path(out) / f"{method}-{folder_name(parse(pattern))}": {"method": method, "pattern": pattern}

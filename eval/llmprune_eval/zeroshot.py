@@ -82,15 +82,11 @@ def evaluate_tasks(
     for name, value in (("shots", shots), ("limit", limit), ("batch_size", batch_size)):
         require_whole(name, value, 0 if name == "shots" else 1)
     require_dtype(dtype)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise RecipeError("--tasks needs lm-evaluation-harness: pip install 'llmprune[lm-eval]'")
+    manager = known_tasks(tasks, include_path)
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     place = resolve_device(device)
     with _quietly():
-        manager = TaskManager(include_path=None if include_path is None else str(include_path))
-        _require_tasks(tasks, manager.all_tasks)
         scores: list[TaskScore] = []
         for model in models:
             arguments = {"pretrained": str(locate(model)), "dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -105,10 +101,23 @@ def evaluate_tasks(
     return TaskScores(scores, lm_eval.__version__)
 
 
-def _require_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+def known_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """Return the harness's list of tasks, which is made without a model, once these are found to be in it.
+
+    Raises:
+        RecipeError: the harness is not installed.
+        DataError: a task is unknown.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError("--tasks needs lm-evaluation-harness: pip install 'llmprune[lm-eval]'")
+    from lm_eval.tasks import TaskManager
+
+    with _quietly():
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
     for task in tasks:
-        if task not in known:
-            raise DataError(f"lm-evaluation-harness knows no task '{task}': {did_you_mean(task, known)}")
+        if task not in manager.all_tasks:
+            raise DataError(f"lm-evaluation-harness knows no task '{task}': {did_you_mean(task, manager.all_tasks)}")
+    return manager
 
 
 def _scores(model: str, found: dict[str, Any]) -> Iterator[TaskScore]:

@@ -1,6 +1,6 @@
 """The pattern of every site: stated for it, the recipe's own, or its exact part of a budget over several sites."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmprune.allocation import Cost, Curve, bounds, global_magnitude, pinned, split
+from llmprune.allocation import Cost, Curve, Measured, bounds, global_magnitude, pinned, split
 from llmprune.budget.dense import DensePass
 from llmprune.calibration import Tokens
 from llmprune.methods import Method
 from llmprune.model.sites import Site
 from llmprune.patterns import ComparisonGroup, Count, Pattern, Unstructured
-from llmprune.planning import Host, Plan
+from llmprune.planning import Host, Plan, parts_of
 from llmprune.recipe import Recipe
 from llmprune.team.team import Team
 
@@ -26,7 +26,8 @@ class Choice:
     Attributes:
         patterns: of every site, by name.
         allocation: where a sparsity was shared out, plain values: `by`, `range`, `sequences`, and `sites` with, for
-            each, `removed` weights, its `sparsity`, the `cost` foretold, and the `curve` of costs at sparsities.
+            each, `removed` weights, its `sparsity`, the `cost` foretold, and the `curve` of costs at sparsities. By a file
+            of measured curves, `model` is the one measured there, and no `sequences` were needed.
     """
 
     patterns: dict[str, Pattern]
@@ -77,26 +78,37 @@ def choose(
 def _allocate(
     host: Host, plan: Plan, recipe: Recipe, tokens: Tokens | None, home: torch.device, shared: list[Site]
 ) -> dict[str, Any]:
-    assert tokens is not None
+    sizes = {site.name: site.shape[0] * site.shape[1] for site in shared}
+    sparsity = recipe.target().sparsity
+    if recipe.allocation_file:
+        measured = Measured.read(recipe.allocation_file)
+        costs: Mapping[str, Cost] = measured.costs(parts_of(host))
+        how: dict[str, Any] = {"model": measured.model}
+    else:
+        assert tokens is not None
+        dense = _dense_pass(host, plan, recipe, tokens, home, shared)
+        costs, how = dense.costs(), {"sequences": len(dense.rows)}
+    all_costs = {name: costs.get(name, pinned(sparsity)) for name in sizes}
+    removed = split(all_costs, sizes, sparsity, recipe.allocation_range)
+    return {
+        "by": str(recipe.allocation),
+        "range": list(bounds(sparsity, recipe.allocation_range)),
+        **how,
+        "sites": {name: _entry(removed[name], size, costs.get(name)) for name, size in sizes.items()},
+    }
+
+
+def _dense_pass(
+    host: Host, plan: Plan, recipe: Recipe, tokens: Tokens, home: torch.device, shared: list[Site]
+) -> DensePass:
     ends = {site for name in (plan.embedding, plan.head) for site in plan.sites.get(name, ())}
     measured = {name: [site for site in sites if site in set(shared) - ends] for name, sites in plan.sites.items()}
     measured = {name: sites for name, sites in measured.items() if sites}
-    sparsity = recipe.target().sparsity
 
     def solver(site: Site) -> tuple[Method, Any]:
         return recipe.at(site.tensor).solver(), lambda removed, size: _count(recipe, site, removed, size)
 
-    dense = DensePass(host, recipe, tokens, home, measured, solver, sparsity)
-    costs = dense.costs()
-    sizes = {site.name: site.shape[0] * site.shape[1] for site in shared}
-    all_costs = {name: costs.get(name, pinned(sparsity)) for name in sizes}
-    removed = split(all_costs, sizes, sparsity, recipe.allocation_range)
-    return {
-        "by": recipe.allocation,
-        "range": list(bounds(sparsity, recipe.allocation_range)),
-        "sequences": len(dense.rows),
-        "sites": {name: _entry(removed[name], size, costs.get(name)) for name, size in sizes.items()},
-    }
+    return DensePass(host, recipe, tokens, home, measured, solver, recipe.target().sparsity)
 
 
 def _entry(removed: int, size: int, cost: Cost | None) -> dict[str, Any]:

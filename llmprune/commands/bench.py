@@ -14,12 +14,13 @@ from llmprune.commands.shared import given, json_option, of_model, show
 @click.option("--new-tokens", type=int, default=32, show_default=True)
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences at a time.")
 @click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--device", help="auto, cpu, cuda, cuda:1, ...  [default: auto]")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the speeds into a file.")
 @click.option("--save", is_flag=True, help="Add the figures to the llmprune.json of the output folder MODEL.")
 @of_model
 @json_option
 def bench(model: str, plot: Path | None, save: bool, as_json: bool, **options: Any) -> None:
-    """Compare MODEL on the CPU dense and sparse: tokens a second, memory, and the kernel that runs for each shape."""
+    """Compare MODEL dense and sparse: tokens a second, memory, and the kernel that runs for each shape."""
     from llmprune.runs import add_speed, read_run
     from llmprune.sparse.bench import bench as run
 

@@ -39,6 +39,8 @@ def evaluate(models: tuple[str, ...], data: str | None, tasks: str | None, as_js
         _require_tasks(task_options)
     elif data is None:
         _require_text(options)
+    else:
+        _require_known(tasks, task_options["include_path"])
     if tasks is None or data is not None:
         results.append(_perplexities(models, specs(data), given(options)))
     if tasks is not None:
@@ -73,7 +75,18 @@ def _perplexities(models: tuple[str, ...], data: list[str | None], options: dict
 def _task_scores(models: tuple[str, ...], tasks: str, options: dict[str, Any]) -> Any:
     from llmprune_eval.zeroshot import evaluate_tasks
 
-    return evaluate_tasks(models, [task.strip() for task in tasks.split(",")], **options)
+    return evaluate_tasks(models, _names(tasks), **options)
+
+
+def _require_known(tasks: str, include_path: str | None) -> None:
+    """Refuse tasks that do not exist before the texts are worked on."""
+    from llmprune_eval.zeroshot import known_tasks
+
+    known_tasks(_names(tasks), include_path)
+
+
+def _names(tasks: str) -> list[str]:
+    return [task.strip() for task in tasks.split(",")]
 
 
 def _require_tasks(options: dict[str, Any]) -> None:

@@ -36,7 +36,11 @@ of_model = options(
     click.option("--trust-remote-code", is_flag=True, default=None, help="Run code that comes with the model."),
 )
 what = options(
-    click.option("--preset", help="fast, balanced or best: see `llmprune recipes`; other options win over it."),
+    click.option(
+        "--preset",
+        help="fast, balanced or best: see `llmprune recipes`; other options win over it, "
+        "and what their method or pattern cannot use is left out.",
+    ),
     click.option("--method", help=f"{METHODS}  [default: sparsegpt]"),
     click.option(
         "--pattern",
@@ -67,7 +71,8 @@ what = options(
     click.option(
         "--allocation",
         metavar="WAY",
-        help="Share a sparsity out over matrices: uniform, owl, error or fisher (finest)  [default: uniform]",
+        help="Share a sparsity out over matrices: uniform, owl, error or fisher (finest), or by the curves in the "
+        "sensitivity.json that `llmprune sensitivity MODEL --out FOLDER` writes  [default: uniform]",
     ),
     click.option(
         "--allocation-range", type=float, metavar="SHARE", help="How far a matrix may deviate  [default: 0.15]"

@@ -31,7 +31,7 @@ def dense_seconds(
     )
     if recipe.needs is Gradient:
         return [Part("gradients", _BACKWARD * forward, "a forward timed here, and what a backward usually takes of it")]
-    if recipe.allocation == "uniform":
+    if recipe.allocation == "uniform" or recipe.allocation_file:
         return []
     each = statistic_time(Gram, widest, host.dtype, host.place)
     fed = [(group, tokens) for trial in trials for group, tokens in zip(trial.groups, trial.fed, strict=True)]

@@ -13,7 +13,10 @@ def require_in_memory(sites: Sequence[Site]) -> None:
     """Raise UnsupportedModelError for a parameter that accelerate offloads: it cannot be exchanged for a copy."""
     for site in sites:
         if site.module.get_parameter(site.parameter).is_meta:
-            raise UnsupportedModelError(f"{site.tensor} is offloaded: a dense target needs the model in memory")
+            raise UnsupportedModelError(
+                f"{site.tensor} is offloaded by accelerate, and a run beside the dense model needs it in memory: give the "
+                "checkpoint's folder or Hub id instead, or dense_target=0, tune_epochs=0"
+            )
 
 
 class Originals:

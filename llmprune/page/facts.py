@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from llmprune.allocation import kind_of
+
 Site = dict[str, Any]
 
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -26,12 +28,6 @@ def expert_of(site: Site) -> int | None:
 def tensor_of(name: str) -> str:
     """Return the tensor that holds a site: its name without the number of an expert in brackets."""
     return name.partition("[")[0]
-
-
-def kind_of(name: str) -> str:
-    """Return the part that a site plays in its block, such as `q_proj`."""
-    parts = [part for part in tensor_of(name).split(".") if part != "weight" and not part.isdigit()]
-    return parts[-1]
 
 
 def weights_in(site: Site) -> int:

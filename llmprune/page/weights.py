@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from llmprune import hub
+from llmprune.allocation import kind_of
 from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import LlmpruneError
 from llmprune.locate import locate
 from llmprune.model import Streamed
-from llmprune.page.facts import kind_of, tensor_of
+from llmprune.page.facts import tensor_of
 
 BINS = 60
 _REACH = 4.0  # standard deviations to either side

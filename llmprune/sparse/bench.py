@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
+from llmprune.model.configuration import read_config
 from llmprune.model.experts import stacks_of
 from llmprune.planning import context_length
 from llmprune.progress import Progress
+from llmprune.recipe import resolve_device
 from llmprune.report import hardware, versions
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.plot import Bar, picture
@@ -67,6 +69,7 @@ class Benchmark:
     sparse: Side | None
     bandwidth: float  # bytes a second
     sparsified: Sparsified
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """Return the run as plain values."""
@@ -74,6 +77,7 @@ class Benchmark:
         return {
             "model": self.model,
             **self.setting,
+            "device": self.device,
             "dense": _plain(dense),
             "sparse": _plain(sparse) if sparse else None,
             "decode_speedup": sparse.decode.median / dense.decode.median if sparse else None,
@@ -111,9 +115,9 @@ class Benchmark:
                 [Bar(name, **vars(side.decode), roofline=side.roofline) for name, side in sides.items()],
             ),
         ]
-        threads = hardware()["threads"]
+        where = f"{hardware()['threads']} threads" if self.device == "cpu" else self.device
         title = f"{self.model}: {self.setting['prompt_tokens']} tokens read, {self.setting['new_tokens']} written"
-        return picture(f"{title}, batch {self.setting['batch']}, {threads} threads", panels)
+        return picture(f"{title}, batch {self.setting['batch']}, {where}", panels)
 
 
 def _ratio(cells: Sequence[tuple[str, float | None]]) -> str:
@@ -130,26 +134,32 @@ def bench(
     batch: int = 1,
     rounds: int = 5,
     dtype: torch.dtype | None = None,
+    device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Benchmark:
-    """Measure a model on the CPU, dense and sparse in turn, on random tokens.
+    """Measure a model, dense and sparse in turn, on random tokens.
 
     Args:
         model: a folder, dense or compressed, a Hub id, or `demo`.
         prompt_tokens: of each sequence; None is 512, or what the model's context leaves beside the new ones.
         batch: sequences at a time.
         rounds: times that each side reads the prompt and writes the tokens.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
 
     Raises:
-        LlmpruneError: the model cannot be loaded, a number is below 1, or the tokens exceed the model's context.
+        LlmpruneError: the model cannot be loaded, a number is below 1, there is no such device, or, before any weights
+            are loaded, the tokens exceed the model's context.
     """
     asked = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
     for name, value in asked.items():
         if value is not None and value < 1:
             raise RecipeError(f"{name} is {value}: it must be at least 1")
-    loaded = load(open_dense(locate(model, revision)), trust_remote_code, dtype)
-    fitting = _prompt_length(prompt_tokens, new_tokens, context_length(loaded.config))
+    place = resolve_device(device)
+    source = open_dense(locate(model, revision))
+    context = context_length(read_config(source.folder, source.config, trust_remote_code))
+    fitting = _prompt_length(prompt_tokens, new_tokens, context)
+    loaded = load(source, trust_remote_code, dtype).to(place)
     return measure(
         loaded, str(model), {"prompt_tokens": fitting, "new_tokens": new_tokens, "batch": batch, "rounds": rounds}
     )
@@ -165,7 +175,7 @@ def _prompt_length(asked: int | None, new_tokens: int, context: int | None) -> i
 
 
 def measure(dense: Any, name: str, setting: dict[str, int]) -> Benchmark:
-    """Compare a dense model on the CPU with its sparse twin; `setting` holds the numbers that `bench` takes."""
+    """Compare a dense model, where it lies, with its sparse twin; `setting` holds the numbers that `bench` takes."""
     sparse = twin(dense)
     sparsified = sparsify(sparse, batch=setting["batch"])
     prompt_BT = _prompt(dense, setting["batch"], setting["prompt_tokens"])
@@ -180,7 +190,7 @@ def measure(dense: Any, name: str, setting: dict[str, int]) -> Benchmark:
             bar.step()
     bandwidth = read_bandwidth(prompt_BT.device)
     sides = {which: side.result(prompt_BT.numel(), setting["batch"], bandwidth) for which, side in rates.items()}
-    return Benchmark(name, setting, sides["dense"], sides.get("sparse"), bandwidth, sparsified)
+    return Benchmark(name, setting, sides["dense"], sides.get("sparse"), bandwidth, sparsified, str(prompt_BT.device))
 
 
 def twin(model: nn.Module) -> Any:

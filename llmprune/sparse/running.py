@@ -10,13 +10,16 @@ import torch
 
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.unpacked import open_dense
-from llmprune.errors import CheckpointError, DataError
+from llmprune.errors import CheckpointError, DataError, RecipeError
 from llmprune.locate import locate
 from llmprune.model.configuration import read_config
 from llmprune.model.skeleton import quiet
 from llmprune.model.tokenizer import load_tokenizer
 from llmprune.planning import context_length
+from llmprune.recipe import require_whole, resolve_device
 from llmprune.sparse.sparsify import sparsify
+
+_NEW_TOKENS = 64  # where nobody says
 
 
 @dataclass(frozen=True)
@@ -38,29 +41,39 @@ def generate(
     model: str | Path,
     prompt: str,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     sparse: bool = True,
+    device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
-    """Continue a prompt with a model on the CPU, greedily.
+    """Continue a prompt with a model, greedily.
 
     Args:
         model: a folder, dense or compressed, a Hub id, or `demo`.
+        max_new_tokens: None is 64, or what the model's context leaves.
         sparse: run layers sparse where that is no slower.
-        on_text: is called with each piece of text as it comes.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        on_text: is called with each piece of text as it comes, the prompt first.
 
     Raises:
-        LlmpruneError: the model or its tokenizer cannot be loaded, or the prompt is longer than the model's context.
+        LlmpruneError: the model or its tokenizer cannot be loaded, there is no such device, or, before any weights are
+            loaded, the prompt and the new tokens are more than the model's context.
     """
+    place = resolve_device(device)
+    if max_new_tokens is not None:
+        require_whole("max_new_tokens", max_new_tokens, 1)
     source = open_dense(locate(model, revision))
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    loaded = load(source, trust_remote_code)
-    layers = sparsify(loaded).sparse_layers if sparse else 0
-    inputs = tokenizer(prompt, return_tensors="pt")
-    given, context = inputs["input_ids"].shape[1], context_length(loaded.config)
+    inputs = tokenizer(prompt, return_tensors="pt").to(place)
+    given = inputs["input_ids"].shape[1]
+    context = context_length(read_config(source.folder, source.config, trust_remote_code))
     room = _room(given, context, max_new_tokens)
+    loaded = load(source, trust_remote_code).to(place)
+    layers = sparsify(loaded).sparse_layers if sparse else 0
+    if on_text:
+        on_text(prompt)
     began = time.perf_counter()
     ids = loaded.generate(
         input_ids=inputs["input_ids"],
@@ -71,17 +84,22 @@ def generate(
     )[0]
     seconds = time.perf_counter() - began
     new = len(ids) - given
-    ended = context if new == room < max_new_tokens else None
+    ended = context if new == room < (max_new_tokens or _NEW_TOKENS) else None
     return Generated(tokenizer.decode(ids, skip_special_tokens=True), new, seconds, layers, ended)
 
 
-def _room(given: int, context: int | None, asked: int) -> int:
-    """Return how many of the tokens that are asked for fit behind the given ones into the model's context."""
+def _room(given: int, context: int | None, asked: int | None) -> int:
+    """Return how many tokens to write behind the given ones: those asked for, or what fits into the model's context."""
     if context is None:
-        return asked
+        return asked or _NEW_TOKENS
     if given >= context:
         raise DataError(f"the prompt has {given} tokens, the model's context is {context}: shorten it")
-    return min(asked, context - given)
+    if asked is not None and given + asked > context:
+        raise RecipeError(
+            f"{given} prompt tokens and {asked} new ones are more than the model's context of {context}: ask for at most "
+            f"{context - given} new ones"
+        )
+    return asked or min(_NEW_TOKENS, context - given)
 
 
 def load(source: Source, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> Any:
