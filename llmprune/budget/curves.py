@@ -19,7 +19,7 @@ from llmprune.model.sites import Site, require_finite
 from llmprune.patterns import Count, Stacked
 from llmprune.statistics import Gram
 
-_CUT_SHORT = {"iterations": 10, "stages": 4, "refit": 3}  # options of methods that go on and on
+_CUT_SHORT = {"iterations": 3, "stages": 1, "refit": 1}  # options of methods that go on and on
 _STACKED = 1 << 26  # weights that are solved at once
 
 Solver = Callable[[Site], tuple[Method, Callable[[int, int], Count]]]

@@ -32,8 +32,8 @@ from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.statistics import Gram
 
-MOST_SEQUENCES = 16  # of the calibration; curves and gradients do not need more
-POINTS = 3  # of a curve: the ends of the range, and the middle
+MOST_SEQUENCES = 8  # of the calibration; curves and gradients do not need more
+POINTS = 2  # of a curve: the ends of the range
 _TINY = 1e-30
 
 
