@@ -124,7 +124,7 @@ class Branches:
     def recall(self, stage: Stage) -> None:
         self._host.load(stage)
 
-    def begin(self, sites: list[Site]) -> None:
+    def begin(self, stage: Stage, sites: list[Site]) -> None:
         """Nothing to take note of: the model stays as it is."""
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:

@@ -16,7 +16,7 @@ from llmprune.model.memory import batch_size, fits_side_by_side, parameter_bytes
 from llmprune.model.sharing import SharedCollector
 from llmprune.planning import Host, Plan
 from llmprune.recipe import Recipe
-from llmprune.statistics import CrossGram
+from llmprune.statistics import CrossGram, Gradient
 from llmprune.team.team import Team
 from llmprune.thrift import Thrift
 from llmprune.tuning import sequences_at_once
@@ -48,11 +48,14 @@ class Feed:
         if self.recipe.dense_target and any(site.expert is not None for site in plan.all_sites()):
             notes.append("blocks with experts are fitted to their own outputs: no dense target follows tokens")
         if self._asks_autocast and not self._autocast:
-            notes.append("autocast: bfloat16 is not faster here, so the calibration ran in float32")
+            why = "bfloat16 is not faster here" if self._sums_inputs else "no method sums up inputs"
+            notes.append(f"autocast: {why}, so nothing ran in bfloat16")
         return notes
 
     def batch_size(self) -> int:
-        """Return how many sequences go through a block at once."""
+        """Return how many sequences go through a block at once; one where gradients of single sequences are needed."""
+        if self.recipe.needs is Gradient:
+            return 1
         rows = self.tokens.rows if self.tokens else []
         longest = max((len(row) for row in rows), default=1)
         most = batch_size(longest, self.host.config, self.host.dtype, self.host.place)
@@ -109,4 +112,10 @@ class Feed:
     @property
     def _autocast(self) -> torch.dtype | None:
         """The dtype that the forward multiplies in, if not that of the weights."""
-        return torch.bfloat16 if self._asks_autocast and kernels.multiplies_bfloat16(self.host.place) else None
+        helps = self._asks_autocast and self._sums_inputs and kernels.multiplies_bfloat16(self.host.place)
+        return torch.bfloat16 if helps else None
+
+    @property
+    def _sums_inputs(self) -> bool:
+        """Whether blocks are run forward for statistics of what they are fed."""
+        return self.recipe.needs not in (None, Gradient)

@@ -72,6 +72,8 @@ def _require_options(changes: Any) -> None:
     for option in changes:
         if option not in OVERRIDABLE:
             raise RecipeError(f"cannot set '{option}' for some sites: {did_you_mean(str(option), OVERRIDABLE)}")
+    if changes.get("comparison_group") == "model":
+        raise RecipeError("comparison_group 'model' compares all matrices with each other: set it for the whole run")
 
 
 @contextmanager

@@ -44,6 +44,10 @@ class Portions:
             report = solved[owner][place]
             assert report is not None
             self._report.sites.append(report)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was taken and not settled, as it will be solved anew."""
         self._pending.clear()
 
 

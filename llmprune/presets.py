@@ -61,7 +61,7 @@ def _unusable(preset: Mapping[str, Any], method: Any) -> list[str]:
     if needs in (ColumnMoments, Gradient):
         unusable |= {"allocation"}  # whose curves are solved from Gram matrices
     if needs in (None, Gradient):
-        unusable |= {"tune_epochs", "true_sequential"}  # it is not fed by the pruned model
+        unusable |= {"tune_epochs", "true_sequential", "autocast"}  # it is not fed by the pruned model
     return [option for option in preset if option in unusable]
 
 

@@ -36,7 +36,7 @@ class Recipe:
         seed: of sampling and of the random method.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: `auto` (as the checkpoint is stored), `float32`, `float16` or `bfloat16`.
-        batch_size: sequences a forward; None sizes it to the memory.
+        batch_size: sequences a forward; None sizes it to the memory. Gradients are taken of one at a time.
         true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
         dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
             outputs that the dense matrix has on the pruned model's inputs. Needs `true_sequential`.
@@ -52,7 +52,7 @@ class Recipe:
             towards the dense block's output; 0 tunes nothing.
         tune_rate: first step size of that, relative to the weights; see `llmprune.tuning`.
         autocast: in a float32 model, multiply in bfloat16 during calibration, with sums in float32, where the hardware
-            is faster at that; weights and solving stay float32.
+            is faster at that; weights and solving stay float32, as do gradients and what `allocation` measures.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
         deterministic: use only operations that repeat themselves to the bit; where a GPU has none, refuse.
         revision: branch, tag or commit of a Hub model.

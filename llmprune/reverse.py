@@ -37,7 +37,7 @@ class ReverseRun(Run):
                     break
                 if stage in self.plan.stages and not self.store.has(stage):
                     sites = self.plan.sites.get(stage.name, [])
-                    self.store.begin(sites)
+                    self.store.begin(stage, sites)
                     self._solve(groups, patterns)
                     with self.report.clock.phase("write"):
                         self.store.keep(stage, sites)

@@ -69,7 +69,7 @@ class Run:
         self.report.notes.extend(self._feed.notes(self.plan))
         store, embedding = self.store, self.plan.sites.get(self.host.embedding.name)
         if embedding and not store.has(self.host.embedding):
-            store.begin(embedding)
+            store.begin(self.host.embedding, embedding)
             self._solve(_unfed(embedding), patterns)
             store.keep(self.host.embedding, embedding)
         store.batch_size = store.batch_size or self.team.tell(self._feed.batch_size())
@@ -79,6 +79,7 @@ class Run:
             except ResourceError as error:
                 if self.team.size > 1:
                     raise  # only one of the ranks knows that memory ran out
+                self._portions.forget()
                 self.thrift.retry(error, self.store, self.report, self.host.place.type != "cpu")
             make_room()
         self.report.close(self.plan)
@@ -118,7 +119,7 @@ class Run:
         clock, sites = self.report.clock, self.plan.sites.get(stage.name, [])
         with clock.phase("load"):
             self.host.load(stage)
-            self.store.begin(sites)
+            self.store.begin(stage, sites)
         if collector is None:
             self._solve(_unfed(sites), patterns)
         else:

@@ -30,8 +30,8 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
         weight: [outputs, inputs], any floating dtype; not modified.
         statistic: what the method needs of the inputs: a `ColumnNorm`, or a `Gram`, which serves for both; or a tensor:
             the inputs themselves [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods
-            that need no more, their norms [inputs]; for `taylor` a `Gradient`, or the gradient of the loss [outputs, inputs].
-            None for methods that need nothing.
+            that need no more, their norms [inputs]; for `dsnot` the inputs, or a `ColumnMoments`; for `taylor` a
+            `Gradient`, or the gradient of the loss [outputs, inputs]. None for methods that need nothing.
         options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`.
 
     Raises:
@@ -189,7 +189,8 @@ def _fed(method: Method, statistic: Any, weight: Tensor) -> ColumnNorm | Gram | 
         return _gradient_of(statistic, weight)
     if isinstance(statistic, Tensor):
         statistic = _from_tensor(needs, statistic.to(weight.device), weight.shape[1])
-    if not isinstance(statistic, needs | Gram):  # a Gram also knows the column norms
+    known = (needs,) if needs is ColumnMoments else (needs, Gram)  # a Gram also knows the column norms, but no means
+    if not isinstance(statistic, known):
         raise RecipeError(f"{type(method).__name__} needs calibration inputs or a {needs.__name__} as its statistic")
     if statistic.inputs != weight.shape[1]:
         raise RecipeError(f"the statistic is of {statistic.inputs} inputs, the matrix has {weight.shape[1]}")

@@ -33,8 +33,8 @@ class Store(Protocol):
     def recall(self, stage: Stage) -> None:
         """Load a stage that was kept before, pruned as it is."""
 
-    def begin(self, sites: list[Site]) -> None:
-        """Take note of the sites of a loaded stage that are about to be pruned."""
+    def begin(self, stage: Stage, sites: list[Site]) -> None:
+        """Take note of a loaded stage, and of its sites that are about to be pruned."""
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
         """Take a pruned stage, which is loaded; the model runs on with it as it is."""
@@ -70,8 +70,10 @@ class InMemory:
     def recall(self, stage: Stage) -> None:
         pass
 
-    def begin(self, sites: list[Site]) -> None:
-        self._backup = Backup(self._host.weight(site) for site in sites)
+    def begin(self, stage: Stage, sites: list[Site]) -> None:
+        vectors = stage.module.parameters() if self._report.recipe["tune_epochs"] else ()
+        tuned = [parameter.data for parameter in vectors if parameter.ndim == 1]
+        self._backup = Backup([*(self._host.weight(site) for site in sites), *tuned])
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
         self._kept.add(stage.name)
@@ -113,7 +115,7 @@ class OnDisk:
         for name, weight in self._sink.aside(stage.name).items():
             self._host.model.get_parameter(name).data.copy_(weight)
 
-    def begin(self, sites: list[Site]) -> None:
+    def begin(self, stage: Stage, sites: list[Site]) -> None:
         self._backup = Backup(self._host.weight(site) for site in sites if self._host.outlives(site))
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:

@@ -302,6 +302,10 @@ def admm_options() -> dict[str, Any]:
         ({"overrides": {"*": {"patern": "50%"}}}, "cannot set 'patern' for some sites: did you mean 'pattern'"),
         ({"overrides": {"*": {"method": "wnda"}}}, "overrides '*': unknown method 'wnda': did you mean 'wanda'"),
         ({"overrides": {"*": {"method_options": {"dmp": 1}}}}, "has no option 'dmp': did you mean 'damp'"),
+        (
+            {"method": "magnitude", "overrides": {"*": {"comparison_group": "model"}}},
+            "overrides '*': comparison_group 'model' compares all matrices with each other: set it for the whole run",
+        ),
         ({"overrides": {"*.q_prj.*": {"pattern": "2:4"}}}, "overrides '*.q_prj.*' matches nothing to prune: "),
         ({"sparsities": {"*.mlp.*": "60%"}, "exclude": "*.mlp.*"}, "sparsities '*.mlp.*' matches nothing to prune"),
         ({"method": "taylor", "true_sequential": True}, "taylor takes the dense model's gradients"),

@@ -137,7 +137,7 @@ def test_experts_can_be_excluded_by_the_name_of_their_tensor(saved: Saved, tmp_p
 def test_a_run_that_leaves_most_of_the_model_dense_says_so(
     saved: Saved, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmprune.pruning._SMALL_SHARE", 1.1)
+    monkeypatch.setattr("llmprune.planning._SMALL_SHARE", 1.1)
     prune(saved("mixtral"), tmp_path / "asked-for", method="magnitude", exclude="*experts*")
     prune(saved("mixtral"), tmp_path / "out", method="magnitude")
     (line,) = [record.getMessage() for record in caplog.records]

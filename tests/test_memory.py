@@ -1,5 +1,6 @@
 """Memory that runs out: the same is done with less, to the same result; what is lost when nothing helps is one block."""
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from llmprune.checkpoint import Sink
 from llmprune.errors import ResourceError
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.model import Lanes, Resident
+from llmprune.model.gradients import Tape
 from llmprune.model.sites import Stage
 from llmprune.model.walks import Walks
 from llmprune.retrying import Retry, reliefs
@@ -195,6 +197,47 @@ def test_what_was_given_up_before_a_run_was_interrupted_is_in_the_report(
     monkeypatch.undo()
     report = llmprune.prune(source, out, resume=True, **options)
     assert report.retries[0] == "out of memory in model.layers.0: running each block once for every matrix"
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_memory_that_runs_out_in_the_middle_of_a_block_leaves_one_report_on_each_matrix(
+    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tiny.save(tiny.model("llama"), tmp_path / "source"), tmp_path / "out"
+    undisturbed = llmprune.prune(source, tmp_path / "whole", calibration=IDS)
+    plain, asked = solving.prune_matrix, list[str]()
+
+    def prune_matrix(name: str, *rest: Any) -> Any:
+        asked.append(name)
+        if len(asked) == 3:
+            raise MemoryError
+        return plain(name, *rest)
+
+    monkeypatch.setattr("llmprune.run.prune_matrix", prune_matrix)
+    if in_place:
+        model = tiny.load(source)
+        report = llmprune.prune(model, calibration=IDS)
+        model.save_pretrained(out)
+        (out / "llmprune.json").write_text(json.dumps(report.to_json()))
+    else:
+        report = llmprune.prune(source, out, calibration=IDS)
+    assert all(name.startswith("model.layers.0.") for name in asked[:3]) and len(report.retries) == 1
+    assert [(site.name, site.zeros) for site in report.sites] == [(s.name, s.zeros) for s in undisturbed.sites]
+    assert llmprune.inspect(out).verified
+    one, two = tiny.tensors(tmp_path / "whole"), tiny.tensors(out)
+    assert all(tiny.same_bytes(one[name], two[name]) for name in one)
+
+
+def test_a_backward_pass_that_does_not_fit_is_not_tried_with_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes one sequence at a time anyway."""
+    source = tiny.save(tiny.model("llama"), tmp_path / "source")
+    fail_where(monkeypatch, Tape, "_back", lambda *_: True)
+    with pytest.raises(ResourceError, match=r"^out of memory in the backward pass: .*--samples"):
+        llmprune.prune(source, tmp_path / "out", method="taylor", calibration=IDS, batch_size=4)
+    assert not caplog.records
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_solve_that_never_fits_names_its_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import llmprune
 import tiny
+from llmprune import kernels
 from llmprune.errors import (
     CheckpointError,
     DataError,
@@ -686,6 +687,24 @@ def test_a_loaded_model_with_nan_is_refused_before_anything_is_pruned(saved: Sav
     with pytest.raises(NumericalError, match=r"up_proj.weight holds NaN"):
         llmprune.prune(model, method="magnitude")
     assert bool(blocks[0].self_attn.q_proj.weight.all())
+
+
+@pytest.mark.parametrize(
+    ("method", "faster", "said"),
+    [
+        ("magnitude", True, ["autocast: no method sums up inputs, so nothing ran in bfloat16"]),
+        ("taylor", True, ["autocast: no method sums up inputs, so nothing ran in bfloat16"]),
+        ("wanda", False, ["autocast: bfloat16 is not faster here, so nothing ran in bfloat16"]),
+        ("wanda", True, []),
+    ],
+)
+def test_an_autocast_that_changes_nothing_is_noted(
+    method: str, faster: bool, said: list[str], saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda device: faster)
+    monkeypatch.setattr(kernels, "multiplies", lambda x_TI: False)  # which this machine may not be able to
+    report = llmprune.prune(tiny.load(saved("llama")), method=method, calibration=IDS, autocast=True)
+    assert [note for note in report.notes if "autocast" in note] == said
 
 
 @pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", True), ("float32", False), ("auto", False)])

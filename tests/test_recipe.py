@@ -269,7 +269,9 @@ def test_another_method_than_the_presets_keeps_its_own_hyper_parameters() -> Non
 def test_a_preset_goes_with_every_method(name: str, method: str, pattern: str) -> None:
     recipe = Recipe.of({"preset": name, "method": method, "pattern": pattern})
     assert (recipe.dense_target > 0) == (recipe.solver().needs is Gram)
-    assert (recipe.tune_epochs > 0) == (name == "best" and recipe.needs not in (None, Gradient))
+    sums_inputs = recipe.needs not in (None, Gradient)
+    assert (recipe.tune_epochs > 0) == (name == "best" and sums_inputs)
+    assert recipe.autocast == sums_inputs
     if recipe.solver().needs is not Gram:
         assert f"{method} fits no outputs: leave out dense_target" in message(
             {"preset": name, "method": method, "dense_target": 0.5}

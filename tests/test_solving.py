@@ -86,6 +86,7 @@ def test_a_method_object_will_do() -> None:
         (matrix(), None, {"method": "wanda"}, RecipeError, "Wanda needs calibration inputs or a ColumnNorm"),
         (matrix(), None, {}, RecipeError, "SparseGPT needs calibration inputs or a Gram"),
         (matrix(), fed(ColumnNorm, matrix()), {}, RecipeError, "SparseGPT needs calibration inputs or a Gram"),
+        (matrix(), fed(Gram, matrix()), {"method": "dsnot"}, RecipeError, "calibration inputs or a ColumnMoments"),
         (matrix(), matrix(9, 31), {}, RecipeError, "must be inputs [tokens, 32] or a Gram matrix, not [9, 31]"),
         (matrix(), matrix(1)[0], {}, RecipeError, "must be inputs [tokens, 32] or a Gram matrix, not [32]"),
         (matrix(), matrix(1)[0], {"method": "dsnot"}, RecipeError, "must be inputs [tokens, 32], not [32]"),

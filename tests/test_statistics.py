@@ -1,11 +1,13 @@
 """Statistics: sums over calibration tokens, the energies they measure, and the factor of a damped Hessian."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from llmprune.errors import NumericalError
-from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gram, factorize, gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram, factorize, gram
 
 CPU = torch.device("cpu")
 KINDS = [ColumnNorm, Gram]
@@ -237,6 +239,37 @@ def test_the_target_solves_the_ridge_problem_towards_both_models(share: float) -
     assert torch.allclose(
         statistic.target(weight_OI, share, 0.1).double(), expected if share else weight_OI.double(), atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        CrossGram.forget_factors,
+        lambda statistic: statistic.move(torch.device("meta")),
+        lambda statistic: statistic.add(torch.randn(9, 5), 1, torch.randn(9, 5)),
+        lambda statistic: statistic.merge(gram_of(torch.randn(9, 5))),
+        lambda statistic: statistic.shrink(gram_of(torch.randn(9, 5)), 0.5),
+    ],
+    ids=["forget", "move", "add", "merge", "shrink"],
+)
+def test_nothing_that_was_computed_from_sums_outlives_them(change: Callable[[CrossGram], None]) -> None:
+    statistic = CrossGram(5, CPU)
+    statistic.add(torch.randn(9, 5), 1, torch.randn(9, 5))
+    statistic.target(torch.randn(4, 5), 0.5, 0.01)
+    assert statistic._mixture and statistic._factors
+    change(statistic)
+    assert not statistic._mixture and not statistic._factors
+
+
+@pytest.mark.parametrize("of_weights", [True, False])
+def test_all_of_a_gradient_moves_to_another_device(of_weights: bool) -> None:
+    statistic = Gradient(4, 5, CPU, of_weights)
+    statistic.add(torch.randn(9, 5), torch.randn(9, 4))
+    statistic.close_sequence()
+    statistic.move(torch.device("meta"))
+    held = [value for value in vars(statistic).values() if isinstance(value, torch.Tensor)]
+    assert len(held) == (3 if of_weights else 1)
+    assert statistic.device.type == "meta" and all(value.is_meta for value in held)
 
 
 def test_without_the_dense_models_inputs_the_target_is_the_weight_itself() -> None:

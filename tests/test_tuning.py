@@ -12,7 +12,9 @@ from torch import Tensor
 import llmprune
 import tiny
 from llmprune.errors import RecipeError
+from llmprune.model.sites import Site, Stage
 from llmprune.report import Report
+from llmprune.storing import InMemory
 from llmprune.tuning import BlockTuning, sequences_at_once
 
 IDS = tiny.ids(20, 48)
@@ -96,6 +98,24 @@ def test_a_model_in_memory_is_tuned_to_the_same_weights(tmp_path: Path) -> None:
     written = tiny.load(tmp_path / "out").state_dict()
     assert all(tiny.same_bytes(value, written[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_loaded_model_whose_tuned_block_is_not_kept_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model("opt")  # which has biases too
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changed = set[int]()
+
+    def interrupted(store: InMemory, stage: Stage, sites: list[Site]) -> None:
+        changed.update(p.ndim for name, p in stage.module.named_parameters(stage.name) if not p.equal(dense[name]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InMemory, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llmprune.prune(model, **TUNED)
+    assert changed == {1, 2}
+    assert all(tiny.same_bytes(tensor, dense[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

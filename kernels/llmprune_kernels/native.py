@@ -34,7 +34,9 @@ def library() -> ctypes.CDLL | None:
         loaded = _load(path)
         if loaded is not None:
             return loaded
-    logger.warning("no compiled kernels: sparse layers run as dense ones; install a C++ compiler such as g++")
+    logger.warning(
+        "no compiled kernels: torch runs in their place, which is slower; install a C++ compiler such as g++"
+    )
     return None
 
 

@@ -113,7 +113,7 @@ class Source:
         """
         entries = [self.entries[name] for name in names]
         headers = [self.headers[path] for path in {entry.file: None for entry in entries}]
-        found = {self.place_of(entry): checksum(entry) for entry in [*headers, *entries]}
+        found = {self.place_of(entry): checksum(entry) for entry in [*entries, *headers]}  # a failure names a tensor
         self.expect(found)
         return found
 

@@ -40,12 +40,12 @@ class Originals:
 
 
 class Backup:
-    """Copies of matrices, in the host's memory, with which they can be pruned anew."""
+    """Copies of weights, in the host's memory, with which their stage can be pruned anew."""
 
-    def __init__(self, matrices: Iterable[Tensor]) -> None:
-        self._kept = [(matrix, matrix.to("cpu", copy=True)) for matrix in matrices]
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._kept = [(weight, weight.to("cpu", copy=True)) for weight in weights]
 
     def restore(self) -> None:
-        """Let the matrices be what they were."""
-        for matrix, dense in self._kept:
-            matrix.copy_(dense)
+        """Let the weights be what they were."""
+        for weight, dense in self._kept:
+            weight.copy_(dense)

@@ -38,7 +38,6 @@ class CrossGram(Gram):
         if dense_TI is not None:
             if self._cross_II is None:
                 self._cross_II = torch.zeros_like(self._mean_II)
-            self._mixture = None
             if tiles != []:
                 self._add_cross(self._cross_II, x_TI, dense_TI, self.sequences + sequences, tiles)
         super().add(x_TI, sequences, tiles=tiles)
@@ -53,6 +52,11 @@ class CrossGram(Gram):
         x_TI, dense_IT = x_TI.float(), dense_TI.float().T
         for start, stop in row_tiles(self.inputs) if tiles is None else tiles:
             cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
+
+    def forget_factors(self) -> None:
+        """As of a Gram, and of the mixture that they are used with."""
+        super().forget_factors()
+        self._mixture = None
 
     def move(self, device: torch.device) -> None:
         super().move(device)

@@ -56,6 +56,12 @@ class Gradient:
         assert self.square_OI is not None
         return float((weight_OI.float().square() * self.square_OI).sum())
 
+    def move(self, device: torch.device) -> None:
+        """Go on on another device."""
+        self.square_O = self.square_O.to(device)
+        if self.square_OI is not None and self._sequence_OI is not None:
+            self.square_OI, self._sequence_OI = self.square_OI.to(device), self._sequence_OI.to(device)
+
     def require_finite(self, name: str) -> None:
         """Raise NumericalError, naming the site, unless all sums are finite."""
         sums = [self.square_O] if self.square_OI is None else [self.square_O, self.square_OI]

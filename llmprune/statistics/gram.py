@@ -142,7 +142,7 @@ class Gram:
 
     def _changed(self) -> None:
         self._mirrored = False
-        self._factors.clear()
+        self.forget_factors()
 
 
 def row_tiles(inputs: int) -> list[Tile]:
