@@ -287,13 +287,10 @@ def decoder_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name, file.get_tensor(name)
 
 
-def follows_pattern(weight: torch.Tensor, pattern: str) -> bool:
-    """Return whether a weight has the zeros that a pattern asks for."""
-    if ":" in pattern:
-        keep, group = (int(part) for part in pattern.split(":"))
-        return bool(((weight != 0).view(-1, group).sum(1) <= keep).all())
-    asked = float(pattern.rstrip("%")) / 100
-    return abs((weight == 0).double().mean().item() - asked) <= SPARSITY_TOLERANCE
+def follows(weight: torch.Tensor, pattern: str) -> bool:
+    """Return whether a weight has the zeros that an N:M pattern asks for."""
+    keep, group = (int(part) for part in pattern.split(":"))
+    return bool(((weight != 0).view(-1, group).sum(1) <= keep).all())
 
 
 def compare_outputs(own: Path, peer: Path, pattern: str) -> Row:
@@ -304,14 +301,17 @@ def compare_outputs(own: Path, peer: Path, pattern: str) -> Row:
     peer_weights = dict(decoder_weights(peer))
     for name, mine in decoder_weights(own):
         theirs = peer_weights.pop(name)
-        for tool, weight in (("llmprune", mine), ("llm-compressor", theirs)):
-            if not follows_pattern(weight, pattern):
+        for tool, weight in (("llmprune", mine), (PEER, theirs)):
+            if ":" in pattern and not follows(weight, pattern):
                 raise ValueError(f"{tool}: {name} does not follow {pattern}")
             zeros[tool] += int((weight == 0).sum())
         same += int(((mine == 0) == (theirs == 0)).sum())
         total += mine.numel()
         distance += float((mine - theirs).double().square().sum())
         norm += float(mine.double().square().sum())
+    for tool, count in zeros.items():  # over all weights: they may be shared out unevenly
+        if ":" not in pattern and abs(count / total - float(pattern.rstrip("%")) / 100) > SPARSITY_TOLERANCE:
+            raise ValueError(f"{tool}: {count} of {total} weights are zero, which is not {pattern}")
     if peer_weights or not total:
         raise ValueError(f"the outputs hold different weights: {sorted(peer_weights)[:5]}")
     return {

@@ -97,6 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "llmprune.errors",
         "llmprune.locate",
         "llmprune.model",
+        "llmprune.options",
         "llmprune.page",
         "llmprune.planning",
         "llmprune.progress",

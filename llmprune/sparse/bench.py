@@ -16,9 +16,9 @@ from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.model.configuration import read_config
 from llmprune.model.experts import stacks_of
+from llmprune.options import resolve_device
 from llmprune.planning import context_length
 from llmprune.progress import Progress
-from llmprune.recipe import resolve_device
 from llmprune.report import hardware, versions
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.plot import Bar, picture

@@ -15,8 +15,8 @@ from llmprune.locate import locate
 from llmprune.model.configuration import read_config
 from llmprune.model.skeleton import quiet
 from llmprune.model.tokenizer import load_tokenizer
+from llmprune.options import require_whole, resolve_device
 from llmprune.planning import context_length
-from llmprune.recipe import require_whole, resolve_device
 from llmprune.sparse.sparsify import sparsify
 
 _NEW_TOKENS = 64  # where nobody says
