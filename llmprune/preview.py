@@ -144,7 +144,7 @@ def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recip
         memory=forecast.memory(host, plan, recipe, workload, trials),
         disk=forecast.disk(host, source),
         time=forecast.duration(host, plan, recipe, workload, trials, ranks),
-        notes=_notes(source, workload, ranks),
+        notes=_notes(source, workload, ranks) + _too_many(host, recipe, workload),
     )
 
 
@@ -154,7 +154,8 @@ def _trials(host: Outline, plan: Plan, recipe: Recipe, workload: Workload) -> di
     assert needs is not None
     host.open(workload.home)
     budget = statistics_budget(max(host.bytes_of(block) for block in host.blocks), host.place)
-    trials = try_blocks(host, plan.sites, needs, budget, recipe.true_sequential, workload.home, workload.length)
+    held, home, length = workload.side_by_side, workload.home, workload.length
+    trials = try_blocks(host, plan.sites, needs, budget, recipe.true_sequential, home, length, held)
     if head := plan.sites.get(host.head.name):
         trials[host.head.name] = try_head(host, head, needs, trials[host.blocks[-1].name])
     return trials
@@ -167,6 +168,13 @@ def _notes(source: Source | None, workload: Workload | None, ranks: int) -> list
     if ranks > 1:
         notes.append(f"memory and time are of each of {ranks} ranks, each with hardware like this")
     return notes
+
+
+def _too_many(host: Outline, recipe: Recipe, workload: Workload | None) -> list[str]:
+    if workload is None or not recipe.dense_target or workload.fits_side_by_side(host):
+        return []
+    tokens = workload.lanes * workload.tokens_at_once
+    return [f"a dense target holds the activations of {tokens} tokens, too many here: a run needs fewer samples"]
 
 
 def _duration(seconds: float) -> str:

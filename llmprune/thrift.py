@@ -46,8 +46,9 @@ class Thrift:
     def give_up(self, error: ResourceError, store: Store, has_gpu: bool) -> str | None:
         """Give up the next thing, and return in words how the run goes on; None where nothing is left.
 
-        Batches that are too large for a forward are halved first: their results differ by rounding only. Statistics
-        collected in several runs, and blocks run once for each matrix, are the same to the bit.
+        Batches that are too large for a forward are halved first: their results differ by rounding only, but for block
+        tuning, which shuffles and holds out whole batches. Statistics collected in several runs, and blocks run once for
+        each matrix, are the same to the bit.
         """
         solving, collector = isinstance(error, SolvingError), self.collector
         if collector and collector.walked:

@@ -1,5 +1,6 @@
 """What sites are fed is seen wherever it is multiplied, summed once per shared input, and never lost or mixed up."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -210,6 +211,24 @@ def test_the_dense_models_lanes_stay_those_of_the_dense_model(family: str) -> No
         logits = [output.logits for output in lanes.outputs()]
     assert all(torch.equal(a, b) for a, b in zip(logits[2:], expected, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(logits[:2], expected, strict=True))
+
+
+def test_a_statistic_is_let_go_of_before_the_next_one_is_summed() -> None:
+    """With `side_by_side` there is one at a time, however wide they are."""
+    alive, host = weakref.WeakSet[Gram](), Resident(tiny.model("llama"))
+    others = []
+
+    class Watched(Gram):
+        def __init__(self, inputs: int, device: torch.device) -> None:
+            super().__init__(inputs, device)
+            others.append(len(alive))
+            alive.add(self)
+
+    with Lanes(host.model, [*host.blocks, host.head], [tiny.ids(2)], CPU, host.device_of) as lanes:
+        collector = Collector(lanes, Watched, 1 << 30, true_sequential=True, side_by_side=True)
+        for group in collector.groups(0, sites_of(host.blocks[0])):
+            group.statistic = None
+    assert others == [0] * 4
 
 
 def test_the_dense_models_inputs_are_related_to_the_pruned_ones() -> None:

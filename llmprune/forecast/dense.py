@@ -8,17 +8,24 @@ from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.yardstick import solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import StatisticType
-from llmprune.model.probe import Trial
+from llmprune.model.probe import Trial, without_dense
 from llmprune.recipe import Recipe
-from llmprune.statistics import ColumnNorm, Gradient, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
 
 _BACKWARD = 3  # forwards that a block's second run and its backward take
 
 
 def collected(recipe: Recipe) -> StatisticType | None:
     """Return the statistic that calibration collects, or one that takes as much where that is a gradient."""
+    if recipe.dense_target:
+        return CrossGram
     needs = recipe.needs or (Gram if recipe.calibrates else None)
     return ColumnNorm if needs is Gradient else needs
+
+
+def seen(needs: StatisticType, trial: Trial) -> StatisticType:
+    """Return the statistic of a stage: inputs of the dense model come where lanes are held side by side."""
+    return needs if trial.side_by_side else without_dense(needs)
 
 
 def dense_seconds(

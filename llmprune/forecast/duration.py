@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from llmprune.forecast.dense import collected, dense_seconds
+from llmprune.forecast.dense import collected, dense_seconds, seen
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import network_seconds, solving_share, statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
@@ -18,7 +18,8 @@ def duration(
 ) -> list[Part]:
     """Return the parts of a run's time; see `memory` for the arguments."""
     method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
-    times = solving_time(method, recipe.target(), host.dtype, host.place)
+    share = recipe.dense_target if any(trial.side_by_side for trial in stages) else 0.0
+    times = solving_time(method, recipe.target(), host.dtype, host.place, share)
     needs = collected(recipe)
     if workload is None or needs is None:
         return [
@@ -26,35 +27,55 @@ def duration(
         ]
     widest = max(site.shape[1] for site in plan.all_sites())
     each = statistic_time(needs, widest, host.dtype, host.place)
+    blocks = [trials[block.name] for block in host.blocks]
     parts = [
         *dense_seconds(host, recipe, workload, stages, widest),
-        forward_seconds(stages, workload),
+        forward_seconds(stages, workload, blocks if workload.twins else (), bool(recipe.tune_epochs)),
         statistics_seconds(stages, workload, needs, each, host),
         solving_seconds([trial.groups for trial in stages], times, recipe, ranks),
     ]
     if recipe.tune_epochs:
-        blocks = [trials[block.name] for block in host.blocks if trials[block.name].groups]
-        parts.append(tuning_seconds(blocks, workload, recipe.tune_epochs))
+        parts.append(tuning_seconds([block for block in blocks if block.groups], workload, recipe.tune_epochs))
     return [*parts, network_seconds(plan, trials, workload, needs, host)] if ranks > 1 else parts
 
 
-def forward_seconds(trials: Sequence[Trial], workload: Workload) -> Part:
+def forward_seconds(
+    trials: Sequence[Trial], workload: Workload, dense: Sequence[Trial] = (), tuned: bool = False
+) -> Part:
     """Return the time of all forwards: one or more to collect statistics, one with the pruned weights to go on.
 
     Collecting stops at the last input that is wanted. If it takes several runs, these stop all along the block: half
-    a forward each on average. The last block is not gone on from.
+    a forward each on average. Lanes that are held side by side take one forward for all of it, and one more to go on
+    from a block that is tuned then. The last block is not gone on from.
+
+    Args:
+        trials: of the stages.
+        workload: of calibration.
+        dense: trials of the blocks through which the sequences go in the dense model too, once each.
+        tuned: whether blocks are tuned.
     """
-    seconds = 0.0
+    seconds = sum(_whole(trial, workload) * trial.seconds_per_flop for trial in dense)
     for index, trial in enumerate(trials):
-        whole = workload.share * workload.sequences * trial.forward_flops(workload.length)
-        collecting = (
-            whole - workload.share * workload.tokens * _spared(trial)
-            if trial.runs == 1
-            else whole * (trial.runs + 1) / 2
-        )
-        onward = whole if index + 1 < len(trials) else 0.0
-        seconds += ((collecting if trial.groups else 0.0) + onward) * trial.seconds_per_flop
+        onward = _whole(trial, workload) if index + 1 < len(trials) else 0.0
+        if trial.groups and trial.side_by_side and not tuned:
+            onward = 0.0
+        seconds += (_collecting(trial, workload) + onward) * trial.seconds_per_flop
     return Part("forward", seconds, "operations counted and timed here on a few tokens of one block of each kind")
+
+
+def _whole(trial: Trial, workload: Workload) -> float:
+    """Return the operations of a rank's forwards of its share of the sequences through a block."""
+    return workload.share * workload.sequences * trial.forward_flops(workload.length)
+
+
+def _collecting(trial: Trial, workload: Workload) -> float:
+    """Return the operations of the forwards in which statistics are collected."""
+    if not trial.groups:
+        return 0.0
+    whole = _whole(trial, workload)
+    if trial.side_by_side:
+        return whole
+    return whole * (trial.runs + 1) / 2 if trial.runs > 1 else whole - workload.share * workload.tokens * _spared(trial)
 
 
 def tuning_seconds(trials: Sequence[Trial], workload: Workload, epochs: int) -> Part:
@@ -81,11 +102,12 @@ def statistics_seconds(
     """Return the time that summing the statistics takes."""
     work = 0.0
     for trial in trials:
+        kind = seen(needs, trial)
         whole = sum(
-            fed * statistic_work(needs, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)
+            fed * statistic_work(kind, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)
         )
         if host and workload.ranks > 1 and trial.groups:
-            whole *= statistics_share(trial.groups, trial.fed, needs, host, workload.ranks)
+            whole *= statistics_share(trial.groups, trial.fed, kind, host, workload.ranks)
         work += whole
     seconds = workload.tokens * work * seconds_per_operation
     return Part("statistics", seconds, "timed here on a sample, scaled by tokens and size")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from llmprune.forecast.dense import collected, kept_memory
+from llmprune.forecast.dense import collected, kept_memory, seen
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import handed_memory
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
@@ -44,13 +44,18 @@ def _steps(
     for stage, sites in _different(host, plan):
         weights, trial = stage_memory(host, stage, on), trials.get(stage.name)
         yield [weights, loading_memory(stage, merged, on)]
+        beside = list[Part]()
+        if trial and workload and stage is not host.head:
+            beside = beside_memory(host, sites, trial, workload, on)
         if sites:
-            yield [weights, *_statistics(trial, on), solving_memory(host, sites, recipe, on)]
+            share = recipe.dense_target if trial and trial.side_by_side else 0.0
+            yield [weights, *beside, *_statistics(trial, on), solving_memory(host, sites, recipe, share, on)]
         if sites and trial and workload:
             needs = collected(recipe)
             handed = handed_memory(trial, workload, needs, host, on) if workload.ranks > 1 and needs else []
             yield [
                 weights,
+                *beside,
                 statistics_memory(trial, on),
                 *collecting_memory(host, trial, workload, recipe, on),
                 *handed,
@@ -91,8 +96,9 @@ def outer_memory(host: Outline, on: str = "host") -> Part:
 
 def waiting_memory(workload: Workload, per_batch: int) -> Part:
     """Return what the calibration sequences take while they wait between blocks."""
-    origin = f"measured with one batch of {workload.batch} x {workload.length} tokens, {workload.batches} batches"
-    return Part("hidden states", per_batch * workload.batches, origin, _place(workload))
+    origin = f"measured with one batch of {workload.batch} x {workload.length} tokens, {workload.lanes} batches"
+    dense = ", half of them of the dense model" if workload.twins else ""
+    return Part("hidden states", per_batch * workload.lanes, origin + dense, _place(workload))
 
 
 def stage_memory(host: Outline, stage: Stage, on: str) -> Part:
@@ -108,8 +114,31 @@ def loading_memory(stage: Stage, merged: Sequence[str], on: str) -> Part:
 
 def statistics_memory(trial: Trial, on: str) -> Part:
     """Return what the statistics of a block take."""
-    origin = f"one per group, summed in {trial.runs} runs" if trial.runs > 1 else "one per group, all at once"
+    origin = "one per group, all at once"
+    if trial.runs > 1:
+        origin = f"one per group, summed in {trial.runs} runs"
+    elif trial.side_by_side:
+        origin = "one group at a time"
     return Part("statistics", trial.statistics_bytes, origin, on)
+
+
+def beside_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: Workload, on: str) -> list[Part]:
+    """Return what a block takes all along while it is pruned, for lanes held side by side and for the dense model."""
+    if not trial.side_by_side:
+        return [outputs_memory(host, workload, on)] if workload.twins else []
+    held = workload.lanes * workload.tokens_at_once * trial.held_bytes
+    parts = [Part("all batches within a block", held, f"measured on a few tokens, {workload.lanes} batches", on)]
+    if workload.twins:
+        dense = host.dtype.itemsize * sum(site.shape[0] * site.shape[1] for site in sites)
+        parts.append(Part("dense weights", dense, "copies of what is pruned in a block", on))
+    return parts
+
+
+def outputs_memory(host: Outline, workload: Workload, on: str, streams: int = 1) -> Part:
+    """Return what the outputs of a block take, of the dense model alone or (two streams) of the pruned one too."""
+    hidden = getattr(host.config.get_text_config(), "hidden_size", 0)
+    amount = streams * workload.batches * workload.tokens_at_once * hidden * host.dtype.itemsize
+    return Part("outputs of a block", amount, f"{streams * workload.batches} batches", on)
 
 
 def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: Recipe, on: str) -> list[Part]:
@@ -117,19 +146,20 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
     scaled = "measured on a few tokens of one block, scaled by tokens"
     widest = max(group.inputs for group in trial.groups)
     needs = collected(recipe)
-    copies = workload.length * copied_bytes(needs, widest, host.dtype, host.place) if needs else 0
+    copies = copied_bytes(seen(needs, trial), widest, workload.length, host.dtype, host.place) if needs else 0
+    inputs = 0 if trial.side_by_side else trial.input_bytes  # those are among what is held
     return [
-        Part("inputs of one batch", workload.tokens_at_once * trial.input_bytes, scaled, on),
+        Part("inputs of one batch", workload.tokens_at_once * inputs, scaled, on),
         Part("one forward", workload.tokens_at_once * trial.forward_bytes, scaled, on),
-        Part("copies for statistics", copies, "measured on a sample, scaled by tokens", on),
+        Part("copies for statistics", copies, "measured on samples, scaled by tokens and size", on),
     ]
 
 
-def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, on: str) -> Part:
-    """Return what solving the most demanding of the sites takes beside it and its statistic."""
+def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, share: float, on: str) -> Part:
+    """Return what solving the most demanding of the sites, with that dense target, takes beside it and its statistic."""
     method, pattern = recipe.solver(), recipe.target()
     shapes = {site.shape for site in sites}
-    needed = {shape: solving_bytes(method, pattern, shape, host.dtype, host.place) for shape in shapes}
+    needed = {shape: solving_bytes(method, pattern, shape, host.dtype, host.place, share) for shape in shapes}
     shape = max(shapes, key=lambda shape: (needed[shape], shape))
     return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
 
@@ -140,6 +170,7 @@ def tuning_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: 
     state = each * sum(site.shape[0] * site.shape[1] for site in sites)
     forward = workload.tokens_at_once * trial.forward_bytes
     return [
+        outputs_memory(host, workload, on, streams=2 if trial.side_by_side else 1),
         Part("weights while tuned", state, "in fp32 with gradients and Adam's means, and the best ones seen", on),
         Part("one forward", forward, "measured on a few tokens of one block without gradients, which hold more", on),
     ]

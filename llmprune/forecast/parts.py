@@ -1,13 +1,13 @@
 """A part of a sum that is foretold, and the work that calibration is."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from llmprune.calibration import DEFAULT_SAMPLES
 from llmprune.model import Outline
-from llmprune.model.memory import batch_size, home_device
+from llmprune.model.memory import batch_size, fits_side_by_side, home_device
 from llmprune.planning import context_length, window_length
 from llmprune.recipe import Recipe
 from llmprune.tuning import sequences_at_once
@@ -28,6 +28,15 @@ class Workload:
     """The calibration sequences of a run, how many of them go through a block at once, and where they wait.
 
     With several ranks all but `sequences` and `tokens` is of the rank that has the most to do.
+
+    Attributes:
+        sequences: of the calibration.
+        length: of each, in tokens.
+        batch: sequences that go through a block at once.
+        home: device on which hidden states wait between blocks.
+        ranks: processes that share the work.
+        twins: the same sequences go through the dense model too.
+        side_by_side: all of them are held within a block while its matrices are pruned, but for blocks with experts.
     """
 
     sequences: int
@@ -35,6 +44,8 @@ class Workload:
     batch: int
     home: torch.device
     ranks: int = 1
+    twins: bool = False
+    side_by_side: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, host: Outline, ranks: int = 1) -> "Workload":
@@ -48,9 +59,16 @@ class Workload:
         most = batch_size(length, host.config, host.dtype, host.place)
         batch = recipe.batch_size or (sequences_at_once(most, sequences) if recipe.tune_epochs else most)
         batch = min(batch, sequences)
-        rows = [torch.empty(length, device="meta")] * (math.ceil(sequences / batch / ranks) * batch)
+        lanes = math.ceil(sequences / batch / ranks) * (2 if recipe.dense_stream else 1)
+        rows = [torch.empty(length, device="meta")] * (lanes * batch)
         home = home_device(host.place, rows, host.config, host.dtype)
-        return cls(sequences, length, batch, home, ranks)
+        workload = cls(sequences, length, batch, home, ranks, recipe.dense_stream)
+        held = recipe.true_sequential and (bool(recipe.dense_target) or workload.fits_side_by_side(host))
+        return replace(workload, side_by_side=held)
+
+    def fits_side_by_side(self, host: Outline) -> bool:
+        """Say whether a run on this machine would hold all lanes within a block: a dense target asks for that."""
+        return fits_side_by_side(self.lanes * self.tokens_at_once, host.config, host.dtype, host.place)
 
     @property
     def tokens(self) -> int:
@@ -66,6 +84,11 @@ class Workload:
     def batches(self) -> int:
         """Forwards of a rank that it takes to lead its share of the sequences through a block."""
         return math.ceil(self.sequences / self.batch / self.ranks)
+
+    @property
+    def lanes(self) -> int:
+        """Batches that a rank leads from block to block: those of the dense model beside those of the pruned one."""
+        return self.batches * (2 if self.twins else 1)
 
     @property
     def share(self) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from llmprune.forecast.dense import seen
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.yardstick import SolvingTime, statistic_work
 from llmprune.model import Outline
@@ -14,7 +15,7 @@ from llmprune.model.groups import Group, StatisticType
 from llmprune.model.probe import Trial
 from llmprune.planning import Plan
 from llmprune.recipe import Recipe
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, Gram
 from llmprune.team.team import deal
 
 NETWORK = 1.25e9  # bytes a second: 10 Gbit/s
@@ -22,7 +23,8 @@ NETWORK = 1.25e9  # bytes a second: 10 Gbit/s
 
 def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: Outline, on: str) -> list[Part]:
     """Return what a rank holds to hand round: copies of the inputs of its batch, and the sums that it has made."""
-    size = 0.0 if needs is ColumnNorm else workload.tokens_at_once * trial.input_bytes
+    needs = seen(needs, trial)
+    size = 0.0 if needs is ColumnNorm else _fed_in(needs) * workload.tokens_at_once * trial.input_bytes
     sums = max(_dealt_bytes(needs, group.inputs, host, workload.ranks) for group in trial.groups)
     return [
         Part("inputs handed round", 2 * size, "copies of the inputs of one batch, and a buffer as large", on),
@@ -61,10 +63,11 @@ def network_seconds(
     inputs = sums = 0.0
     for stage in plan.stages:
         trial = trials[stage.name]
+        kind = seen(needs, trial)
         for group, fed in zip(trial.groups, trial.fed, strict=True):
-            row = 4 / workload.length if needs is ColumnNorm else host.dtype.itemsize
+            row = 4 / workload.length if kind is ColumnNorm else _fed_in(kind) * host.dtype.itemsize
             inputs += workload.tokens * fed * group.inputs * row
-            sums += 0 if needs is ColumnNorm else needs.nbytes(group.inputs) / 2
+            sums += 0 if kind is ColumnNorm else _handed_bytes(kind, group.inputs)
     weights = sum(site.shape[0] * site.shape[1] for site in plan.all_sites()) * host.dtype.itemsize
     total = others * (inputs + sums + weights)
     origin = f"{total / 1e9:.1f} GB come to each rank (inputs {others * inputs / 1e9:.1f}), at an assumed 10 Gbit/s"
@@ -75,7 +78,17 @@ def _in_tiles(host: Outline) -> bool:
     return len(Gram.tiles(torch.empty(1, 1 << 12, dtype=host.dtype, device=host.place))) > 1
 
 
+def _fed_in(needs: StatisticType) -> int:
+    """Return how many inputs are handed round of each: with a dense target that of the dense model too."""
+    return 2 if needs is CrossGram else 1
+
+
+def _handed_bytes(needs: StatisticType, inputs: int) -> float:
+    """Return what sums take that are handed round: half of a Gram matrix mirrors the other, all else is whole."""
+    return needs.nbytes(inputs) - (Gram.nbytes(inputs) / 2 if issubclass(needs, Gram) else 0)
+
+
 def _dealt_bytes(needs: StatisticType, inputs: int, host: Outline, ranks: int) -> float:
     if needs is ColumnNorm:
         return 0.0
-    return needs.nbytes(inputs) / 2 / ranks if _in_tiles(host) else needs.nbytes(inputs)
+    return _handed_bytes(needs, inputs) / ranks if _in_tiles(host) else needs.nbytes(inputs)

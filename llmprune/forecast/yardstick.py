@@ -18,7 +18,7 @@ from llmprune.model.groups import StatisticType
 from llmprune.model.live import LiveBytes
 from llmprune.patterns import NM, Unstructured
 from llmprune.solving import ROW_CHUNK, prune_matrix
-from llmprune.statistics import ColumnNorm, Gradient, Gram
+from llmprune.statistics import CrossGram, Gradient, Gram
 
 _NARROW, _WIDE = 256, 1024  # inputs and outputs of sample matrices
 _TOKENS = 256
@@ -42,40 +42,61 @@ class SolvingTime:
 
 
 def statistic_work(needs: StatisticType, inputs: int) -> int:
-    """Return the operations by which a statistic sums one token: half a matrix for a Gram, a vector for norms."""
-    return inputs * (inputs + 256) if needs is Gram else inputs
+    """Return the operations by which a statistic sums one token: a vector for norms, half a matrix for a Gram.
+
+    A whole one more for the products with the inputs of the dense model.
+    """
+    if not issubclass(needs, Gram):
+        return inputs
+    return inputs * (inputs + 256) + (2 * inputs * inputs if issubclass(needs, CrossGram) else 0)
 
 
 def statistic_time(needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return the seconds per operation that summing a statistic of that many inputs takes."""
-    statistic, x_TI = _fed(needs, min(inputs, _WIDE), dtype, device)
-    seconds = _least(lambda: lambda: statistic.add(x_TI, 1), device)
-    return seconds / (_TOKENS * statistic_work(needs, statistic.inputs))
+    width = min(inputs, _WIDE)
+    add = _adding(needs, width, _TOKENS, dtype, device)
+    return _least(lambda: add, device) / (_TOKENS * statistic_work(needs, width))
 
 
-def copied_bytes(needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the bytes of copies that summing a statistic of that many inputs takes per token."""
-    statistic, x_TI = _fed(needs, min(inputs, _WIDE), dtype, device)
+def copied_bytes(needs: StatisticType, inputs: int, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the bytes of copies that adding so many tokens at once to a statistic of that many inputs takes.
+
+    Measured with two numbers of tokens, as the copies of some kernels grow with them and the buffers of others do not.
+    """
+    width, few = min(inputs, _WIDE), _TOKENS // 2
+    low, high = (_copied(_adding(needs, width, count, dtype, device)) for count in (few, _TOKENS))
+    return max(0.0, low + (high - low) * (tokens - few) / (_TOKENS - few)) * inputs / width
+
+
+def _copied(add: Callable[[], None]) -> int:
+    add()  # some sums are first there with the first inputs
     live = LiveBytes()
     with live:
-        statistic.add(x_TI, 1)
-    return live.peak / _TOKENS * (inputs / statistic.inputs)
+        add()
+    return live.peak
 
 
-def _fed(
-    needs: StatisticType, inputs: int, dtype: torch.dtype, device: torch.device
-) -> tuple[ColumnNorm | Gram, Tensor]:
-    return needs(inputs, device), torch.randn(_TOKENS, inputs).to(device, dtype)
+def _adding(
+    needs: StatisticType, inputs: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """Return what adds so many random tokens to a statistic, and as many of the dense model where it takes those."""
+    statistic = needs(inputs, device)
+    x_TI, dense_TI = (torch.randn(tokens, inputs).to(device, dtype) for _ in range(2))
+    if isinstance(statistic, CrossGram):
+        return partial(statistic.add, x_TI, 1, dense_TI)
+    return lambda: statistic.add(x_TI, 1)
 
 
-def solving_time(method: Method, pattern: Unstructured | NM, dtype: torch.dtype, device: torch.device) -> SolvingTime:
+def solving_time(
+    method: Method, pattern: Unstructured | NM, dtype: torch.dtype, device: torch.device, dense_target: float = 0.0
+) -> SolvingTime:
     """Time four sample matrices and solve for the coefficients of `SolvingTime`.
 
     Methods that need no Gram take time in proportion to the weights: their higher powers are zero.
     """
     narrow, wide = (_fit(inputs, pattern) for inputs in (_NARROW, _WIDE))
     times = {
-        (outputs, inputs): _least(_sample(method, pattern, outputs, inputs, dtype, device), device)
+        (outputs, inputs): _least(_sample(method, pattern, outputs, inputs, dtype, device, dense_target), device)
         for outputs in (_NARROW, _WIDE)
         for inputs in (narrow, wide)
     }
@@ -91,7 +112,12 @@ def solving_time(method: Method, pattern: Unstructured | NM, dtype: torch.dtype,
 
 
 def solving_bytes(
-    method: Method, pattern: Unstructured | NM, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    method: Method,
+    pattern: Unstructured | NM,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    dense_target: float = 0.0,
 ) -> int:
     """Return the memory that solving a matrix takes beside it and its statistic.
 
@@ -106,7 +132,7 @@ def solving_bytes(
         side = math.sqrt(part)
         sample = max(1, int(outputs * side)), _fit(int(inputs * side), pattern)
         scale = outputs * inputs / (sample[0] * sample[1])
-    solve = _sample(method, pattern, *sample, dtype, device)()
+    solve = _sample(method, pattern, *sample, dtype, device, dense_target)()
     live = LiveBytes()
     with live:
         solve()
@@ -114,7 +140,13 @@ def solving_bytes(
 
 
 def _sample(
-    method: Method, pattern: Unstructured | NM, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device
+    method: Method,
+    pattern: Unstructured | NM,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    dense_target: float,
 ) -> Callable[[], Callable[[], Any]]:
     """Return what sets up a random matrix and statistic, and returns what solves it."""
     if isinstance(pattern, Unstructured) and pattern.group == "model":
@@ -125,13 +157,16 @@ def _sample(
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     def set_up() -> Callable[[], Any]:
-        weight_OI, statistic = randn(outputs, inputs), None
+        statistic: Any = None
+        weight_OI = randn(outputs, inputs)
         if method.needs is not None and issubclass(method.needs, Gradient):
             return partial(prune_matrix, "a sample", method, weight_OI, _flat(weight_OI), pattern, 0)
         if method.needs is not None:
-            statistic = method.needs(inputs, device)
-            statistic.add(randn(2 * inputs, inputs), 1)
-        return lambda: prune_matrix("a sample", method, weight_OI, statistic, pattern, 0)
+            needs = CrossGram if dense_target and method.needs is Gram else method.needs
+            statistic = needs(inputs, device)
+            beside = [randn(2 * inputs, inputs)] if needs is CrossGram else []
+            statistic.add(randn(2 * inputs, inputs), 1, *beside)
+        return lambda: prune_matrix("a sample", method, weight_OI, statistic, pattern, 0, dense_target)
 
     return set_up
 

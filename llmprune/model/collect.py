@@ -72,8 +72,7 @@ class Collector:
         if any(site.module is self.lanes.stage(index).module for site in sites):
             yield from self._by_runs(index, sites)  # the head: nobody needs the logits that it would put out
             return
-        experts = any(Group([site]).of_expert for site in sites)  # lanes do not come to all of them
-        if sites and self.true_sequential and self.side_by_side and not experts:
+        if sites and self.holds(sites):
             sites = yield from self._side_by_side(index, sites)
             if sites:
                 self.lanes.retract(range(self._batches))  # what is pruned now changes their outputs
@@ -81,6 +80,11 @@ class Collector:
             self.run_twins(index)
         if sites:
             yield from self._by_runs(index, sites)
+
+    def holds(self, sites: Sequence[Site]) -> bool:
+        """Say whether all lanes are held before each of these sites of a block."""
+        experts = any(Group([site]).of_expert for site in sites)  # lanes do not come to all of them
+        return self.true_sequential and self.side_by_side and not experts
 
     def run_twins(self, index: int) -> None:
         """Run the dense model's lanes through stage `index` while its weights still are dense."""
@@ -111,6 +115,7 @@ class Collector:
                 if site in done:
                     raise UnsupportedModelError(f"{site.name} is used twice in its block: leave out --true-sequential")
                 if fresh:
+                    statistic = None  # before the next one takes its memory
                     statistic = self._statistic(index, site, inputs)
                 done.add(site)
                 yield Group([site], statistic=statistic)
@@ -165,7 +170,8 @@ class Collector:
         units = [list(self._parts(unit)) for unit in units_of(groups)]
         pooled = [self._bytes(parts[0][:1]) if len(parts) > 1 else 0 for parts in units]
         most = [max(map(self._bytes, parts)) for parts in units]
-        return max(map(sum, zip(most, pooled, strict=True)), default=0), sum(map(len, units))
+        runs = 1 if self.holds([site for group in groups for site in group.sites]) else sum(map(len, units))
+        return max(map(sum, zip(most, pooled, strict=True)), default=0), runs
 
     def _at_once(self, index: int, unit: list[Group]) -> Iterator[Group]:
         self._sum(index, unit)

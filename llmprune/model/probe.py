@@ -18,8 +18,10 @@ from llmprune.model.experts import one_by_one
 from llmprune.model.groups import Group, StatisticType, first_lane
 from llmprune.model.lanes import Lanes
 from llmprune.model.live import LiveBytes, bytes_of
+from llmprune.model.observe import observing
 from llmprune.model.outline import Outline
 from llmprune.model.sites import Site, Stage
+from llmprune.statistics import CrossGram, Gram
 
 _SHORT = 8  # tokens of the first of two sequences
 _LONG = (16, 64)  # least and most tokens of the second
@@ -42,6 +44,8 @@ class Trial:
         input_bytes: what the inputs of all groups take, per token.
         statistics_bytes: the most that the statistics of all groups take at once.
         runs: in how many runs the statistics are summed.
+        held_bytes: the most that the activations of a forward which is held before a site take, per token.
+        side_by_side: all lanes are held before each site.
     """
 
     groups: list[Group]
@@ -52,6 +56,8 @@ class Trial:
     input_bytes: float
     statistics_bytes: int
     runs: int
+    held_bytes: float = 0.0
+    side_by_side: bool = False
 
     def forward_flops(self, length: int) -> float:
         """Return the floating point operations of a forward of one sequence."""
@@ -75,6 +81,7 @@ def try_blocks(
     true_sequential: bool,
     home: torch.device,
     longest: int,
+    side_by_side: bool = False,
 ) -> dict[str, Trial]:
     """Return the trial of each block, by its name, on sequences of at most `longest` tokens.
 
@@ -88,7 +95,7 @@ def try_blocks(
     long = min(_long(host), longest)
     lengths = min(_SHORT, long // 2), long
     with Lanes(host.model, host.blocks, [_ids(length) for length in lengths], home, host.device_of) as lanes:
-        collector = Collector(lanes, needs, budget, true_sequential)
+        collector = Collector(lanes, needs, budget, true_sequential, side_by_side)
         for index, block in enumerate(host.blocks):
             host.load(block)
             if kinds[block.name] not in trials:
@@ -107,7 +114,7 @@ def try_head(host: Outline, sites: Sequence[Site], needs: StatisticType, like: T
     (outputs, inputs), size = sites[0].shape, host.dtype.itemsize
     groups = [Group(list(sites), calls=1)]
     flops = 2.0 * outputs * inputs, 0.0
-    statistic = needs.nbytes(inputs)
+    statistic = without_dense(needs).nbytes(inputs)
     return Trial(groups, [1.0], flops, like.seconds_per_flop, outputs * size, inputs * size, statistic, runs=1)
 
 
@@ -151,21 +158,41 @@ def _try(collector: Collector, index: int, sites: Sequence[Site], lengths: tuple
     inputs.clear()
     with one_by_one(lanes.stage(index).module):
         flops = [_flops(lanes, index, lane) for lane in (0, 1)]
-        live = LiveBytes()
-        with live:
-            lanes.run(index, 1)
+        peak, held = _forward_bytes(lanes, index, sites)
         seconds = _seconds(lanes, index, 1)
     statistics_bytes, runs = collector.demand(groups)
+    side_by_side = bool(sites) and collector.holds(sites)
+    if not side_by_side:
+        statistics_bytes //= collector.needs.nbytes(1) // without_dense(collector.needs).nbytes(1)
     return Trial(
         groups=groups,
         fed=fed,
         flops=_parabola(lengths, flops),
         seconds_per_flop=seconds / max(flops[1], 1),
-        forward_bytes=live.peak / lengths[1],
+        forward_bytes=peak / lengths[1],
         input_bytes=input_bytes,
         statistics_bytes=statistics_bytes,
         runs=runs,
+        held_bytes=held / lengths[1],
+        side_by_side=side_by_side,
     )
+
+
+def without_dense(needs: StatisticType) -> StatisticType:
+    """Return the statistic of stages that see no inputs of the dense model: those with experts, and the head."""
+    return Gram if needs is CrossGram else needs
+
+
+def _forward_bytes(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[int, int]:
+    """Return the most bytes that the second lane's activations take, and the most before a site."""
+    live, held = LiveBytes(), [0]
+
+    def see(site: Site, x: Tensor) -> None:
+        held.append(live.now)
+
+    with live, observing(lanes.stage(index), sites, see):
+        lanes.run(index, 1)
+    return live.peak, max(held)
 
 
 def _as_fellows(groups: Sequence[Group]) -> list[Group]:
