@@ -94,7 +94,7 @@ def test_a_matrix_is_solved_without_waiting_for_its_energies_piece_by_piece() ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_are_multiplied_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     with fake_gpu() as launches:
         gram = CrossGram(3000, torch.device("cuda"))
         x_TI = torch.empty(512, 3000, dtype=dtype, device="cuda")
