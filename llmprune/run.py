@@ -87,6 +87,7 @@ class Run:
     def patterns(self) -> dict[str, Pattern]:
         """Return every site's pattern, the same for all ranks."""
         known = self.store.allocation
+        self.team.at("the allocation of sparsity")
         with self.report.clock.phase("allocation") if self.recipe.allocation != "uniform" else nullcontext():
             choice = agree(self.team, self.host, self.plan, self.recipe, self.tokens, self.home, known)
         self.report.allocation = choice.allocation

@@ -110,11 +110,12 @@ def test_work_is_dealt_out_evenly_and_shares_are_put_together_again() -> None:
         assert in_turn([items[rank::3] for rank in range(3)]) == items
 
 
+_KEPT = r"the allocation of sparsity and 1 block kept .*--resume"
 STRUCK = {
-    "dies": (1, r"rank 1 was lost in model\.layers\.1, without a sign of life for \d+ s; 1 block kept .*--resume"),
-    "hangs": (1, r"rank 1 was lost in model\.layers\.1, without a sign of life for \d+ s; 1 block kept .*--resume"),
-    "error": (1, r"rank 1 stopped in model\.layers\.1: a disk is gone; 1 block kept .*--resume"),
-    "first dies": (0, r"rank 0 (was lost|cannot be reached from rank 1) in model\.layers\.1"),
+    "dies": (1, rf"rank 1 was lost in model\.layers\.1, without a sign of life for \d+ s; {_KEPT}"),
+    "hangs": (1, rf"rank 1 was lost in model\.layers\.1, without a sign of life for \d+ s; {_KEPT}"),
+    "error": (1, rf"rank 1 stopped in model\.layers\.1: a disk is gone; {_KEPT}"),
+    "first dies": (0, r"rank 0 (was lost|cannot be reached from rank 1) in the allocation of sparsity"),
 }
 
 
