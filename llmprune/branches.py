@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,8 @@ from llmprune.model.groups import Group
 from llmprune.model.sites import Site, Stage
 from llmprune.patterns import Pattern
 from llmprune.planning import Plan
-from llmprune.report import Report
+from llmprune.portions import Loads, Portions
+from llmprune.report import Report, SiteReport
 from llmprune.run import Run
 from llmprune.storing import OnDisk
 
@@ -82,20 +84,43 @@ class OnBranch(OnDisk):
             parameter.data = dense
 
 
+class BesideBranch(OnBranch):
+    """For the ranks of a team that do not write: they let go of a matrix where the first one writes it."""
+
+    def _write(self, site: Site) -> None:
+        del self._own[site.tensor]
+
+    def _note(self, name: str, record: dict[str, Any] | None = None) -> None:
+        pass
+
+
 @dataclass
 class Branch:
-    """One result of a pass: the run that it would be alone, and where its matrices go."""
+    """One result of a pass: the run that it would be alone, where its matrices go, and who solves which.
+
+    With several ranks those that a rank has solved of a stage wait for its end.
+    """
 
     run: Run
     store: OnBranch
+    portions: Portions
     patterns: dict[str, Pattern] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, run: Run, store: OnBranch, loads: Loads) -> "Branch":
+        """Return the branch; `loads` is what ranks have to do for those before it."""
+        solver = run.recipe.solver()
+        portions = Portions(run.team, store.weight, run.plan, solver, run.report, loads, store.solved)
+        return cls(run, store, portions)
+
     def solve(self, group: Group) -> None:
-        """Solve the sites of a group in this branch's way."""
+        """Solve the sites of a group in this branch's way, as far as they are this rank's."""
         for site in group.sites:
             if self.store.lacks(site):
-                self.run.solve_site(site, self.store.weight(site), group, self.patterns[site.name])
-                self.store.solved(site)
+                self.portions.take(site, partial(self._solved, site, group))
+
+    def _solved(self, site: Site, group: Group) -> SiteReport:
+        return self.run.solved(site, self.store.weight(site), group, self.patterns[site.name])
 
 
 class Branches:
@@ -146,8 +171,9 @@ class Pass(Run):
         super().prune()
         for branch in self.branches:
             report = branch.run.report
-            report.clock.seconds |= self.report.clock.seconds
-            report.close(branch.run.plan)
+            solving = sum(self.team.gather(report.clock.seconds.get(SOLVE, 0.0)))
+            report.clock.seconds |= self.report.clock.seconds | {SOLVE: solving}
+            branch.run.close()
             report.notes.extend(note for note in self.report.notes if note not in report.notes)
 
     def patterns(self) -> dict[str, Pattern]:
@@ -159,3 +185,6 @@ class Pass(Run):
         for group in groups:
             for branch in self.branches:
                 branch.solve(group)
+        with self.report.clock.phase("exchange"):
+            for branch in self.branches:
+                branch.portions.settle()

@@ -1,6 +1,5 @@
 """Prune a model: check everything, set up the run, let it run, and let its result appear."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,8 @@ from typing import Any, overload
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.compressed import least_sparsity
 from llmprune.checkpoint.place import require_place
-from llmprune.checkpoint.sink import difference
 from llmprune.determinism import repeatable
-from llmprune.errors import RankError, RecipeError
+from llmprune.errors import RecipeError
 from llmprune.locate import locate, require_own_name
 from llmprune.model import Resident, Streamed, load_tokenizer
 from llmprune.model.memory import home_device, out_of_memory_in
@@ -25,7 +23,7 @@ from llmprune.reverse import ReverseRun
 from llmprune.run import Run
 from llmprune.several import prune_patterns
 from llmprune.statistics import Gradient
-from llmprune.storing import Beside, InMemory, OnDisk, fingerprint
+from llmprune.storing import Beside, InMemory, OnDisk, fingerprint, require_alike
 from llmprune.team.joining import joined
 from llmprune.team.team import Team
 
@@ -119,8 +117,6 @@ def _prune_several(
 
 
 def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output, team: Team) -> Report:
-    if recipe.needs is Gradient and team.size > 1:
-        raise RecipeError("gradients of a model are the work of one process: start taylor without torchrun")
     if not isinstance(model, str | Path):
         if team.size > 1:
             raise RecipeError("a loaded model is pruned by one process: save it, and prune its folder")
@@ -134,8 +130,6 @@ def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, o
 
 def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Output, team: Team) -> Report:
     require_own_name(out)
-    if team.size > 1 and recipe.tune_epochs:
-        raise RecipeError("blocks are tuned by one process: with torchrun leave out tune_epochs, and presets with it")
     source = Source.open(locate(model, recipe.revision))
     if team.leads:
         require_place(source, out, output.overwrite, output.resume, output.compressed)
@@ -151,7 +145,7 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Outp
     rows = team.share(tokens.rows) * (2 if recipe.dense_stream else 1) if tokens else []
     home = home_device(recipe.place(), rows, host.config, host.dtype)
     decisive = fingerprint(source, report) | ({"compressed": True} if output.compressed else {})
-    _require_alike(team, decisive)
+    require_alike(team, decisive)
     sink = Sink(source, out, decisive, output.resume, output.compressed)
     with sink if team.leads else nullcontext():  # the lock, and all that is written, is the first rank's
         sink.done = team.tell(sink.done)
@@ -162,7 +156,6 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Outp
                 sink.copy_source()
         store = (OnDisk if team.leads else Beside)(host, sink, report)
         _line(recipe)(host, plan, tokens, recipe, home, report, store, team=team).prune()
-        report.peak = _most(team.gather(report.peak))
         if team.leads:
             sink.commit(report.to_json())
     report.out = out
@@ -172,18 +165,6 @@ def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Outp
 def _line(recipe: Recipe) -> type[Run]:
     """Return the kind of run that brings what the recipe's methods need."""
     return ReverseRun if recipe.needs is Gradient else Run
-
-
-def _require_alike(team: Team, decisive: dict[str, Any]) -> None:
-    """Raise RankError if a rank would work on something else, or otherwise; copies of the source may differ in age."""
-    mine = {name: value for name, value in decisive.items() if name != "source"}
-    mine["source"] = decisive["source"]["headers"]
-    if found := difference(team.tell(mine), mine):
-        raise RankError(f"rank {team.rank} has another {found} than rank 0: start all ranks alike")
-
-
-def _most(peaks: Sequence[dict[str, int]]) -> dict[str, int]:
-    return {on: max(peak[on] for peak in peaks) for on in peaks[0]}
 
 
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:

@@ -29,7 +29,7 @@ class ReverseRun(Run):
 
     def _stream(self, patterns: dict[str, Pattern]) -> None:
         rows = self._rows()
-        with closing(self._reversed_stages(rows)) as stages:
+        with closing(self._reversed_stages(self.team.share(rows))) as stages:
             while True:
                 with out_of_memory_in("the backward pass"), self.report.clock.phase("gradients"):
                     stage, groups = next(stages, (None, []))
@@ -47,7 +47,7 @@ class ReverseRun(Run):
     def _rows(self) -> list[Tensor]:
         """Return as many sequences as may have their hidden states kept before every block."""
         rows = self.tokens.rows if self.tokens else []
-        return rows[: most_kept(rows, len(self.host.blocks), self.host.config, self.host.dtype)]
+        return rows[: self.team.tell(most_kept(rows, len(self.host.blocks), self.host.config, self.host.dtype))]
 
     def _reversed_stages(self, rows: list[Tensor]) -> Generator[tuple[Stage, list[Group]], None, None]:
         """Yield the head and the blocks, the last first, loaded, each site with its gradient.
@@ -63,12 +63,14 @@ class ReverseRun(Run):
             Progress(2 * len(blocks), "pruning", "block") as bar,
         ):
             shelf = home_device(host.place, rows * len(blocks), host.config, host.dtype)
-            tape = Tape(lanes, of_weights=True, labels="text", shelf=shelf)
+            tape = Tape(lanes, of_weights=True, labels="text", shelf=shelf, team=self.team)
             for index, block in enumerate(blocks[:-1]):
+                self.team.at(block.name)
                 host.load(block)
                 tape.forward(index)
                 host.free(block)
                 bar.step()
+            self.team.at("the backward pass")
             for stage, found in tape.backward(host, len(blocks) - 1, self.plan.sites):
                 groups = [
                     Group([site], statistic=cast(Any, gradient)) if gradient.tokens else Group([site], notes=_UNREACHED)
@@ -76,3 +78,4 @@ class ReverseRun(Run):
                 ]
                 yield stage, groups
                 bar.step()
+                self.team.at(f"the backward pass from {stage.name}")

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 
 import torch
 
-from llmprune.budget import agree
+from llmprune.budget import choose
 from llmprune.calibration import Tokens
 from llmprune.errors import ResourceError
 from llmprune.feeding import Feed
@@ -82,14 +82,20 @@ class Run:
                 self._portions.forget()
                 self.thrift.retry(error, self.store, self.report, self.host.place.type != "cpu")
             make_room()
+        self.close()
+
+    def close(self) -> None:
+        """End the report, with the most memory that any of the ranks needed."""
         self.report.close(self.plan)
+        peaks = self.team.gather(self.report.peak)
+        self.report.peak = {on: max(peak[on] for peak in peaks) for on in self.report.peak}
 
     def patterns(self) -> dict[str, Pattern]:
         """Return every site's pattern, the same for all ranks."""
         known = self.store.allocation
         self.team.at("the allocation of sparsity")
         with self.report.clock.phase("allocation") if self.recipe.allocation != "uniform" else nullcontext():
-            choice = agree(self.team, self.host, self.plan, self.recipe, self.tokens, self.home, known)
+            choice = choose(self.team, self.host, self.plan, self.recipe, self.tokens, self.home, known)
         self.report.allocation = choice.allocation
         if choice.allocation and not known:
             self.store.keep_allocation(choice.allocation)
@@ -137,7 +143,8 @@ class Run:
         recipe, tied = self.recipe, self.host.model.all_tied_weights_keys
         fixed = {*tied, *tied.values()}
         with self.report.clock.phase("tune"):
-            tuning = tune(lanes, index, sites, fixed, recipe.tune_epochs, recipe.tune_rate, recipe.seed)
+            how = recipe.tune_epochs, recipe.tune_rate, recipe.seed
+            tuning = tune(lanes, index, sites, fixed, *how, self.team)
         self.report.tuning.append(tuning)
 
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
@@ -150,14 +157,10 @@ class Run:
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
         for group in groups:
             for site in group.sites:
-                job = partial(self._solved, site, self.host.weight(site), group, patterns[site.name])
+                job = partial(self.solved, site, self.host.weight(site), group, patterns[site.name])
                 self._portions.take(site, job)
         with self.report.clock.phase("exchange"):
             self._portions.settle()
-
-    def solve_site(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> None:
-        """Overwrite a site's weight with its solution, and report on it."""
-        self.report.sites.append(self._solved(site, weight_OI, group, pattern))
 
     @cached_property
     def _feed(self) -> Feed:
@@ -165,9 +168,10 @@ class Run:
 
     @cached_property
     def _portions(self) -> Portions:
-        return Portions(self.team, self.host, self.plan, self.recipe.solver(), self.report)
+        return Portions(self.team, self.host.weight, self.plan, self.recipe.solver(), self.report)
 
-    def _solved(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> SiteReport:
+    def solved(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> SiteReport:
+        """Overwrite a site's weight with its solution, and return the report on it."""
         method = self.recipe.at(site.tensor).solver()
         if group.statistic is None and method.needs is not None:
             method = Magnitude()  # experts that no token reached; the group's notes say so

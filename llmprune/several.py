@@ -3,17 +3,18 @@
 The pass runs through the dense model, as no two results would hand the same activations to the blocks after. So a
 result differs a little from that of a run of its own, whose blocks see what the pruned ones before them put out; every
 result's `llmprune.json` says which it is. As blocks do not depend on each other then, memory is one dense block, its
-statistics, and of each result the matrix (of fused experts: the stack of them) that is being solved.
+statistics, and of each result the matrix (of fused experts: the stack of them) that is being solved; with several
+ranks, of each result those matrices of a block that the rank solves.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from llmprune import methods, patterns
-from llmprune.branches import SOLVE, Branch, Branches, OnBranch, Pass
+from llmprune.branches import SOLVE, BesideBranch, Branch, Branches, OnBranch, Pass
 from llmprune.calibration import Tokens
 from llmprune.checkpoint import Sink, Source
 from llmprune.checkpoint.place import require_places
@@ -23,13 +24,15 @@ from llmprune.locate import locate
 from llmprune.model import Streamed, load_tokenizer
 from llmprune.model.memory import home_device, out_of_memory_in
 from llmprune.planning import Plan, draw_tokens, make_plan, warn_of_small_share
+from llmprune.portions import Loads
 from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.run import Run
 from llmprune.runs import read_run
 from llmprune.statistics import ColumnNorm, Gram
-from llmprune.storing import fingerprint
-from llmprune.team.launch import launch
+from llmprune.storing import fingerprint, require_alike
+from llmprune.team.joining import joined
+from llmprune.team.team import Team
 from llmprune.thrift import Thrift
 
 _OF_ONE_RESULT = {
@@ -79,17 +82,15 @@ def prune_together(
         LlmpruneError: as `prune`, before any work for any result that cannot be had.
         RecipeError: an option needs a pass for each result.
     """
-    if launch().size > 1:
-        raise RecipeError("several results from one pass are the work of one process: with torchrun give one pattern")
     recipes = {out: Recipe.of({**options, **result}).for_model(model) for out, result in results.items()}
     for recipe in recipes.values():
         require_shared_inputs(recipe)
-    done = {out: _finished(out, model, recipe) for out, recipe in recipes.items() if resume and _is_complete(out)}
-    missing = {out: recipe for out, recipe in recipes.items() if out not in done}
-    if missing:
-        widest = max(recipes.values(), key=lambda recipe: (_NEEDS.index(recipe.needs), recipe.calibrates))
-        with repeatable(widest.deterministic):
-            done |= _prune(model, missing, widest, overwrite, resume)
+    widest = max(recipes.values(), key=lambda recipe: (_NEEDS.index(recipe.needs), recipe.calibrates))
+    with joined() as team, repeatable(widest.deterministic):
+        complete = team.tell([out for out in recipes if resume and _is_complete(out)])
+        done = {out: _finished(out, model, recipes[out]) for out in complete}
+        if missing := {out: recipe for out, recipe in recipes.items() if out not in done}:
+            done |= _prune(model, missing, widest, overwrite, resume, team)
     return [done[out] for out in recipes]
 
 
@@ -142,33 +143,41 @@ def _finished(out: Path, model: str | Path, recipe: Recipe) -> Report:
 
 
 def _prune(
-    model: str | Path, recipes: Mapping[Path, Recipe], widest: Recipe, overwrite: bool, resume: bool
+    model: str | Path, recipes: Mapping[Path, Recipe], widest: Recipe, overwrite: bool, resume: bool, team: Team
 ) -> dict[Path, Report]:
     source = Source.open(locate(model, widest.revision))
-    require_places(source, list(recipes), overwrite, resume)
+    if team.leads:
+        require_places(source, list(recipes), overwrite, resume)
     host = Streamed(source, widest.place(), widest.compute_dtype(), widest.trust_remote_code)
     plans = {out: make_plan(host, recipe) for out, recipe in recipes.items()}
     plan = next(iter(plans.values()))
     tokens = draw_tokens(host, widest, lambda: load_tokenizer(source.folder, widest.trust_remote_code))
     warn_of_small_share(plan, widest)
     shared = Report.begin(str(model), widest.to_json(), host, plan, tokens)
-    home = home_device(widest.place(), tokens.rows if tokens else [], host.config, host.dtype)
+    home = home_device(widest.place(), team.share(tokens.rows) if tokens else [], host.config, host.dtype)
     reports = _begun(str(model), recipes, host, plans, tokens)
-    sinks = {out: Sink(source, out, _decisive(source, reports[out], widest), resume) for out in recipes}
-    with _opened(list(sinks.values())):
-        branches, thrift = [], Thrift()
+    decisive = {out: _decisive(source, reports[out], widest) for out in recipes}
+    for of_one in decisive.values():
+        require_alike(team, of_one)
+    sinks = {out: Sink(source, out, decisive[out], resume) for out in recipes}
+    with _opened(list(sinks.values())) if team.leads else nullcontext():  # the first rank writes
+        branches, thrift, loads = list[Branch](), Thrift(), Loads()
         for out, recipe in recipes.items():
-            store = OnBranch(host, plans[out], sinks[out], reports[out], shared)
-            branches.append(Branch(Run(host, plans[out], tokens, recipe, home, reports[out], store, thrift), store))
+            sinks[out].done = team.tell(sinks[out].done)
+            store = (OnBranch if team.leads else BesideBranch)(host, plans[out], sinks[out], reports[out], shared)
+            run = Run(host, plans[out], tokens, recipe, home, reports[out], store, thrift, team=team)
+            branches.append(Branch.of(run, store, loads))
         with shared.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
-        with shared.clock.phase("copy"):
-            for sink in sinks.values():
-                sink.copy_source()
+        if team.leads:
+            with shared.clock.phase("copy"):
+                for sink in sinks.values():
+                    sink.copy_source()
         stores = Branches(host, [branch.store for branch in branches])
-        Pass(host, plan, tokens, widest, home, shared, stores, thrift, tuple(branches)).prune()
+        Pass(host, plan, tokens, widest, home, shared, stores, thrift, tuple(branches), team=team).prune()
         for out, sink in sinks.items():
-            sink.commit(reports[out].to_json())
+            if team.leads:
+                sink.commit(reports[out].to_json())
             reports[out].out = out
     return reports
 

@@ -4,10 +4,13 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from llmprune.checkpoint import ALLOCATION, Sink, Source
+from llmprune.checkpoint.sink import difference
+from llmprune.errors import RankError
 from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
 from llmprune.report import Report, SiteReport, hardware, versions
+from llmprune.team.team import Team
 from llmprune.tuning import BlockTuning
 
 _DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
@@ -172,3 +175,11 @@ def fingerprint(source: Source, report: Report) -> dict[str, Any]:
         "versions": {package: installed[package] for package in _DECISIVE if package in installed},
         "hardware": hardware(),
     }
+
+
+def require_alike(team: Team, decisive: dict[str, Any]) -> None:
+    """Raise RankError if a rank would work on something else, or otherwise; copies of the source may differ in age."""
+    mine = {name: value for name, value in decisive.items() if name != "source"}
+    mine["source"] = decisive["source"]["headers"]
+    if found := difference(team.tell(mine), mine):
+        raise RankError(f"rank {team.rank} has another {found} than rank 0: start all ranks alike")

@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.errors import UnsupportedModelError
 from llmprune.model import Lanes
+from llmprune.model.function import BlockFunction, Weights
 from llmprune.model.sites import Site, Stage, is_router
 from llmprune.solving import seeded
+from llmprune.team.team import Team
 
 STEP_SEQUENCES = 4  # calibration sequences of one step of Adam
 _HELD_OUT = 0.1  # share of the batches that no step sees
 _BETAS = 0.9, 0.95
 _ATTEMPTS = 3
 _SLOWER = 4  # by which steps are smaller in the next attempt
-
-Weights = dict[str, Tensor]  # by their names in the block
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,14 @@ def sequences_at_once(most: int, sequences: int) -> int:
 
 
 def tune(
-    lanes: Lanes, index: int, sites: Sequence[Site], fixed: Collection[str], epochs: int, rate: float, seed: int
+    lanes: Lanes,
+    index: int,
+    sites: Sequence[Site],
+    fixed: Collection[str],
+    epochs: int,
+    rate: float,
+    seed: int,
+    team: Team,
 ) -> BlockTuning:
     """Tune a pruned block in place, if that brings its outputs nearer to the dense ones on sequences held out.
 
@@ -87,36 +93,36 @@ def tune(
         rate: step size of Adam at the start, as a share of the weights' root mean square over the square root of their
             inputs; it falls to zero linearly.
         seed: decides what is held out, and in which order the others come.
+        team: the ranks, whose shares of the batches the lanes are. All take the same steps.
 
     Raises:
         UnsupportedModelError: the block's output cannot be differentiated.
     """
     stage = lanes.stage(index)
-    batches = [lane for lane in lanes.waiting_at(index) if lane < len(lanes) // 2]
-    if len(batches) < 2:  # the model's own forward may lead some past the block
+    inputs = _tunable(stage, sites, fixed)
+    block = BlockFunction(lanes, index, inputs, team)
+    batches = block.batches()
+    if len(batches) < 2:
         return BlockTuning(stage.name, 0.0, 0.0, 0, rate, ())
     generator = seeded(seed, stage.name)
     order = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
     count = max(1, round(_HELD_OUT * len(order)))
     held_out, seen = order[:count], order[count:]
-    block = _Block(lanes, index, _tunable(stage, sites, fixed))
-    before = after = block.error(held_out, block.own)
+    before = after = _error(block, held_out, block.own)
     for attempt in range(_ATTEMPTS if before else 0):
         rate_now = rate / _SLOWER**attempt
         best, kept = Weights(), 0
-        for epoch, weights in enumerate(_descend(block, seen, epochs, rate_now, generator), start=1):
-            error = block.error(held_out, weights)
+        for epoch, weights in enumerate(_descend(block, seen, epochs, rate_now, inputs, generator), start=1):
+            error = _error(block, held_out, weights)
             if error < after:
                 best, after, kept = weights, error, epoch
         if kept:
-            changed = block.adopt(best)
-            lanes.retract(range(len(lanes) // 2))  # they are those of the old weights
-            return BlockTuning(stage.name, before, after, kept, rate_now, changed)
+            return BlockTuning(stage.name, before, after, kept, rate_now, block.adopt(best))
     return BlockTuning(stage.name, before, before, 0, rate, ())
 
 
 def _tunable(stage: Stage, sites: Sequence[Site], fixed: Collection[str]) -> dict[str, int]:
-    """Return the full names of what can be tuned in a stage, and how many inputs each has.
+    """Return the names within a stage of what can be tuned, and how many inputs each has.
 
     These are the pruned matrices, the gains of norms and the biases, without those in `fixed`.
     """
@@ -124,81 +130,51 @@ def _tunable(stage: Stage, sites: Sequence[Site], fixed: Collection[str]) -> dic
     for name, parameter in stage.module.named_parameters(stage.name):
         if parameter.ndim == 1 and not is_router(f"{name.rpartition('.')[0]}.weight"):
             inputs[name] = len(parameter)
-    return {name: count for name, count in inputs.items() if name not in fixed}
+    return {name[len(stage.name) + 1 :]: count for name, count in inputs.items() if name not in fixed}
 
 
-class _Block:
-    """The block that lanes wait at, as a function of the weights to tune."""
-
-    def __init__(self, lanes: Lanes, index: int, inputs_of: Mapping[str, int]) -> None:
-        self._lanes, self._index, self.name = lanes, index, lanes.stage(index).name
-        self.inputs_of = {name[len(self.name) + 1 :]: count for name, count in inputs_of.items()}
-        self.own = {name: lanes.stage(index).module.get_parameter(name).data for name in self.inputs_of}
-
-    def outputs(self, lane: int, weights: Weights) -> tuple[Tensor, Tensor]:
-        """Return what the block with these weights puts out for a lane, and what the dense model does."""
-        output = _hidden(self._lanes.run(self._index, lane, weights))
-        target = _hidden(self._lanes.provided(lane + len(self._lanes) // 2))
-        return output.float(), target.float()
-
-    def error(self, lanes: Sequence[int], weights: Weights) -> float:
-        """Return the squared difference from the dense outputs relative to their square."""
-        change = whole = 0.0
-        for lane in lanes:
-            output, target = self.outputs(lane, weights)
-            change += float((output - target).square().sum())
-            whole += float(target.square().sum())
-        return change / whole if whole else 0.0
-
-    def adopt(self, weights: Weights) -> tuple[str, ...]:
-        """Give the block these weights; return the full names of the vectors among them that have changed."""
-        changed = [name for name, own in self.own.items() if own.ndim == 1 and not own.equal(weights[name])]
-        for name, own in self.own.items():
-            own.copy_(weights[name])
-        return tuple(f"{self.name}.{name}" for name in changed)
-
-    def steps(self, lanes: Sequence[int]) -> int:
-        """Return how many lanes make up a step."""
-        return max(1, STEP_SEQUENCES // self._lanes.sequences(lanes[0]))
+def _error(block: BlockFunction, batches: Sequence[int], weights: Weights) -> float:
+    """Return the squared difference from the dense outputs relative to their square."""
+    change, whole = block.change(batches, weights)
+    return change / whole if whole else 0.0
 
 
 def _descend(
-    block: _Block, lanes: Sequence[int], epochs: int, rate: float, generator: torch.Generator
+    block: BlockFunction,
+    batches: Sequence[int],
+    epochs: int,
+    rate: float,
+    inputs: Mapping[str, int],
+    generator: torch.Generator,
 ) -> Iterator[Weights]:
-    """Go through the lanes `epochs` times; yield after each what the weights are, in the dtypes of the block."""
-    masters = {name: own.float().clone().requires_grad_() for name, own in block.own.items()}
+    """Go through the batches `epochs` times; yield after each what the weights are, in the dtypes of the block."""
+    masters = {name: own.float().clone() for name, own in block.own.items()}
     groups = [
-        {"params": [master], "lr": rate * _size(block.own[name]) / math.sqrt(block.inputs_of[name])}
+        {"params": [master], "lr": rate * _size(block.own[name]) / math.sqrt(inputs[name])}
         for name, master in masters.items()
     ]
     optimizer = torch.optim.Adam(groups, betas=_BETAS, foreach=False)
-    width = block.steps(lanes)
-    steps = epochs * math.ceil(len(lanes) / width)
+    width = max(1, STEP_SEQUENCES // block.sequences(batches[0]))
+    steps = epochs * math.ceil(len(batches) / width)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    scale = _scale(block, lanes[0])
+    scale = _scale(block, batches[0])
     for _ in range(epochs):
-        shuffled = torch.tensor(lanes)[torch.randperm(len(lanes), generator=generator)]
+        shuffled = torch.tensor(batches)[torch.randperm(len(batches), generator=generator)]
         for step in shuffled.split(width):
             _differentiate(block, masters, step.tolist(), scale)
             optimizer.step()
             decay.step()
-        yield {name: _rounded(master.detach(), block.own[name]) for name, master in masters.items()}
+        yield {name: _rounded(master, block.own[name]) for name, master in masters.items()}
 
 
-def _differentiate(block: _Block, masters: Weights, lanes: Sequence[int], scale: float) -> None:
-    """Set the gradient of each master, summed over the lanes of a step; where a weight is pruned it is zero."""
+def _differentiate(block: BlockFunction, masters: Weights, batches: Sequence[int], scale: float) -> None:
+    """Set the gradient of each master, summed over the batches of a step; where a weight is pruned it is zero."""
+    weights = {name: master.detach().to(block.own[name].dtype).requires_grad_() for name, master in masters.items()}
     for master in masters.values():
         master.grad = torch.zeros_like(master)
-    for lane in lanes:
-        with torch.enable_grad():
-            weights = {name: master.to(block.own[name].dtype) for name, master in masters.items()}
-            output, target = block.outputs(lane, weights)
-            if not output.requires_grad:
-                raise UnsupportedModelError(f"{block.name} cannot be differentiated: leave out tune_epochs")
-            loss = scale * (output - target).square().sum()
-        gradients = torch.autograd.grad(loss, list(masters.values()), allow_unused=True)
+    for gradients in block.gradients(batches, weights, scale):
         for master, gradient in zip(masters.values(), gradients, strict=True):
-            if master.grad is not None and gradient is not None:  # none goes to experts without tokens
+            if master.grad is not None and gradient is not None:
                 master.grad += gradient
     for name, own in block.own.items():
         summed = masters[name].grad
@@ -206,10 +182,9 @@ def _differentiate(block: _Block, masters: Weights, lanes: Sequence[int], scale:
             summed.masked_fill_(own == 0, 0)
 
 
-def _scale(block: _Block, lane: int) -> float:
+def _scale(block: BlockFunction, batch: int) -> float:
     """Return what brings gradients to a size that half precision holds; Adam's steps do not depend on it."""
-    output, target = block.outputs(lane, block.own)
-    error = float((output - target).square().sum())
+    error, _ = block.change([batch], block.own)
     return 1 / math.sqrt(error) if error else 1.0
 
 
@@ -222,10 +197,3 @@ def _rounded(master: Tensor, own: Tensor) -> Tensor:
 def _size(weight: Tensor) -> float:
     """Return the root mean square of the weights that are not zero."""
     return math.sqrt(float(weight.float().square().sum()) / max(int(weight.count_nonzero()), 1))
-
-
-def _hidden(output: Any) -> Tensor:
-    """Return the hidden states among what a block puts out: the first tensor."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return output

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import json
 import multiprocessing
 import os
@@ -99,12 +100,14 @@ def prune_all(jobs: Sequence[Job]) -> None:
 
 def measure_all(source: Path, out: Path, ids: list[list[int]], told: Path) -> None:
     """Sweep, and evaluate what came of it; the first rank tells the figures."""
-    options: dict[str, Any] = {"length": 16, "calibration": ids, "data": ids, "separate": True, "speed": False}
+    options: dict[str, Any] = {"length": 16, "calibration": ids, "data": ids, "patterns": ["50%"], "speed": False}
     with joined() as team:
-        sweep = llmprune.sweep(source, out, methods=["wanda", "magnitude"], patterns=["50%"], **options)
+        sweep = llmprune.sweep(source, out, methods=["wanda", "magnitude"], **options)
+        apart = llmprune.sweep(source, out / "apart", methods=["wanda"], separate=True, **options)
         found = llmprune.evaluate(sweep.rows[0].out, ids, dense=source, streamed=True, save=True)
         if team.leads:
-            rows = [row.to_json() if hasattr(row, "to_json") else vars(row) for row in [*sweep.rows, found]]
+            every = [*sweep.rows, *apart.rows, found]
+            rows = [row.to_json() if hasattr(row, "to_json") else vars(row) for row in every]
             told.write_text(json.dumps(rows))
 
 
@@ -116,21 +119,21 @@ def command(arguments: Sequence[str | Path], strike: dict[str, Any] | None = Non
     cli.main()
 
 
-def _strike_at(rank: int, stage: str, how: str) -> None:
-    """Let something befall this process once it works on a stage."""
+def _strike_at(rank: int, stage: str, load: int, how: str) -> None:
+    """Let something befall this process when it loads a stage for the `load`-th time."""
     from llmprune.model import Streamed
 
-    load = Streamed.load
+    load_stage, loads = Streamed.load, itertools.count(1)
 
     def load_or_die(host: Streamed, loaded: Any, *rest: Any) -> None:
-        if loaded.name == stage:
+        if loaded.name == stage and next(loads) == load:
             if how == "error":
                 raise llmprune.LlmpruneError("a disk is gone")
             if how == "is cut off":
                 ip("-n", host_name(rank), "link", "set", LINK, "down")
             else:
                 os.kill(os.getpid(), signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
-        load(host, loaded, *rest)
+        load_stage(host, loaded, *rest)
 
     Streamed.load = load_or_die  # type: ignore[assignment, method-assign]
 

@@ -13,7 +13,7 @@ import faults
 import tiny
 from llmprune.errors import RankError
 from llmprune.team.launch import launch, patience
-from llmprune.team.team import deal, in_turn
+from llmprune.team.team import Team, deal, in_turn
 from ranks import Job, Ranks, command, measure_all, prune_all, two_hosts
 
 IDS = tiny.ids(5, 16).tolist()
@@ -23,20 +23,30 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "calibration": IDS},
     "balanced": {"preset": "balanced", "calibration": IDS},
 }
-# What else has ways of its own: methods, orders, ends of the model, budgets, uneven shares, more ranks than batches.
+TUNED: dict[str, Any] = {"method": "wanda", "tune_epochs": 2}
+# What else has ways of its own: methods, orders, ends of the model, budgets, uneven shares, more ranks than batches,
+# tuning, gradients, several results of one pass.
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "2:4, fast": ("llama", {"preset": "fast", "pattern": "2:4", "calibration": IDS}),
     "true sequential": ("llama", {"true_sequential": True, "calibration": IDS}),
     "true sequential, experts": ("qwen3-moe", {"true_sequential": True, "calibration": IDS}),
-    "one sequence": ("llama", {"calibration": IDS[:1]}),
     "one sequence, in order": ("llama", {"preset": "fast", "calibration": IDS[:1]}),
     "three sequences, experts": ("qwen3-moe", {"calibration": IDS[:3], "method": "ria"}),
     "batches of two": ("llama", {"calibration": IDS, "batch_size": 2}),
     "head": ("llama", {"calibration": IDS, "include": "lm_head.weight", "method": "obd"}),
     "no calibration": ("llama", {"method": "magnitude", "comparison_group": "model", "include": "*"}),
     "moments": ("llama", {"method": "dsnot", "calibration": IDS}),
-    "random": ("gpt2", {"method": "random"}),
     "exchanges": ("llama", {"method": "sparseswaps", "calibration": IDS, "dtype": "bfloat16"}),
+    "best": ("llama", {"preset": "best", "tune_epochs": 2, "calibration": IDS}),
+    "tuned experts": ("qwen3-moe", {**TUNED, "calibration": IDS, "dtype": "bfloat16"}),
+    "tuned, two sequences": ("llama", {**TUNED, "calibration": IDS[:2]}),
+    "by outliers": ("gpt2", {"method": "wanda", "allocation": "owl", "calibration": IDS}),
+    "by errors": ("qwen3-moe", {"allocation": "error", "calibration": IDS[:3]}),
+    "gradients": ("llama", {"method": "taylor", "calibration": IDS, "include": "lm_head.weight"}),
+    "gradients, experts": ("qwen3-moe", {"method": "taylor", "calibration": IDS[:3]}),
+    "several": ("gpt2", {"pattern": ["50%", "60%", "2:4"], "calibration": IDS}),
+    "several, experts": ("qwen3-moe", {"pattern": ["50%", "2:4"], "method": "wanda", "calibration": IDS[:3]}),
+    "several, by loss": ("llama", {"pattern": ["50%", "60%"], "allocation": "fisher", "calibration": IDS[:3]}),
 }
 CASES = {f"{family}, {name}": (family, recipe) for family in FAMILIES for name, recipe in RECIPES.items()} | MORE
 
@@ -61,12 +71,19 @@ def alone(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+def contents(out: Path) -> dict[str, Any]:
+    """Return what is in the folders of all results of a job."""
+    folders = [report.parent for report in out.rglob("llmprune.json")]
+    assert folders, out
+    return {str(folder.relative_to(out)): faults.content(folder) for folder in folders}
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_prune_as_one_process_does(size: int, sources: dict[str, Path], alone: Path, tmp_path: Path) -> None:
     ranks = Ranks(size, tmp_path / "said", prune_all, jobs(sources, tmp_path))
     assert ranks.codes() == [0] * size, [ranks.said(rank) for rank in range(size)]
     for name in CASES:
-        assert faults.content(tmp_path / name) == faults.content(alone / name), name
+        assert contents(tmp_path / name) == contents(alone / name), name
 
 
 def test_ranks_measure_as_one_process_does(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -78,6 +95,7 @@ def test_ranks_measure_as_one_process_does(sources: dict[str, Path], tmp_path: P
         varying = ("seconds", "out", "model")
         figures.append([{k: v for k, v in row.items() if k not in varying} for row in json.loads(told.read_text())])
         assert len(json.loads((tmp_path / str(size) / "wanda-50%" / "llmprune.json").read_text())["evaluations"]) == 1
+        assert (tmp_path / str(size) / "apart" / "wanda-50%" / "llmprune.json").exists()
     assert figures[0] == figures[1]
 
 
@@ -107,9 +125,23 @@ def test_work_is_dealt_out_evenly_and_shares_are_put_together_again() -> None:
     assert deal([], [0.0]) == []
     for count in range(6):
         items = list(range(count))
-        assert in_turn([items[rank::3] for rank in range(3)]) == items
+        teams = [of_three(rank) for rank in range(3)]
+        assert in_turn([team.share(items) for team in teams]) == items
+        for team in teams:
+            mine = team.share(items)
+            assert [team.number(place) for place in range(len(mine))] == mine
+            assert [item for item in items if team.owner(item) == team.rank] == mine
+            assert [team.place(item) for item in items if item in mine] == list(range(len(mine)))
+            assert all(team.place(item) is None for item in items if item not in mine)
 
 
+def of_three(rank: int) -> Team:
+    team = Team()
+    team.rank, team.size = rank, 3
+    return team
+
+
+PRUNED_AT = 3  # the load of a block with which it is pruned: sparsity is allocated from a forward and a backward
 _KEPT = r"the allocation of sparsity and 1 block kept .*--resume"
 STRUCK = {
     "dies": (1, rf"rank 1 was lost in model\.layers\.1, without a sign of life for \d+ s; {_KEPT}"),
@@ -122,12 +154,13 @@ STRUCK = {
 @pytest.mark.parametrize("how", STRUCK)
 def test_a_rank_that_is_lost_is_named(how: str, sources: dict[str, Path], alone: Path, tmp_path: Path) -> None:
     victim, says = STRUCK[how]
-    ranks = struck(2, sources["llama"], tmp_path, {"rank": victim, "stage": "model.layers.1", "how": how})
+    strike = {"rank": victim, "stage": "model.layers.1", "load": 1 if victim == 0 else PRUNED_AT, "how": how}
+    ranks = struck(2, sources["llama"], tmp_path, strike)
     assert ranks.code(1 - victim) == 2, ranks.said(1 - victim)
     ranks.processes[victim].kill()
     assert re.search(f"rank {1 - victim}: {says}", last_words(ranks, 1 - victim))
     if how == "dies":
-        goes_on_with_any_number(sources["llama"], alone / "llama, balanced", tmp_path)
+        goes_on_with_any_number(sources["llama"], alone / "best", tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and iproute2")
@@ -139,25 +172,25 @@ def test_two_hosts_prune_as_one_process_does_and_stop_when_the_link_is_cut(
     with two_hosts() as hosts:
         ranks = Ranks(2, tmp_path / "said", prune_all, wanted, **hosts)
         assert ranks.codes() == [0, 0], [ranks.said(rank) for rank in range(2)]
-        strike = {"rank": 1, "stage": "model.layers.1", "how": "is cut off"}
+        strike = {"rank": 1, "stage": "model.layers.1", "load": PRUNED_AT, "how": "is cut off"}
         ranks = struck(2, sources["llama"], tmp_path, strike, **hosts)
         assert ranks.codes() == [2, 2], [ranks.said(rank) for rank in range(2)]
     for name in names:
-        assert faults.content(tmp_path / name) == faults.content(alone / name), name
+        assert contents(tmp_path / name) == contents(alone / name), name
     assert "rank 0: rank 1 was lost in model.layers.1" in last_words(ranks, 0)
     assert "rank 1: rank 0 cannot be reached from rank 1 in model.layers.1" in last_words(ranks, 1)
-    goes_on_with_any_number(sources["llama"], alone / "llama, balanced", tmp_path)
+    goes_on_with_any_number(sources["llama"], alone / "best", tmp_path)
 
 
 def struck(size: int, source: Path, folder: Path, strike: dict[str, Any] | None, **how: Any) -> Ranks:
-    """Start the balanced preset on the command line, with something that befalls a rank."""
+    """Start the best preset on the command line, with something that befalls a rank."""
     return Ranks(size, folder / "struck", command, task(source, folder), strike, LLMPRUNE_RANK_TIMEOUT="10", **how)
 
 
 def task(source: Path, folder: Path, out: str = "struck-out") -> list[str | Path]:
     tokens = folder / "tokens.jsonl"
     tokens.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in IDS))
-    return ["prune", source, folder / out, "--preset", "balanced", "--calibration", tokens]
+    return ["prune", source, folder / out, "--preset", "best", "--tune-epochs", "2", "--calibration", tokens]
 
 
 def last_words(ranks: Ranks, rank: int) -> str:

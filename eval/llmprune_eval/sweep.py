@@ -165,8 +165,8 @@ def sweep(
         raise RecipeError(f"a method or a pattern is there more than once: {', '.join([*methods, *patterns])}")
     _require_feasible(model, [options | recipe for recipe in recipes.values()], separate)
     with joined() as team:
-        if team.size > 1 and (speed or not separate):
-            raise RecipeError("several ranks sweep in separate passes and measure no speed: --separate --no-speed")
+        if team.size > 1 and speed:
+            raise RecipeError("several ranks at once measure no speed: --no-speed")
         trusted = bool(options.get("trust_remote_code", False))
         place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
         text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
@@ -182,7 +182,7 @@ def sweep(
             if team.leads:
                 add_evaluations(folder, [found.to_json()])
             benchmark = bench(folder, **_SETTING, trust_remote_code=trusted) if speed and not dense.streamed else None
-            rows.append(_row(folder, found, benchmark, separate))
+            rows += team.tell([_row(folder, found, benchmark, separate)] if team.leads else [])
             beside += [benchmark.dense.decode.median] if benchmark else []
         size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
         dense_decode = statistics.median(beside) if beside else None

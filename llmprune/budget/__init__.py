@@ -1,5 +1,5 @@
 """Which pattern each site gets: the recipe's, one that is stated for it, or its part of a budget over the model."""
 
-from llmprune.budget.choice import agree
+from llmprune.budget.choice import choose
 
-__all__ = ["agree"]
+__all__ = ["choose"]

@@ -34,7 +34,7 @@ class Choice:
     allocation: dict[str, Any] | None = None
 
 
-def agree(
+def choose(
     team: Team,
     host: Host,
     plan: Plan,
@@ -43,18 +43,10 @@ def agree(
     home: torch.device,
     known: dict[str, Any] | None,
 ) -> Choice:
-    """As `choose`; what is shared out over the sites the first rank decides, for all."""
-    choice = choose(host, plan, recipe, tokens, home, known) if team.leads else None
-    told = team.tell(choice.allocation if choice else None)
-    return choice or choose(host, plan, recipe, tokens, home, told)
-
-
-def choose(
-    host: Host, plan: Plan, recipe: Recipe, tokens: Tokens | None, home: torch.device, known: dict[str, Any] | None
-) -> Choice:
     """Choose every site's pattern; a budget over the model is split by one look, or one dense pass, at all of it.
 
     Args:
+        team: the ranks that share the dense pass; all choose the same.
         home: device of the model's glue.
         known: the allocation of an earlier run that this one continues.
 
@@ -68,7 +60,7 @@ def choose(
     shared = [site for site in sites if not recipe.states_pattern(site.tensor)]
     if recipe.allocation == "uniform" or not shared:
         return Choice(patterns)
-    allocation = known or _allocate(host, plan, recipe, tokens, home, shared)
+    allocation = known or team.tell(_allocate(team, host, plan, recipe, tokens, home, shared))
     for site in shared:
         removed = allocation["sites"][site.name]["removed"]
         patterns[site.name] = _count(recipe, site, removed, site.shape[0] * site.shape[1])
@@ -76,7 +68,7 @@ def choose(
 
 
 def _allocate(
-    host: Host, plan: Plan, recipe: Recipe, tokens: Tokens | None, home: torch.device, shared: list[Site]
+    team: Team, host: Host, plan: Plan, recipe: Recipe, tokens: Tokens | None, home: torch.device, shared: list[Site]
 ) -> dict[str, Any]:
     sizes = {site.name: site.shape[0] * site.shape[1] for site in shared}
     sparsity = recipe.target().sparsity
@@ -86,7 +78,7 @@ def _allocate(
         how: dict[str, Any] = {"model": measured.model}
     else:
         assert tokens is not None
-        dense = _dense_pass(host, plan, recipe, tokens, home, shared)
+        dense = _dense_pass(team, host, plan, recipe, tokens, home, shared)
         costs, how = dense.costs(), {"sequences": len(dense.rows)}
     all_costs = {name: costs.get(name, pinned(sparsity)) for name in sizes}
     removed = split(all_costs, sizes, sparsity, recipe.allocation_range)
@@ -99,7 +91,7 @@ def _allocate(
 
 
 def _dense_pass(
-    host: Host, plan: Plan, recipe: Recipe, tokens: Tokens, home: torch.device, shared: list[Site]
+    team: Team, host: Host, plan: Plan, recipe: Recipe, tokens: Tokens, home: torch.device, shared: list[Site]
 ) -> DensePass:
     ends = {site for name in (plan.embedding, plan.head) for site in plan.sites.get(name, ())}
     measured = {name: [site for site in sites if site in set(shared) - ends] for name, sites in plan.sites.items()}
@@ -108,7 +100,7 @@ def _dense_pass(
     def solver(site: Site) -> tuple[Method, Any]:
         return recipe.at(site.tensor).solver(), lambda removed, size: _count(recipe, site, removed, size)
 
-    return DensePass(host, recipe, tokens, home, measured, solver, recipe.target().sparsity)
+    return DensePass(host, recipe, tokens, home, measured, solver, recipe.target().sparsity, team)
 
 
 def _entry(removed: int, size: int, cost: Cost | None) -> dict[str, Any]:

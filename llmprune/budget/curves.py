@@ -49,7 +49,12 @@ class _Job:
 
 
 def losses(
-    groups: Iterable[Group], weight: Callable[[Site], Tensor], solver: Solver, shares: Sequence[float], seed: int
+    groups: Iterable[Group],
+    weight: Callable[[Site], Tensor],
+    solver: Solver,
+    shares: Sequence[float],
+    seed: int,
+    takes: Callable[[Group], bool] = lambda group: True,
 ) -> dict[str, Loss]:
     """Return the loss of every site of the groups, by name; sites that no input has reached are left out.
 
@@ -57,11 +62,13 @@ def losses(
         weight: of a site.
         solver: the method of a site, and what makes its pattern from the number of removed weights and of all.
         shares: the points.
+        takes: says whether a group is to be solved here; others are left out.
     """
     found = dict[str, Loss]()
     for group in groups:
         if isinstance(group.statistic, Gram):
-            found |= _of_group(group, group.statistic, weight, solver, shares, seed)
+            if takes(group):
+                found |= _of_group(group, group.statistic, weight, solver, shares, seed)
             group.statistic = None
     return found
 

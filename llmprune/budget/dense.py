@@ -13,6 +13,7 @@ Block by block, each in memory alone: the Gram matrix of every group is collecte
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,11 +27,13 @@ from llmprune.model.collect import Collector
 from llmprune.model.gradients import Tape
 from llmprune.model.groups import Group
 from llmprune.model.memory import home_device, most_kept, parameter_bytes, statistics_budget
+from llmprune.model.sharing import SharedCollector
 from llmprune.model.sites import Site, Stage
 from llmprune.planning import Host
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.statistics import Gram
+from llmprune.team.team import Team, deal
 
 MOST_SEQUENCES = 8  # of the calibration; curves and gradients do not need more
 POINTS = 2  # of a curve: the ends of the range
@@ -46,6 +49,7 @@ class DensePass:
         home: device of the model's glue.
         sites: those to be measured, by the names of their blocks.
         solver: see `losses`.
+        team: the ranks, which share the sequences, and the groups to be solved.
     """
 
     host: Host
@@ -55,14 +59,16 @@ class DensePass:
     sites: Mapping[str, Sequence[Site]]
     solver: Solver
     sparsity: float
+    team: Team
 
-    @property
+    @cached_property
     def rows(self) -> list[Tensor]:
         """The sequences that are run; for gradients no more than may have their hidden states kept."""
         rows = self.tokens.rows[:MOST_SEQUENCES]
         if self.recipe.allocation != "fisher":
             return rows
-        return rows[: most_kept(rows, len(self.host.blocks), self.host.config, self.host.dtype)]
+        kept = most_kept(rows, len(self.host.blocks), self.host.config, self.host.dtype)
+        return rows[: self.team.tell(kept)]
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -77,7 +83,7 @@ class DensePass:
             UnsupportedModelError: gradients cannot be followed through the model.
             NumericalError: an input, a gradient or a solution is not finite.
         """
-        rows = self.rows
+        rows, seed = self.team.share(self.rows), self.recipe.seed
         stops = [*self.host.blocks, self.host.head]
         with Lanes(self.host.model, stops, [row[None] for row in rows], self.home, self.host.device_of) as lanes:
             if self.recipe.allocation == "owl":
@@ -88,14 +94,18 @@ class DensePass:
                     name: self._curve(loss.error_PO.sum(1) / max(loss.energy, _TINY)) for name, loss in found.items()
                 }
             shelf = home_device(self.host.place, rows * len(self.host.blocks), self.host.config, self.host.dtype)
-            tape = Tape(lanes, of_weights=False, labels="sampled", seed=self.recipe.seed, shelf=shelf)
-            return self._fisher(tape, self._forward(lanes, tape), sum(map(len, rows)))
+            tape = Tape(lanes, of_weights=False, labels="sampled", seed=seed, shelf=shelf, team=self.team)
+            return self._fisher(tape, self._forward(lanes, tape), sum(map(len, self.rows)))
 
     def _forward(self, lanes: Lanes, tape: Tape | None) -> dict[str, Loss]:
-        found = dict[str, Loss]()
+        found, load = dict[str, Loss](), [0.0] * self.team.size
+
+        def takes(group: Group) -> bool:
+            return deal([_cost(group)], load) == [self.team.rank]
+
         for _, groups in self._blocks(lanes, tape):
-            found |= losses(groups, self.host.weight, self.solver, self.shares, self.recipe.seed)
-        return found
+            found |= losses(groups, self.host.weight, self.solver, self.shares, self.recipe.seed, takes)
+        return {name: loss for part in self.team.gather(found) for name, loss in part.items()}
 
     def _owl(self, lanes: Lanes) -> dict[str, Cost]:
         sizes = {name: sum(site.shape[0] * site.shape[1] for site in sites) for name, sites in self.sites.items()}
@@ -124,7 +134,9 @@ class DensePass:
         """Yield every block, loaded, with its groups, and let the lanes go on to the next."""
         blocks = self.host.blocks
         largest = max(parameter_bytes(block.module) for block in blocks)
-        collector = Collector(lanes, Gram, statistics_budget(largest, self.host.place))
+        budget = self.team.tell(statistics_budget(largest, self.host.place))
+        alone = self.team.size == 1
+        collector = Collector(lanes, Gram, budget) if alone else SharedCollector(lanes, Gram, budget, team=self.team)
         with Progress(len(blocks), "measuring", "block") as bar:
             for index, stage in enumerate(blocks):
                 self.host.load(stage)
@@ -139,3 +151,8 @@ class DensePass:
 
     def _curve(self, cost_P: Tensor) -> Curve:
         return Curve(self.shares, tuple(cost_P.tolist()))
+
+
+def _cost(group: Group) -> float:
+    """Return the operations that solving a group takes, up to a factor."""
+    return float(group.inputs**2 * (group.inputs + POINTS * sum(site.shape[0] for site in group.sites)))

@@ -1,16 +1,19 @@
 """What the passes of the dense model need: those that share out a sparsity, and those that bring gradients."""
 
+import math
 from collections.abc import Sequence
 
 from llmprune.budget.curves import cut_short
 from llmprune.budget.dense import MOST_SEQUENCES, POINTS
 from llmprune.forecast.parts import Part, Workload
-from llmprune.forecast.yardstick import solving_time, statistic_time, statistic_work
+from llmprune.forecast.ranks import statistics_share
+from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
-from llmprune.model.groups import StatisticType
-from llmprune.model.probe import Trial, without_dense
+from llmprune.model.groups import Group, StatisticType
+from llmprune.model.probe import Trial
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
+from llmprune.team.team import deal
 
 _BACKWARD = 3  # forwards that a block's second run and its backward take
 
@@ -23,35 +26,36 @@ def collected(recipe: Recipe) -> StatisticType | None:
     return ColumnNorm if needs is Gradient else needs
 
 
-def seen(needs: StatisticType, trial: Trial) -> StatisticType:
-    """Return the statistic of a stage: inputs of the dense model come where lanes are held side by side."""
-    return needs if trial.side_by_side else without_dense(needs)
-
-
 def dense_seconds(
     host: Outline, recipe: Recipe, workload: Workload, trials: Sequence[Trial], widest: int
 ) -> list[Part]:
     """Return the time of the passes that a recipe adds to a run."""
-    share = min(1.0, MOST_SEQUENCES / workload.sequences)
-    forward = sum(
-        workload.sequences * trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials
-    )
+    sequences, ranks = min(MOST_SEQUENCES, workload.sequences), workload.ranks
+    forward = sum(trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials)
     if recipe.needs is Gradient:
-        return [Part("gradients", _BACKWARD * forward, "a forward timed here, and what a backward usually takes of it")]
+        seconds = _BACKWARD * forward * math.ceil(workload.sequences / ranks)
+        return [Part("gradients", seconds, "a forward timed here, and what a backward usually takes of it")]
     if recipe.allocation == "uniform" or recipe.allocation_file:
         return []
     each = statistic_time(Gram, widest, host.dtype, host.place)
-    fed = [(group, tokens) for trial in trials for group, tokens in zip(trial.groups, trial.fed, strict=True)]
-    work = sum(tokens * statistic_work(Gram, group.inputs) for group, tokens in fed)
-    seconds = share * (2 * forward + workload.tokens * work * each)
-    if recipe.allocation == "fisher":
-        seconds += share * _BACKWARD * forward
+    forwards = 2 + _BACKWARD if recipe.allocation == "fisher" else 2
+    seconds = forwards * forward * math.ceil(sequences / ranks)
+    for trial in trials:
+        work = [fed * statistic_work(Gram, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)]
+        share = statistics_share(trial.groups, trial.fed, Gram, host, ranks) if work else 0.0
+        seconds += sequences * workload.length * sum(work) * each * share
     if recipe.allocation != "owl":
         times = solving_time(cut_short(recipe.solver()), recipe.target(), host.dtype, host.place)
-        seconds += sum(
-            times.seconds([(POINTS * site.shape[0], site.shape[1]) for site in group.sites]) for group, _ in fed
-        )
+        seconds += sum(_solving(trial.groups, times, ranks) for trial in trials)
     return [Part("allocation", seconds, f"at most {MOST_SEQUENCES} sequences, as what follows")]
+
+
+def _solving(groups: Sequence[Group], times: SolvingTime, ranks: int) -> float:
+    """Return the seconds that the rank with the most to do takes to solve the points of a block's curves."""
+    shapes = [[(POINTS * site.shape[0], site.shape[1]) for site in group.sites] for group in groups]
+    load = [0.0] * ranks
+    deal([times.seconds(of_group) for of_group in shapes], load)
+    return max(load)
 
 
 def kept_memory(host: Outline, recipe: Recipe, workload: Workload) -> list[Part]:
@@ -60,5 +64,6 @@ def kept_memory(host: Outline, recipe: Recipe, workload: Workload) -> list[Part]
         return []
     sequences = workload.sequences if recipe.needs is Gradient else min(MOST_SEQUENCES, workload.sequences)
     hidden = getattr(host.config.get_text_config(), "hidden_size", 0)
-    amount = len(host.blocks) * sequences * workload.length * hidden * host.dtype.itemsize
-    return [Part("hidden states of all blocks", amount, f"for gradients, {sequences} sequences at most")]
+    mine = math.ceil(sequences / workload.ranks)
+    amount = len(host.blocks) * mine * workload.length * hidden * host.dtype.itemsize
+    return [Part("hidden states of all blocks", amount, f"for gradients, {mine} sequences at most")]

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from llmprune.forecast.dense import collected, dense_seconds, seen
+from llmprune.forecast.dense import collected, dense_seconds
 from llmprune.forecast.parts import Part, Workload
-from llmprune.forecast.ranks import network_seconds, solving_share, statistics_share
+from llmprune.forecast.ranks import network_seconds, seen, solving_share, statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
@@ -36,7 +36,7 @@ def duration(
     ]
     if recipe.tune_epochs:
         parts.append(tuning_seconds([block for block in blocks if block.groups], workload, recipe.tune_epochs))
-    return [*parts, network_seconds(plan, trials, workload, needs, host)] if ranks > 1 else parts
+    return [*parts, network_seconds(plan, trials, workload, needs, host, recipe)] if ranks > 1 else parts
 
 
 def forward_seconds(
@@ -80,7 +80,8 @@ def _collecting(trial: Trial, workload: Workload) -> float:
 
 def tuning_seconds(trials: Sequence[Trial], workload: Workload, epochs: int) -> Part:
     """Return the time of tuning: a forward, and a backward of twice its work, of each sequence in each epoch."""
-    forwards = 3 * epochs * workload.sequences
+    batches, most = workload.step
+    forwards = 3 * epochs * workload.sequences * most / batches
     seconds = sum(forwards * trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials)
     return Part("tuning", seconds, "three forwards of each sequence in each epoch; more where smaller steps are tried")
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from llmprune.forecast.dense import collected, kept_memory, seen
+from llmprune.forecast.dense import collected, kept_memory
 from llmprune.forecast.parts import Part, Workload
-from llmprune.forecast.ranks import handed_memory
+from llmprune.forecast.ranks import handed_memory, seen
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
 from llmprune.model import Outline
 from llmprune.model.memory import give_back_freed_memory
@@ -165,8 +165,9 @@ def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, share: 
 
 
 def tuning_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: Workload, on: str) -> list[Part]:
-    """Return what tuning a block takes beside it: four copies in fp32, a step's gradients, and three in its own dtype."""
-    each = 5 * 4 + 3 * host.dtype.itemsize
+    """Return what tuning a block takes beside it: four copies in fp32, three in its own dtype, and batches' gradients."""
+    gradients = workload.step[1] if workload.ranks > 1 else 1
+    each = 4 * 4 + (3 + gradients) * host.dtype.itemsize
     state = each * sum(site.shape[0] * site.shape[1] for site in sites)
     forward = workload.tokens_at_once * trial.forward_bytes
     return [

@@ -10,7 +10,7 @@ from llmprune.model import Outline
 from llmprune.model.memory import batch_size, fits_side_by_side, home_device
 from llmprune.planning import context_length, window_length
 from llmprune.recipe import Recipe
-from llmprune.tuning import sequences_at_once
+from llmprune.tuning import STEP_SEQUENCES, sequences_at_once
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,12 @@ class Workload:
     def lanes(self) -> int:
         """Batches that a rank leads from block to block: those of the dense model beside those of the pruned one."""
         return self.batches * (2 if self.twins else 1)
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """Batches of a step of tuning, and those that the rank which has the most runs of them."""
+        batches = max(1, STEP_SEQUENCES // self.batch)
+        return batches, math.ceil(batches / self.ranks)
 
     @property
     def share(self) -> float:

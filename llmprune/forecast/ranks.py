@@ -7,18 +7,22 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from llmprune.forecast.dense import seen
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.yardstick import SolvingTime, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
-from llmprune.model.probe import Trial
+from llmprune.model.probe import Trial, without_dense
 from llmprune.planning import Plan
 from llmprune.recipe import Recipe
-from llmprune.statistics import ColumnNorm, CrossGram, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
 from llmprune.team.team import deal
 
 NETWORK = 1.25e9  # bytes a second: 10 Gbit/s
+
+
+def seen(needs: StatisticType, trial: Trial) -> StatisticType:
+    """Return the statistic of a stage: inputs of the dense model come where lanes are held side by side."""
+    return needs if trial.side_by_side else without_dense(needs)
 
 
 def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: Outline, on: str) -> list[Part]:
@@ -35,7 +39,7 @@ def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: 
 def statistics_share(
     groups: Sequence[Group], fed: Sequence[float], needs: StatisticType, host: Outline, ranks: int
 ) -> float:
-    """Return the largest share of the work of the statistics that a rank of several has."""
+    """Return the largest share of the work of the statistics that a rank has."""
     work = [part * statistic_work(needs, group.inputs) for group, part in zip(groups, fed, strict=True)]
     if needs is ColumnNorm or _in_tiles(host):
         return 1 / ranks
@@ -56,7 +60,7 @@ def solving_share(groups: Sequence[Group], times: SolvingTime, recipe: Recipe, r
 
 
 def network_seconds(
-    plan: Plan, trials: Mapping[str, Trial], workload: Workload, needs: StatisticType, host: Outline
+    plan: Plan, trials: Mapping[str, Trial], workload: Workload, needs: StatisticType, host: Outline, recipe: Recipe
 ) -> Part:
     """Return the time that all exchanges take at `NETWORK`."""
     others = 1 - 1 / workload.ranks
@@ -68,10 +72,19 @@ def network_seconds(
             row = 4 / workload.length if kind is ColumnNorm else _fed_in(kind) * host.dtype.itemsize
             inputs += workload.tokens * fed * group.inputs * row
             sums += 0 if kind is ColumnNorm else _handed_bytes(kind, group.inputs)
-    weights = sum(site.shape[0] * site.shape[1] for site in plan.all_sites()) * host.dtype.itemsize
-    total = others * (inputs + sums + weights)
-    origin = f"{total / 1e9:.1f} GB come to each rank (inputs {others * inputs / 1e9:.1f}), at an assumed 10 Gbit/s"
+    weights = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
+    gradients = weights * _gradient_bytes(recipe, workload, host)
+    total = others * (inputs + sums + weights * host.dtype.itemsize + gradients)
+    most = f"inputs {others * inputs / 1e9:.1f}, gradients {others * gradients / 1e9:.1f}"
+    origin = f"{total / 1e9:.1f} GB come to each rank ({most}), at an assumed 10 Gbit/s"
     return Part("exchange", total / NETWORK, origin)
+
+
+def _gradient_bytes(recipe: Recipe, workload: Workload, host: Outline) -> float:
+    """Return the bytes of gradients of each weight: of every sequence, or of every batch in every epoch of tuning."""
+    if recipe.needs is Gradient:
+        return 4.0 * workload.sequences
+    return host.dtype.itemsize * recipe.tune_epochs * workload.sequences / workload.batch
 
 
 def _in_tiles(host: Outline) -> bool:

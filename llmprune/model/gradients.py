@@ -24,7 +24,9 @@ from llmprune.errors import UnsupportedModelError
 from llmprune.model.lanes import Arrival, Lanes
 from llmprune.model.observe import observing
 from llmprune.model.sites import Site, Stage
+from llmprune.model.turns import close_turn
 from llmprune.statistics import Gradient
+from llmprune.team.team import Team
 
 Labels = Literal["sampled", "text"]
 Found = dict[Site, Gradient]
@@ -55,6 +57,7 @@ class Tape:
         of_weights: whether gradients of the weights are wanted, beside those of the outputs.
         labels: `sampled` from the model's own predictions (the gradients of the true Fisher matrix), or the `text`.
         seed: of the sampling.
+        team: the ranks, whose shares of the sequences the lanes are. All have the same gradients in the end.
         shelf: device on which the hidden states of all blocks are kept; None is where the lanes' glue runs.
     """
 
@@ -65,9 +68,12 @@ class Tape:
         labels: Labels,
         seed: int = 0,
         shelf: torch.device | None = None,
+        team: Team | None = None,
     ) -> None:
         self._lanes, self._of_weights, self._labels, self._seed = lanes, of_weights, labels, seed
-        self._shelf = shelf or lanes.home
+        self._shelf, self._team = shelf or lanes.home, team or Team()
+        counts = self._team.gather(len(lanes))
+        self._turns, self._sequences = max(counts), sum(counts)
         self._visits = [[self._first_visit(lane)] for lane in range(len(lanes))]
         self._gradients: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(lanes))]  # of the last visit's outputs
 
@@ -101,16 +107,21 @@ class Tape:
         host.load(block)
         with _loaded(host, head):
             found = self._found(head, sites)
-            for lane in self._lanes.waiting_at(last):
-                self._tail(last, lane, head, found)
+            waiting = set(self._lanes.waiting_at(last))
+            for lane in range(self._turns):
+                if lane in waiting:
+                    self._tail(last, lane, head, found)
+                close_turn(self._team, found.values(), lane in waiting)
             yield head, _checked(found)
         for index in reversed(range(last + 1)):
             stage = self._lanes.stage(index)
             with _loaded(host, stage):
                 found = self._found(stage, sites)
-                for lane, visits in enumerate(self._visits):
-                    if visits and visits[-1].stage == index:
-                        self._back(lane, visits.pop(), stage, found)
+                for lane in range(self._turns):
+                    visited = self._has_visited(lane, index)
+                    if visited:
+                        self._back(lane, self._visits[lane].pop(), stage, found)
+                    close_turn(self._team, found.values(), visited)
                 yield stage, _checked(found)
 
     def _first_visit(self, lane: int) -> _Visit:
@@ -145,6 +156,11 @@ class Tape:
             "next block; use --allocation error, or a method that needs no gradients"
         )
 
+    def _has_visited(self, lane: int, stage: int) -> bool:
+        """Say whether a stage is the last of those that a lane was given that have not been gone back through."""
+        visits = self._visits[lane] if lane < len(self._visits) else []
+        return bool(visits) and visits[-1].stage == stage
+
     def _found(self, stage: Stage, sites: Mapping[str, Sequence[Site]]) -> Found:
         return {
             site: Gradient(*site.shape, self._lanes.device_of(stage), self._of_weights)
@@ -166,14 +182,14 @@ class Tape:
             logits_1LV = self._lanes.outputs().pop().logits
         gradient_1LV = self._loss_gradient(lane, logits_1LV)
         self._gradients[lane] = _back_to(leaves, [(logits_1LV, gradient_1LV)])
-        _close(found)
 
     def _loss_gradient(self, lane: int, logits_1LV: Tensor) -> Tensor:
         """Return d loss / d logits of the cross-entropy summed over the sequence: the predictions less the labels."""
         with torch.no_grad():
             gradient_LV = logits_1LV[0].float().softmax(-1)
             if self._labels == "sampled":
-                generator = torch.Generator(gradient_LV.device).manual_seed(self._seed * len(self._lanes) + lane)
+                seed = self._seed * self._sequences + self._team.number(lane)
+                generator = torch.Generator(gradient_LV.device).manual_seed(seed)
                 label_L1 = torch.multinomial(gradient_LV, 1, generator=generator)
             else:
                 gradient_LV[-1] = 0  # nothing follows the last token
@@ -192,7 +208,6 @@ class Tape:
             output = tree_leaves(self._lanes.replay(Arrival(visit.stage, args, kwargs)))
         reached = [(output[place], gradient) for place, gradient in self._gradients[lane]]
         self._gradients[lane] = _back_to(leaves, reached)
-        _close(found)
 
 
 def _back_to(leaves: dict[int, Tensor], reached: list[tuple[Tensor, Tensor]]) -> list[tuple[int, Tensor]]:
@@ -208,11 +223,6 @@ def _adding(found: Found) -> Any:
         found[site].add(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
 
     return see_gradient
-
-
-def _close(found: Found) -> None:
-    for gradient in found.values():
-        gradient.close_sequence()
 
 
 def _checked(found: Found) -> Found:

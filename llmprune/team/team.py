@@ -1,6 +1,6 @@
 """What a run asks of the processes that work on it; here, of a process that is on its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from torch import Tensor
@@ -30,6 +30,18 @@ class Team:
         """Return this rank's share of the items: each `size`-th, so that turn by turn all ranks' are in order."""
         return list(items[self.rank :: self.size])
 
+    def owner(self, number: int) -> int:
+        """Return the rank that has the item of this number in its share."""
+        return number % self.size
+
+    def number(self, place: int) -> int:
+        """Return the number of the item at a place of this rank's share."""
+        return place * self.size + self.rank
+
+    def place(self, number: int) -> int | None:
+        """Return the place in this rank's share of the item of this number; None if it is another's."""
+        return number // self.size if self.owner(number) == self.rank else None
+
     def at(self, place: str) -> None:
         """Note what this rank is working on, for what is said if another is lost there."""
 
@@ -40,6 +52,15 @@ class Team:
     def gather(self, value: T) -> list[T]:
         """Return the value that each rank gives, in their order."""
         return [value]
+
+    def each(self, numbers: Sequence[int], find: Callable[[int], T]) -> list[T]:
+        """Return what `find` makes of each of these items, in their order; it is called by the rank that has the item.
+
+        It is called with the place of the item in that rank's share.
+        """
+        found = self.gather([find(place) for number in numbers if (place := self.place(number)) is not None])
+        turns = [iter(values) for values in found]
+        return [next(turns[self.owner(number)]) for number in numbers]
 
     def hand(self, tensor: Tensor, source: int) -> None:
         """Overwrite the tensor, of the same shape and dtype on all ranks, with that of rank `source`."""
