@@ -120,7 +120,7 @@ class Branch:
                 self.portions.take(site, partial(self._solved, site, group))
 
     def _solved(self, site: Site, group: Group) -> SiteReport:
-        return self.run.solved(site, self.store.weight(site), group, self.patterns[site.name])
+        return self.run.solve_site(site, self.store.weight(site), group, self.patterns[site.name])
 
 
 class Branches:

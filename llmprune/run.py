@@ -157,7 +157,7 @@ class Run:
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
         for group in groups:
             for site in group.sites:
-                job = partial(self.solved, site, self.host.weight(site), group, patterns[site.name])
+                job = partial(self.solve_site, site, self.host.weight(site), group, patterns[site.name])
                 self._portions.take(site, job)
         with self.report.clock.phase("exchange"):
             self._portions.settle()
@@ -170,7 +170,7 @@ class Run:
     def _portions(self) -> Portions:
         return Portions(self.team, self.host.weight, self.plan, self.recipe.solver(), self.report)
 
-    def solved(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> SiteReport:
+    def solve_site(self, site: Site, weight_OI: torch.Tensor, group: Group, pattern: Pattern) -> SiteReport:
         """Overwrite a site's weight with its solution, and return the report on it."""
         method = self.recipe.at(site.tensor).solver()
         if group.statistic is None and method.needs is not None:

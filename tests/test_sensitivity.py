@@ -14,6 +14,7 @@ from llmprune import runs
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import compress
 from llmprune.errors import CheckpointError, DataError, PatternError, RecipeError
+from llmprune.report import SiteReport
 from llmprune.run import Run
 from llmprune.storing import OnDisk
 from llmprune_eval import sensitivity as room
@@ -200,9 +201,9 @@ def test_a_sweep_goes_on_where_it_was(
     solved = list[str]()
     solve_site = Run.solve_site
 
-    def counted_solve(run: Run, site: Any, *rest: Any) -> None:
+    def counted_solve(run: Run, site: Any, *rest: Any) -> SiteReport:
         solved.append(str(run.recipe.pattern))
-        solve_site(run, site, *rest)
+        return solve_site(run, site, *rest)
 
     monkeypatch.setattr(Run, "solve_site", counted_solve)
     found = llmprune.sweep(folder, out, **SWEEP)

@@ -267,8 +267,8 @@ def test_all_of_a_gradient_moves_to_another_device(of_weights: bool) -> None:
     statistic.add(torch.randn(9, 5), torch.randn(9, 4))
     statistic.close_sequence()
     statistic.move(torch.device("meta"))
-    held = [value for value in vars(statistic).values() if isinstance(value, torch.Tensor)]
-    assert len(held) == (3 if of_weights else 1)
+    held = [value for value in vars(statistic).values() if isinstance(value, torch.Tensor)] + statistic.open
+    assert len(held) == (4 if of_weights else 2)
     assert statistic.device.type == "meta" and all(value.is_meta for value in held)
 
 
