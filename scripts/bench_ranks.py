@@ -54,6 +54,7 @@ def bench(model: Path, method: list[str], arguments: argparse.Namespace, work: P
     in_child(write_random_tokens, tokens, arguments.sequences, arguments.length)
     amount = ["--samples", str(arguments.sequences), "--length", str(arguments.length)]
     options = [*method, "--dtype", arguments.dtype, "--calibration", str(tokens), *amount]
+    options += ["--batch-size", str(arguments.batch_size)] if arguments.batch_size else []
     for round_ in range(arguments.rounds):
         alone = 0.0
         for ranks in arguments.ranks:
@@ -79,6 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch-size", type=int, help="sequences a forward; ranks share a step of tuning by batches")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep everything here (default: a temporary folder)")
     return parser.parse_args()

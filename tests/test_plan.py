@@ -518,6 +518,17 @@ def test_ranks_hand_round_the_dense_models_inputs_too(saved: Callable[[str], Pat
     assert (exchange[0] - exchange[1]) * 1.25e9 == pytest.approx(inputs + sums)
 
 
+def test_ranks_share_a_step_of_tuning_by_its_batches_and_hand_round_their_gradients(
+    saved: Callable[[str], Path],
+) -> None:
+    assert [Workload(16, 10, 1, CPU, ranks=ranks).step for ranks in (1, 2, 3, 8)] == [(4, 4), (4, 2), (4, 2), (4, 1)]
+    assert Workload(16, 10, 4, CPU, ranks=8).step == (1, 1)
+    twice, once = (llmprune.plan(saved("llama"), ranks=2, **DENSE, tune_epochs=epochs) for epochs in (3, 1))
+    exchange = [by_name(plan.time)["exchange"] for plan in (twice, once)]
+    weights = tiny.BLOCKS * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+    assert (exchange[0] - exchange[1]) * 1.25e9 == pytest.approx((3 - 1) * 6 * weights * 4 / 2)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_batches_held_within_a_block_take_what_is_foretold(saved: Callable[[str], Path], family: str) -> None:
     _, trials = trials_of(saved(family))

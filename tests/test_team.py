@@ -6,15 +6,18 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
 import faults
 import tiny
 from llmprune.errors import RankError
 from llmprune.team.launch import launch, patience
 from llmprune.team.team import Team, deal, in_turn
+from llmprune.team.watch import Watch
 from ranks import Job, Ranks, command, measure_all, prune_all, two_hosts
 
 IDS = tiny.ids(5, 16).tolist()
@@ -140,6 +143,24 @@ def of_three(rank: int) -> Team:
     team = Team()
     team.rank, team.size = rank, 3
     return team
+
+
+def test_a_store_that_does_not_answer_tells_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("llmprune.team.watch.time", SimpleNamespace(monotonic=lambda: now[0]))
+    store = HashStore()
+    store.set("rank/0", json.dumps([1, None]))
+    watch = Watch(store, 1, 2, patience=10)
+    watch.leave()
+    watch._hear()
+    now[0] = 0.6
+    watch._hear()
+    now[0] = 10.3
+    assert watch.lost() is None
+    now[0] = 10.7
+    assert watch.lost() == "rank 0 cannot be reached from rank 1 in the start"
+    watch._hear()
+    assert watch.lost() == "rank 0 was lost in the start, without a sign of life for 11 s"
 
 
 PRUNED_AT = 3  # the load of a block with which it is pruned: sparsity is allocated from a forward and a backward

@@ -62,7 +62,7 @@ class Watch:
                 return sign.left
         if now - self._answered > patience:
             return f"rank 0 cannot be reached from rank {self._rank} in {self._place}"
-        silent = {number: now - at for number, (sign, at) in enumerate(self._heard) if sign.left is None}
+        silent = {number: self._answered - at for number, (sign, at) in enumerate(self._heard) if sign.left is None}
         longest = max(silent, key=lambda number: silent[number], default=self._rank)
         if longest == self._rank or silent[longest] <= patience:
             return None
