@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmprune.allocation import Cost, Curve, bounds, wish
-from llmprune.budget.curves import Loss, Solver, losses
+from llmprune.budget.curves import Loss, Solver, losses, sampled
 from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.calibration import Tokens
 from llmprune.model import Lanes
@@ -32,7 +32,8 @@ from llmprune.progress import Progress
 from llmprune.recipe import Recipe
 from llmprune.statistics import Gram
 
-MOST_SEQUENCES = 8  # of the calibration; curves and gradients do not need more
+MOST_SEQUENCES = 8  # of the calibration; curves do not need more
+MOST_FOLLOWED = 4  # of these, backward
 POINTS = 2  # of a curve: the ends of the range
 _TINY = 1e-30
 
@@ -45,6 +46,7 @@ class DensePass:
         tokens: the calibration, of which the first sequences are used.
         home: device of the model's glue.
         sites: those to be measured, by the names of their blocks.
+        autocast: the dtype that the forward multiplies in, if not that of the weights.
         solver: see `losses`.
     """
 
@@ -55,14 +57,12 @@ class DensePass:
     sites: Mapping[str, Sequence[Site]]
     solver: Solver
     sparsity: float
+    autocast: torch.dtype | None
 
     @property
     def rows(self) -> list[Tensor]:
-        """The sequences that are run; for gradients no more than may have their hidden states kept."""
-        rows = self.tokens.rows[:MOST_SEQUENCES]
-        if self.recipe.allocation != "fisher":
-            return rows
-        return rows[: most_kept(rows, len(self.host.blocks), self.host.config, self.host.dtype)]
+        """The sequences that are run."""
+        return self.tokens.rows[:MOST_SEQUENCES]
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -79,17 +79,24 @@ class DensePass:
         """
         rows = self.rows
         stops = [*self.host.blocks, self.host.head]
-        with Lanes(self.host.model, stops, [row[None] for row in rows], self.home, self.host.device_of) as lanes:
+        batches = [row[None] for row in rows]
+        with Lanes(self.host.model, stops, batches, self.home, self.host.device_of, self.autocast) as lanes:
             if self.recipe.allocation == "owl":
                 return self._owl(lanes)
             if self.recipe.allocation == "error":
                 found = self._forward(lanes, None)
                 return {
-                    name: self._curve(loss.error_PO.sum(1) / max(loss.energy, _TINY)) for name, loss in found.items()
+                    name: self._curve(loss.error_PR.sum(1) / max(loss.energy, _TINY)) for name, loss in found.items()
                 }
-            shelf = home_device(self.host.place, rows * len(self.host.blocks), self.host.config, self.host.dtype)
-            tape = Tape(lanes, of_weights=False, labels="sampled", seed=self.recipe.seed, shelf=shelf)
+            tape = self._tape(lanes, rows[:MOST_FOLLOWED])
             return self._fisher(tape, self._forward(lanes, tape), sum(map(len, rows)))
+
+    def _tape(self, lanes: Lanes, rows: Sequence[Tensor]) -> Tape:
+        """Return what follows the first rows, no more than may have their hidden states kept."""
+        blocks, config, dtype = len(self.host.blocks), self.host.config, self.host.dtype
+        most = most_kept(rows, blocks, config, dtype)
+        shelf = home_device(self.host.place, [*rows[:most]] * blocks, config, dtype)
+        return Tape(lanes, of_weights=False, labels="sampled", seed=self.recipe.seed, shelf=shelf, most=most)
 
     def _forward(self, lanes: Lanes, tape: Tape | None) -> dict[str, Loss]:
         found = dict[str, Loss]()
@@ -116,8 +123,9 @@ class DensePass:
         for _, gradients in tape.backward(self.host, len(self.host.blocks) - 1, self.sites):
             for site, gradient in gradients.items():
                 if site.name in found and gradient.tokens:
-                    square_O = gradient.square_O.cpu() / gradient.tokens
-                    costs[site.name] = self._curve(found[site.name].error_PO @ square_O / (2 * tokens))
+                    square_R = sampled(gradient.square_O.cpu()) / gradient.tokens
+                    share = len(square_R) / len(gradient.square_O)
+                    costs[site.name] = self._curve(found[site.name].error_PR @ square_R / (2 * tokens * share))
         return costs
 
     def _blocks(self, lanes: Lanes, tape: Tape | None) -> Iterator[tuple[Stage, Generator[Group, None, None]]]:

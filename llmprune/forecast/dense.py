@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from llmprune.budget.curves import cut_short
-from llmprune.budget.dense import MOST_SEQUENCES, POINTS
+from llmprune.budget.curves import SAMPLED_ROWS, cut_short
+from llmprune.budget.dense import MOST_FOLLOWED, MOST_SEQUENCES, POINTS
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.yardstick import solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
@@ -45,11 +45,12 @@ def dense_seconds(
     work = sum(tokens * statistic_work(Gram, group.inputs) for group, tokens in fed)
     seconds = share * (2 * forward + workload.tokens * work * each)
     if recipe.allocation == "fisher":
-        seconds += share * _BACKWARD * forward
+        seconds += min(1.0, MOST_FOLLOWED / workload.sequences) * _BACKWARD * forward
     if recipe.allocation != "owl":
         times = solving_time(cut_short(recipe.solver()), recipe.target(), host.dtype, host.place)
         seconds += sum(
-            times.seconds([(POINTS * site.shape[0], site.shape[1]) for site in group.sites]) for group, _ in fed
+            times.seconds([(POINTS * min(SAMPLED_ROWS, site.shape[0]), site.shape[1]) for site in group.sites])
+            for group, _ in fed
         )
     return [Part("allocation", seconds, f"at most {MOST_SEQUENCES} sequences, as what follows")]
 
@@ -58,7 +59,7 @@ def kept_memory(host: Outline, recipe: Recipe, workload: Workload) -> list[Part]
     """Return what the hidden states before every block take, which gradients need; a run takes fewer if they do not fit."""
     if recipe.allocation != "fisher" and recipe.needs is not Gradient:
         return []
-    sequences = workload.sequences if recipe.needs is Gradient else min(MOST_SEQUENCES, workload.sequences)
+    sequences = workload.sequences if recipe.needs is Gradient else min(MOST_FOLLOWED, workload.sequences)
     hidden = getattr(host.config.get_text_config(), "hidden_size", 0)
     amount = len(host.blocks) * sequences * workload.length * hidden * host.dtype.itemsize
     return [Part("hidden states of all blocks", amount, f"for gradients, {sequences} sequences at most")]

@@ -56,6 +56,7 @@ class Tape:
         labels: `sampled` from the model's own predictions (the gradients of the true Fisher matrix), or the `text`.
         seed: of the sampling.
         shelf: device on which the hidden states of all blocks are kept; None is where the lanes' glue runs.
+        most: how many of the lanes are followed, the first ones; None is all.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class Tape:
         labels: Labels,
         seed: int = 0,
         shelf: torch.device | None = None,
+        most: int | None = None,
     ) -> None:
         self._lanes, self._of_weights, self._labels, self._seed = lanes, of_weights, labels, seed
         self._shelf = shelf or lanes.home
-        self._visits = [[self._first_visit(lane)] for lane in range(len(lanes))]
-        self._gradients: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(lanes))]  # of the last visit's outputs
+        self._visits = [[self._first_visit(lane)] for lane in range(len(lanes))[:most]]
+        self._gradients: list[list[tuple[int, Tensor]]] = [[] for _ in self._visits]  # of the last visit's outputs
 
     def forward(self, index: int) -> None:
         """Run a loaded block for all lanes and let them go on.
@@ -78,6 +80,9 @@ class Tape:
             UnsupportedModelError: what a block puts out is not what the next one is given.
         """
         for lane in self._lanes.waiting_at(index):
+            if lane >= len(self._visits):
+                self._lanes.step(index, lane)
+                continue
             output = self._lanes.run(index, lane)
             versions = [value._version for value in tree_leaves(output) if isinstance(value, Tensor)]
             self._lanes.provide({lane: output})
@@ -102,7 +107,8 @@ class Tape:
         with _loaded(host, head):
             found = self._found(head, sites)
             for lane in self._lanes.waiting_at(last):
-                self._tail(last, lane, head, found)
+                if lane < len(self._visits):
+                    self._tail(last, lane, head, found)
             yield head, _checked(found)
         for index in reversed(range(last + 1)):
             stage = self._lanes.stage(index)
@@ -174,7 +180,7 @@ class Tape:
             gradient_LV = logits_1LV[0].float().softmax(-1)
             if self._labels == "sampled":
                 generator = torch.Generator(gradient_LV.device).manual_seed(self._seed * len(self._lanes) + lane)
-                label_L1 = torch.multinomial(gradient_LV, 1, generator=generator)
+                label_L1 = _drawn(gradient_LV, generator)
             else:
                 gradient_LV[-1] = 0  # nothing follows the last token
                 label_L1 = self._lanes.batch(lane)[0, 1:, None].to(gradient_LV.device)
@@ -193,6 +199,13 @@ class Tape:
         reached = [(output[place], gradient) for place, gradient in self._gradients[lane]]
         self._gradients[lane] = _back_to(leaves, reached)
         _close(found)
+
+
+def _drawn(share_LV: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a label [L, 1] for each row of probabilities, by their cumulative sums: one random number a row."""
+    upto_LV = share_LV.cumsum(-1)
+    random_L1 = torch.rand(len(share_LV), 1, generator=generator, device=share_LV.device)
+    return torch.searchsorted(upto_LV, random_L1 * upto_LV[:, -1:], right=True).clamp_(max=share_LV.shape[1] - 1)
 
 
 def _back_to(leaves: dict[int, Tensor], reached: list[tuple[Tensor, Tensor]]) -> list[tuple[int, Tensor]]:
