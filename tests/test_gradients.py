@@ -74,9 +74,9 @@ def test_the_first_lanes_alone_are_followed_where_that_is_asked_for() -> None:
     host = Resident(tiny.model("llama"))
     whole, part = gradients(host, ids=IDS[:2]), gradients(host, most=2)
     for name, gradient in whole.items():
-        assert gradient.square_OI is not None and part[name].square_OI is not None
+        first_OI, square_OI = gradient.square_OI, part[name].square_OI
+        assert first_OI is not None and square_OI is not None and torch.equal(first_OI, square_OI)
         assert gradient.sequences == part[name].sequences == 2
-        assert torch.equal(gradient.square_OI, part[name].square_OI)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
