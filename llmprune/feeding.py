@@ -7,14 +7,13 @@ from functools import partial
 
 import torch
 
-from llmprune import kernels
 from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError
 from llmprune.model import Lanes
 from llmprune.model.collect import Collector
 from llmprune.model.memory import batch_size, fits_side_by_side, parameter_bytes, statistics_budget
 from llmprune.model.sharing import SharedCollector
-from llmprune.planning import Host, Plan
+from llmprune.planning import Host, Plan, multiplied_in, sums_inputs
 from llmprune.recipe import Recipe
 from llmprune.statistics import CrossGram, Gradient
 from llmprune.team.team import Team
@@ -48,7 +47,7 @@ class Feed:
         if self.recipe.dense_target and any(site.expert is not None for site in plan.all_sites()):
             notes.append("blocks with experts are fitted to their own outputs: no dense target follows tokens")
         if self._asks_autocast and not self._autocast:
-            why = "bfloat16 is not faster here" if self._sums_inputs else "no method sums up inputs"
+            why = "bfloat16 is not faster here" if sums_inputs(self.recipe) else "no method sums up inputs"
             notes.append(f"autocast: {why}, so nothing ran in bfloat16")
         return notes
 
@@ -111,11 +110,4 @@ class Feed:
 
     @property
     def _autocast(self) -> torch.dtype | None:
-        """The dtype that the forward multiplies in, if not that of the weights."""
-        helps = self._asks_autocast and self._sums_inputs and kernels.multiplies_bfloat16(self.host.place)
-        return torch.bfloat16 if helps else None
-
-    @property
-    def _sums_inputs(self) -> bool:
-        """Whether blocks are run forward for statistics of what they are fed."""
-        return self.recipe.needs not in (None, Gradient)
+        return multiplied_in(self.host, self.recipe)

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmprune import calibration, data, methods, overrides
+from llmprune import calibration, data, kernels, methods, overrides
 from llmprune.allocation import Measured, Part, kind_of
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
 from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
 from llmprune.recipe import Recipe
+from llmprune.statistics import Gradient
 
 _SMALL_SHARE = 0.5  # of the parameters beside embeddings; below it a run warns that most of the model stays dense
 DEFAULT_CALIBRATION = "c4"
@@ -62,6 +63,17 @@ class Plan:
         return sum(s.shape[0] * s.shape[1] for stage in stages for s in self.sites[stage]) / max(
             self.inner_parameters, 1
         )
+
+
+def multiplied_in(host: Host, recipe: Recipe) -> torch.dtype | None:
+    """Return the dtype that calibration multiplies in, if not that of the weights."""
+    asked = recipe.autocast and host.dtype == torch.float32 and sums_inputs(recipe)
+    return torch.bfloat16 if asked and kernels.multiplies_bfloat16(host.place) else None
+
+
+def sums_inputs(recipe: Recipe) -> bool:
+    """Say whether blocks are run forward for statistics of what they are fed."""
+    return recipe.needs not in (None, Gradient)
 
 
 def make_plan(host: Host, recipe: Recipe) -> Plan:

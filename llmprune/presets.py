@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "method_options": {"arithmetic": "fast"}, **_TOWARDS_DENSE},
     "balanced": {
         "method": "admm",
-        "method_options": {"iterations": 12, "stages": 4, "first_rho": 0.2, "refit": 3},
+        "method_options": {"iterations": 10, "stages": 3, "first_rho": 0.2, "refit": 2},
         **_TOWARDS_DENSE,
         **_BY_LOSS,
     },

@@ -17,7 +17,7 @@ from llmprune.retrying import Retry, reliefs
 from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
-_SAMPLED_ROWS = 512  # of a matrix, from which the error of magnitude is taken
+_SAMPLED_ROWS = 128  # of a matrix, from which the error of magnitude is taken
 _GPU_ROW_CHUNK = 1 << 26  # on a GPU, which small pieces leave idle
 _TARGET_DAMP = 0.01  # SparseGPT's own: its factor then serves both
 
@@ -124,7 +124,7 @@ def _goal(weight_OI: Tensor, statistic: Any, dense_target: float) -> Tensor:
 def magnitude_error(weight_OI: Tensor, statistic: Any, pattern: Pattern, dense_target: float = 0.0) -> float:
     """Return the relative output error that magnitude pruning to the same sparsity would have.
 
-    Measured as a method's own error is, but on 512 rows at most, evenly spaced: it is no more than a yardstick. Of a
+    Measured as a method's own error is, but on 128 rows at most, evenly spaced: it is no more than a yardstick. Of a
     pattern that is not N:M the sampled rows are pruned to the sparsity as one matrix.
     """
     rows_OI = weight_OI[:: math.ceil(len(weight_OI) / _SAMPLED_ROWS)]

@@ -15,7 +15,7 @@ import tiny
 from llmprune import methods, preview
 from llmprune.allocation import Curve, Measured, Part
 from llmprune.budget import dense
-from llmprune.budget.curves import Loss, cut_short, losses
+from llmprune.budget.curves import Loss, cut_short, losses, sampled
 from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.checkpoint import Sink
 from llmprune.errors import PatternError, RecipeError, UnsupportedModelError
@@ -150,7 +150,26 @@ def test_losses_are_those_of_each_solution_by_itself() -> None:
             pattern = Count(int(size * share), size)
             alone = cut_short(method).solve(weight[site], gram, pattern, torch.Generator())
             expected_O = (x_TI @ (weight[site] - alone.weight_OI).T).square().sum(0)
-            torch.testing.assert_close(loss.error_PO[point], expected_O, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(loss.error_PR[point], expected_O, rtol=1e-3, atol=1e-3)
+
+
+def test_a_tall_matrix_is_told_from_some_of_its_rows() -> None:
+    assert sampled(torch.arange(256)).tolist() == list(range(256))
+    assert sampled(torch.arange(600)).tolist() == list(range(0, 600, 3))
+    generator = torch.Generator().manual_seed(0)
+    (site, *_) = sites_of(Resident(tiny.model("llama")).blocks[0])
+    weight_OI, x_TI = torch.randn(4096, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    gram = Gram(64, CPU)
+    gram.add(x_TI, 1)
+    method = methods.get("sparsegpt")
+    (loss,) = losses(
+        [Group([site], statistic=gram)], lambda _: weight_OI, lambda _: (method, Count), (0.5,), 0
+    ).values()
+    assert loss.error_PR.shape == (1, 256)
+    whole = method.solve(weight_OI, gram, Count(weight_OI.numel() // 2, weight_OI.numel()), generator)
+    energy = float((x_TI @ weight_OI.T).square().sum())
+    error = float((x_TI @ (weight_OI - whole.weight_OI).T).square().sum()) / energy
+    assert float(loss.error_PR.sum()) / loss.energy == pytest.approx(error, rel=0.05)
 
 
 def test_stacked_patterns_hold_each_for_its_own_rows() -> None:

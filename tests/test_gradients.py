@@ -20,12 +20,14 @@ IDS = tiny.ids(3, 16)
 FAMILIES = ["llama", "llama-tied", "qwen3", "gpt2", "opt", "gemma2", *tiny.EXPERTS]
 
 
-def gradients(host: Any, labels: Labels = "text", ids: Tensor = IDS, seed: int = 0) -> dict[str, Gradient]:
+def gradients(
+    host: Any, labels: Labels = "text", ids: Tensor = IDS, seed: int = 0, most: int | None = None
+) -> dict[str, Gradient]:
     stages: list[Stage] = [*host.blocks, host.head]
     sites = {stage.name: [site for site in sites_of(stage) if not is_router(site.tensor)] for stage in stages}
     found: dict[str, Gradient] = {}
     with Lanes(host.model, stages, [row[None] for row in ids], CPU, host.device_of) as lanes:
-        tape = Tape(lanes, of_weights=True, labels=labels, seed=seed)
+        tape = Tape(lanes, of_weights=True, labels=labels, seed=seed, most=most)
         for index, stage in enumerate(host.blocks[:-1]):
             host.load(stage)
             tape.forward(index)
@@ -66,6 +68,15 @@ def check(family: str, found: dict[str, Gradient], sites: list[Site], whole: dic
 
 def all_sites(host: Any) -> list[Site]:
     return [site for stage in [*host.blocks, host.head] for site in sites_of(stage) if not is_router(site.tensor)]
+
+
+def test_the_first_lanes_alone_are_followed_where_that_is_asked_for() -> None:
+    host = Resident(tiny.model("llama"))
+    whole, part = gradients(host, ids=IDS[:2]), gradients(host, most=2)
+    for name, gradient in whole.items():
+        first_OI, square_OI = gradient.square_OI, part[name].square_OI
+        assert first_OI is not None and square_OI is not None and torch.equal(first_OI, square_OI)
+        assert gradient.sequences == part[name].sequences == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

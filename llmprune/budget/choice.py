@@ -14,7 +14,7 @@ from llmprune.calibration import Tokens
 from llmprune.methods import Method
 from llmprune.model.sites import Site
 from llmprune.patterns import ComparisonGroup, Count, Pattern, Unstructured
-from llmprune.planning import Host, Plan, parts_of
+from llmprune.planning import Host, Plan, multiplied_in, parts_of
 from llmprune.recipe import Recipe
 from llmprune.team.team import Team
 
@@ -100,7 +100,8 @@ def _dense_pass(
     def solver(site: Site) -> tuple[Method, Any]:
         return recipe.at(site.tensor).solver(), lambda removed, size: _count(recipe, site, removed, size)
 
-    return DensePass(host, recipe, tokens, home, measured, solver, recipe.target().sparsity, team)
+    sparsity, autocast = recipe.target().sparsity, multiplied_in(host, recipe)
+    return DensePass(host, recipe, tokens, home, measured, solver, sparsity, autocast, team)
 
 
 def _entry(removed: int, size: int, cost: Cost | None) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """What pruning a site alone does to its outputs, at a few sparsities: solved by the run's own method, cut short.
 
 Curves of a weaker method mislead: they make sites look hard that the run's method prunes well. So the method is the
-run's, and cheap by other means: few points, all sites of a group and all points solved as one matrix, so that they
-share their factorisations, and few iterations where a method has many.
+run's, and cheap by other means: few points, some rows of each matrix, all sites of a group and all points solved as one
+matrix, so that they share their factorisations, and few iterations where a method has many.
 
-Shape suffixes: O outputs, I inputs, P points of a curve, S outputs of stacked matrices.
+Shape suffixes: O outputs, I inputs, P points of a curve, R sampled outputs, S outputs of stacked matrices.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 
@@ -20,6 +21,7 @@ from llmprune.patterns import Count, Stacked
 from llmprune.statistics import Gram
 
 _CUT_SHORT = {"iterations": 3, "stages": 1, "refit": 1}  # options of methods that go on and on
+SAMPLED_ROWS = 256  # of a matrix that are solved at most
 _STACKED = 1 << 26  # weights that are solved at once
 
 Solver = Callable[[Site], tuple[Method, Callable[[int, int], Count]]]
@@ -27,25 +29,30 @@ Solver = Callable[[Site], tuple[Method, Callable[[int, int], Count]]]
 
 @dataclass(frozen=True)
 class Loss:
-    """What pruning a site alone does.
+    """What pruning a site alone does, told from some of its outputs.
 
     Attributes:
-        error_PO: squared change of each output, summed over all tokens, at every point.
-        energy: squared outputs, summed over outputs and tokens.
+        error_PR: squared change of each of the `sampled` outputs, summed over all tokens, at every point.
+        energy: squares of these outputs, summed over them and the tokens.
     """
 
-    error_PO: Tensor
+    error_PR: Tensor
     energy: float
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One matrix to be solved at one point."""
+    """The sampled rows of a matrix, to be solved at one point."""
 
     site: Site
-    weight_OI: Tensor
+    weight_RI: Tensor
     pattern: Count
     method: Method
+
+
+def sampled(rows: Tensor) -> Tensor:
+    """Return the rows that stand for all of a matrix, or for what is known of each: 256 at most, evenly spaced."""
+    return rows[:: math.ceil(len(rows) / SAMPLED_ROWS)]
 
 
 def losses(
@@ -85,22 +92,22 @@ def _of_group(
     scale = (gram.tokens if is_starved(group) else gram.sequences) / 2  # of the mean that a Gram is, to a sum
     for site in group.sites:
         method, pattern_of = solver(site)
-        weight_OI = weight(site).to(gram.device).float()
-        energies[site] = 2 * scale * gram.energy(weight_OI)
-        size = weight_OI.numel()
-        jobs += [_Job(site, weight_OI, pattern_of(int(size * share), size), cut_short(method)) for share in shares]
+        weight_RI = sampled(weight(site)).to(gram.device).float()
+        energies[site] = 2 * scale * gram.energy(weight_RI)
+        size = weight_RI.numel()
+        jobs += [_Job(site, weight_RI, pattern_of(int(size * share), size), cut_short(method)) for share in shares]
     errors: dict[Site, list[Tensor]] = {site: [] for site in group.sites}
     for batch in _batches(jobs):
-        weight_SI = torch.cat([job.weight_OI for job in batch])
-        heights = tuple(len(job.weight_OI) for job in batch)
+        weight_SI = torch.cat([job.weight_RI for job in batch])
+        heights = tuple(len(job.weight_RI) for job in batch)
         pattern = Stacked(tuple(job.pattern for job in batch), heights)
         method, generator = batch[0].method, torch.Generator().manual_seed(seed)
         solution = method.solve(weight_SI, gram, pattern, generator)
         require_finite(f"a trial solution of {batch[0].site.name}", solution.weight_OI)
         change_SI = weight_SI - solution.weight_OI
         error_S = (change_SI @ gram.hessian_II).mul_(change_SI).sum(1).mul_(scale).cpu()
-        for job, error_O in zip(batch, error_S.split(heights), strict=True):
-            errors[job.site].append(error_O)
+        for job, error_R in zip(batch, error_S.split(heights), strict=True):
+            errors[job.site].append(error_R)
     gram.forget_factors()
     return {site.name: Loss(torch.stack(errors[site]), energies[site]) for site in group.sites}
 
@@ -109,7 +116,7 @@ def _batches(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
     """Yield jobs that are solved as one: those of one method, if it works from a Gram and so treats rows alike."""
     batch: list[_Job] = []
     for job in jobs:
-        size = sum(held.weight_OI.numel() for held in batch) + job.weight_OI.numel()
+        size = sum(held.weight_RI.numel() for held in batch) + job.weight_RI.numel()
         if batch and (job.method != batch[0].method or job.method.needs is not Gram or size > _STACKED):
             yield batch
             batch = []

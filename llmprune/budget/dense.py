@@ -13,13 +13,12 @@ Block by block, each in memory alone: the Gram matrix of every group is collecte
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from llmprune.allocation import Cost, Curve, bounds, wish
-from llmprune.budget.curves import Loss, Solver, losses
+from llmprune.budget.curves import SAMPLED_ROWS, Loss, Solver, losses, sampled
 from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.calibration import Tokens
 from llmprune.model import Lanes
@@ -35,7 +34,8 @@ from llmprune.recipe import Recipe
 from llmprune.statistics import Gram
 from llmprune.team.team import Team, deal
 
-MOST_SEQUENCES = 8  # of the calibration; curves and gradients do not need more
+MOST_SEQUENCES = 8  # of the calibration; curves do not need more
+MOST_FOLLOWED = 4  # of these, backward
 POINTS = 2  # of a curve: the ends of the range
 _TINY = 1e-30
 
@@ -48,6 +48,7 @@ class DensePass:
         tokens: the calibration, of which the first sequences are used.
         home: device of the model's glue.
         sites: those to be measured, by the names of their blocks.
+        autocast: the dtype that the forward multiplies in, if not that of the weights.
         solver: see `losses`.
         team: the ranks, which share the sequences, and the groups to be solved.
     """
@@ -59,16 +60,13 @@ class DensePass:
     sites: Mapping[str, Sequence[Site]]
     solver: Solver
     sparsity: float
+    autocast: torch.dtype | None
     team: Team
 
-    @cached_property
+    @property
     def rows(self) -> list[Tensor]:
-        """The sequences that are run; for gradients no more than may have their hidden states kept."""
-        rows = self.tokens.rows[:MOST_SEQUENCES]
-        if self.recipe.allocation != "fisher":
-            return rows
-        kept = most_kept(rows, len(self.host.blocks), self.host.config, self.host.dtype)
-        return rows[: self.team.tell(kept)]
+        """The sequences that are run."""
+        return self.tokens.rows[:MOST_SEQUENCES]
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -83,19 +81,25 @@ class DensePass:
             UnsupportedModelError: gradients cannot be followed through the model.
             NumericalError: an input, a gradient or a solution is not finite.
         """
-        rows, seed = self.team.share(self.rows), self.recipe.seed
         stops = [*self.host.blocks, self.host.head]
-        with Lanes(self.host.model, stops, [row[None] for row in rows], self.home, self.host.device_of) as lanes:
+        batches = [row[None] for row in self.team.share(self.rows)]
+        with Lanes(self.host.model, stops, batches, self.home, self.host.device_of, self.autocast) as lanes:
             if self.recipe.allocation == "owl":
                 return self._owl(lanes)
             if self.recipe.allocation == "error":
                 found = self._forward(lanes, None)
                 return {
-                    name: self._curve(loss.error_PO.sum(1) / max(loss.energy, _TINY)) for name, loss in found.items()
+                    name: self._curve(loss.error_PR.sum(1) / max(loss.energy, _TINY)) for name, loss in found.items()
                 }
-            shelf = home_device(self.host.place, rows * len(self.host.blocks), self.host.config, self.host.dtype)
-            tape = Tape(lanes, of_weights=False, labels="sampled", seed=seed, shelf=shelf, team=self.team)
+            tape = self._tape(lanes, self.rows[:MOST_FOLLOWED])
             return self._fisher(tape, self._forward(lanes, tape), sum(map(len, self.rows)))
+
+    def _tape(self, lanes: Lanes, rows: Sequence[Tensor]) -> Tape:
+        """Return what follows the first rows, no more than may have their hidden states kept."""
+        blocks, config, dtype = len(self.host.blocks), self.host.config, self.host.dtype
+        most = self.team.tell(most_kept(rows, blocks, config, dtype))
+        shelf = home_device(self.host.place, self.team.share(rows[:most]) * blocks, config, dtype)
+        return Tape(lanes, False, "sampled", self.recipe.seed, shelf, most, self.team)
 
     def _forward(self, lanes: Lanes, tape: Tape | None) -> dict[str, Loss]:
         found, load = dict[str, Loss](), [0.0] * self.team.size
@@ -126,8 +130,9 @@ class DensePass:
         for _, gradients in tape.backward(self.host, len(self.host.blocks) - 1, self.sites):
             for site, gradient in gradients.items():
                 if site.name in found and gradient.tokens:
-                    square_O = gradient.square_O.cpu() / gradient.tokens
-                    costs[site.name] = self._curve(found[site.name].error_PO @ square_O / (2 * tokens))
+                    square_R = sampled(gradient.square_O.cpu()) / gradient.tokens
+                    share = len(square_R) / len(gradient.square_O)
+                    costs[site.name] = self._curve(found[site.name].error_PR @ square_R / (2 * tokens * share))
         return costs
 
     def _blocks(self, lanes: Lanes, tape: Tape | None) -> Iterator[tuple[Stage, Generator[Group, None, None]]]:
@@ -155,4 +160,5 @@ class DensePass:
 
 def _cost(group: Group) -> float:
     """Return the operations that solving a group takes, up to a factor."""
-    return float(group.inputs**2 * (group.inputs + POINTS * sum(site.shape[0] for site in group.sites)))
+    rows = POINTS * sum(min(SAMPLED_ROWS, site.shape[0]) for site in group.sites)
+    return float(group.inputs**2 * (group.inputs + rows))

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from llmprune.budget.curves import cut_short
-from llmprune.budget.dense import MOST_SEQUENCES, POINTS
+from llmprune.budget.curves import SAMPLED_ROWS, cut_short
+from llmprune.budget.dense import MOST_FOLLOWED, MOST_SEQUENCES, POINTS
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
@@ -38,8 +38,9 @@ def dense_seconds(
     if recipe.allocation == "uniform" or recipe.allocation_file:
         return []
     each = statistic_time(Gram, widest, host.dtype, host.place)
-    forwards = 2 + _BACKWARD if recipe.allocation == "fisher" else 2
-    seconds = forwards * forward * math.ceil(sequences / ranks)
+    seconds = 2 * forward * math.ceil(sequences / ranks)
+    if recipe.allocation == "fisher":
+        seconds += _BACKWARD * forward * math.ceil(min(MOST_FOLLOWED, sequences) / ranks)
     for trial in trials:
         work = [fed * statistic_work(Gram, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)]
         share = statistics_share(trial.groups, trial.fed, Gram, host, ranks) if work else 0.0
@@ -52,7 +53,7 @@ def dense_seconds(
 
 def _solving(groups: Sequence[Group], times: SolvingTime, ranks: int) -> float:
     """Return the seconds that the rank with the most to do takes to solve the points of a block's curves."""
-    shapes = [[(POINTS * site.shape[0], site.shape[1]) for site in group.sites] for group in groups]
+    shapes = [[(POINTS * min(SAMPLED_ROWS, site.shape[0]), site.shape[1]) for site in group.sites] for group in groups]
     load = [0.0] * ranks
     deal([times.seconds(of_group) for of_group in shapes], load)
     return max(load)
@@ -62,7 +63,7 @@ def kept_memory(host: Outline, recipe: Recipe, workload: Workload) -> list[Part]
     """Return what the hidden states before every block take, which gradients need; a run takes fewer if they do not fit."""
     if recipe.allocation != "fisher" and recipe.needs is not Gradient:
         return []
-    sequences = workload.sequences if recipe.needs is Gradient else min(MOST_SEQUENCES, workload.sequences)
+    sequences = workload.sequences if recipe.needs is Gradient else min(MOST_FOLLOWED, workload.sequences)
     hidden = getattr(host.config.get_text_config(), "hidden_size", 0)
     mine = math.ceil(sequences / workload.ranks)
     amount = len(host.blocks) * mine * workload.length * hidden * host.dtype.itemsize

@@ -11,6 +11,7 @@ Shape suffixes: O outputs, I inputs.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -24,6 +25,10 @@ from llmprune.methods import Solution, require_from_zero
 from llmprune.patterns import ComparisonGroup, Pattern
 from llmprune.refit import refit
 from llmprune.statistics import Gram
+
+_ROWS_FOR_INVERSE = (
+    2  # for each input, from which on an inverse pays on a CPU; a GPU multiplies much faster than it solves
+)
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,12 @@ class ADMM:
         before = self._rho(0)
         for stage in range(self.stages):
             rho = self._rho(stage)
-            inverse_II = _regularised_inverse(hessian_II, rho)
+            divided = _division(hessian_II, rho, self._share(stage) * len(target_OI))
             dual_OI.mul_(before / rho)  # scaled by 1/rho
             for _ in range(self._share(stage)):
                 drawn_OI = torch.add(pull_OI, sparse_OI - dual_OI, alpha=rho)
                 with products():
-                    dual_OI.add_(drawn_OI @ inverse_II)
+                    dual_OI.add_(divided(drawn_OI))
                 keep_OI = pattern.keep(dual_OI.abs())
                 sparse_OI = dual_OI * keep_OI
                 dual_OI.sub_(sparse_OI)
@@ -90,7 +95,8 @@ class ADMM:
         return self.iterations * (stage + 1) // self.stages - self.iterations * stage // self.stages
 
 
-def _regularised_inverse(hessian_II: Tensor, rho: float) -> Tensor:
+def _division(hessian_II: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
+    """Return X -> X (H + rho)⁻¹, to be called for so many rows in all."""
     regularised_II = hessian_II.clone()
     regularised_II.diagonal().add_(rho)
     lower_II, failed = torch.linalg.cholesky_ex(regularised_II)
@@ -98,4 +104,14 @@ def _regularised_inverse(hessian_II: Tensor, rho: float) -> Tensor:
         raise NumericalError(
             f"admm: the Hessian is not positive definite at rho {rho:g}: raise damp, or use more calibration"
         )
-    return torch.cholesky_inverse(lower_II)
+    if hessian_II.device.type == "cpu" and rows < _ROWS_FOR_INVERSE * len(hessian_II):
+        return partial(_divided, lower_II=lower_II)
+    inverse_II = torch.cholesky_inverse(lower_II)
+    return lambda x_OI: x_OI @ inverse_II
+
+
+def _divided(x_OI: Tensor, lower_II: Tensor) -> Tensor:
+    """Return X (L Lᵀ)⁻¹."""
+    half_OI = torch.linalg.solve_triangular(lower_II.mT, x_OI, upper=True, left=False)
+    whole_OI: Tensor = torch.linalg.solve_triangular(lower_II, half_OI, upper=False, left=False)
+    return whole_OI

@@ -57,8 +57,9 @@ class Tape:
         of_weights: whether gradients of the weights are wanted, beside those of the outputs.
         labels: `sampled` from the model's own predictions (the gradients of the true Fisher matrix), or the `text`.
         seed: of the sampling.
-        team: the ranks, whose shares of the sequences the lanes are. All have the same gradients in the end.
         shelf: device on which the hidden states of all blocks are kept; None is where the lanes' glue runs.
+        most: how many of the sequences are followed, the first ones; None is all.
+        team: the ranks, whose shares of the sequences the lanes are. All have the same gradients in the end.
     """
 
     def __init__(
@@ -68,14 +69,16 @@ class Tape:
         labels: Labels,
         seed: int = 0,
         shelf: torch.device | None = None,
+        most: int | None = None,
         team: Team | None = None,
     ) -> None:
         self._lanes, self._of_weights, self._labels, self._seed = lanes, of_weights, labels, seed
         self._shelf, self._team = shelf or lanes.home, team or Team()
-        counts = self._team.gather(len(lanes))
-        self._turns, self._sequences = max(counts), sum(counts)
-        self._visits = [[self._first_visit(lane)] for lane in range(len(lanes))]
-        self._gradients: list[list[tuple[int, Tensor]]] = [[] for _ in range(len(lanes))]  # of the last visit's outputs
+        self._sequences = sum(self._team.gather(len(lanes)))
+        followed = [lane for lane in range(len(lanes)) if most is None or self._team.number(lane) < most]
+        self._turns = max(self._team.gather(len(followed)))
+        self._visits = [[self._first_visit(lane)] for lane in followed]
+        self._gradients: list[list[tuple[int, Tensor]]] = [[] for _ in self._visits]  # of the last visit's outputs
 
     def forward(self, index: int) -> None:
         """Run a loaded block for all lanes and let them go on.
@@ -84,6 +87,9 @@ class Tape:
             UnsupportedModelError: what a block puts out is not what the next one is given.
         """
         for lane in self._lanes.waiting_at(index):
+            if lane >= len(self._visits):
+                self._lanes.step(index, lane)
+                continue
             output = self._lanes.run(index, lane)
             versions = [value._version for value in tree_leaves(output) if isinstance(value, Tensor)]
             self._lanes.provide({lane: output})
@@ -107,7 +113,7 @@ class Tape:
         host.load(block)
         with _loaded(host, head):
             found = self._found(head, sites)
-            waiting = set(self._lanes.waiting_at(last))
+            waiting = {lane for lane in self._lanes.waiting_at(last) if lane < len(self._visits)}
             for lane in range(self._turns):
                 if lane in waiting:
                     self._tail(last, lane, head, found)
@@ -190,7 +196,7 @@ class Tape:
             if self._labels == "sampled":
                 seed = self._seed * self._sequences + self._team.number(lane)
                 generator = torch.Generator(gradient_LV.device).manual_seed(seed)
-                label_L1 = torch.multinomial(gradient_LV, 1, generator=generator)
+                label_L1 = _drawn(gradient_LV, generator)
             else:
                 gradient_LV[-1] = 0  # nothing follows the last token
                 label_L1 = self._lanes.batch(lane)[0, 1:, None].to(gradient_LV.device)
@@ -208,6 +214,13 @@ class Tape:
             output = tree_leaves(self._lanes.replay(Arrival(visit.stage, args, kwargs)))
         reached = [(output[place], gradient) for place, gradient in self._gradients[lane]]
         self._gradients[lane] = _back_to(leaves, reached)
+
+
+def _drawn(share_LV: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a label [L, 1] for each row of probabilities, by their cumulative sums: one random number a row."""
+    upto_LV = share_LV.cumsum(-1)
+    random_L1 = torch.rand(len(share_LV), 1, generator=generator, device=share_LV.device)
+    return torch.searchsorted(upto_LV, random_L1 * upto_LV[:, -1:], right=True).clamp_(max=share_LV.shape[1] - 1)
 
 
 def _back_to(leaves: dict[int, Tensor], reached: list[tuple[Tensor, Tensor]]) -> list[tuple[int, Tensor]]:
