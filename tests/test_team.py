@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch._C._distributed_c10d import HashStore
 
 import faults
 import tiny
@@ -222,11 +222,13 @@ def last_words(ranks: Ranks, rank: int) -> str:
 
 def goes_on_with_any_number(source: Path, whole: Path, folder: Path) -> None:
     """Check that one rank, and two, end what a struck run has begun in the same bytes."""
+    resumed = {}
     for size in (1, 2):
         again = f"again-{size}"
         shutil.copytree(folder / "struck-out.partial", folder / f"{again}.partial")
-        resumed = Ranks(size, folder / f"said-{size}", command, [*task(source, folder, again), "--resume"])
-        assert resumed.codes() == [0] * size, resumed.said(0)
+        resumed[again] = Ranks(size, folder / f"said-{size}", command, [*task(source, folder, again), "--resume"])
+    for again, ranks in resumed.items():
+        assert set(ranks.codes()) == {0}, ranks.said(0)
         assert weights(folder / again) == weights(whole)
 
 
