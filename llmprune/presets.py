@@ -11,7 +11,7 @@ from llmprune.errors import RecipeError, did_you_mean
 from llmprune.statistics import ColumnMoments, Gradient, Gram
 
 _TOWARDS_DENSE = {"true_sequential": True, "dense_target": 0.5, "autocast": True}
-_BY_LOSS = {"allocation": "fisher"}  # of unstructured patterns; N:M is the same everywhere
+_BY_LOSS = {"allocation": "fisher"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "method_options": {"arithmetic": "fast"}, **_TOWARDS_DENSE},
@@ -22,6 +22,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_BY_LOSS,
     },
     "best": {"method": "admm", **_TOWARDS_DENSE, **_BY_LOSS, "tune_epochs": 10},
+}
+# What is otherwise for N:M: such a sparsity is the same everywhere, so the time of sharing it out goes into the search.
+_OF_GROUPS: dict[str, dict[str, Any]] = {
+    "balanced": {"method_options": {"iterations": 20, "stages": 5, "first_rho": 0.2, "refit": 4}},
 }
 
 
@@ -39,17 +43,25 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
         return given
     if name not in PRESETS:
         raise RecipeError(f"unknown preset '{name}': {did_you_mean(str(name), PRESETS)}")
-    preset = dict(PRESETS[name])
+    preset = _preset(name, of_groups=":" in str(given.get("pattern", "")))
     method = given.get("method", preset["method"])
     for option in _unusable(preset, method):
         preset.pop(option)
-    if ":" in str(given.get("pattern", "")) or given.get("comparison_group") == "model":
-        preset.pop("allocation", None)  # nothing is to be shared out
+    if given.get("comparison_group") == "model":
+        preset.pop("allocation", None)  # the weights of all matrices compete already
     if method != preset["method"]:
         preset.pop("method_options", None)  # those of another method
     elif isinstance(given.get("method_options"), Mapping):
         given["method_options"] = preset.get("method_options", {}) | dict(given["method_options"])
     return preset | given
+
+
+def _preset(name: str, of_groups: bool) -> dict[str, Any]:
+    preset = dict(PRESETS[name])
+    if of_groups:
+        preset.pop("allocation", None)
+        preset |= _OF_GROUPS.get(name, {})
+    return preset
 
 
 def _unusable(preset: Mapping[str, Any], method: Any) -> list[str]:
@@ -65,8 +77,18 @@ def _unusable(preset: Mapping[str, Any], method: Any) -> list[str]:
     return [option for option in preset if option in unusable]
 
 
+def in_full() -> dict[str, dict[str, Any]]:
+    """Return every preset by its name, and as `NAME, N:M` what it is for such patterns, where that differs."""
+    found = {}
+    for name, preset in PRESETS.items():
+        found[name], grouped = preset, _preset(name, of_groups=True)
+        if grouped != preset:
+            found[f"{name}, N:M"] = grouped
+    return found
+
+
 def as_yaml() -> str:
     """Return all presets as recipe files, one after another."""
     import yaml
 
-    return "\n".join(f"# {name}\n{yaml.safe_dump(preset, sort_keys=False)}" for name, preset in PRESETS.items())
+    return "\n".join(f"# {name}\n{yaml.safe_dump(preset, sort_keys=False)}" for name, preset in in_full().items())

@@ -288,8 +288,10 @@ def test_a_preset_may_stand_in_a_recipe_file(tmp_path: Path) -> None:
 
 def test_printed_presets_are_recipe_files(tmp_path: Path) -> None:
     for text in as_yaml().split("# ")[1:]:
-        name, body = text.split("\n", 1)
-        assert Recipe.of(read_recipe(recipe_file(tmp_path, body))) == Recipe.of({"preset": name})
+        title, body = text.split("\n", 1)
+        name, _, groups = title.partition(", ")
+        pattern = {"pattern": "2:4" if groups else "50%"}
+        assert Recipe.of(read_recipe(recipe_file(tmp_path, body)) | pattern) == Recipe.of({"preset": name} | pattern)
 
 
 def test_auto_is_the_first_gpu_with_its_number_as_tensors_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def _against_magnitude(sites: list[facts.Site]) -> str:
         title,
         svg.chart(title, _depth(shares), y, [*series, level]),
         "Below 1 the outputs change less than if the smallest weights of the matrix were removed. Magnitude's error is "
-        "measured in the same way, on 512 rows of a matrix at most.",
+        "measured in the same way, on some rows of each matrix.",
         svg.legend([*series, level]),
     )
 
