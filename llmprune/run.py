@@ -81,7 +81,9 @@ class Run:
                     raise  # only one of the ranks knows that memory ran out
                 self._portions.forget()
                 self.thrift.retry(error, self.store, self.report, self.host.place.type != "cpu")
-            make_room()
+            else:
+                continue
+            make_room()  # not above, where the error holds on to what it met
         self.close()
 
     def close(self) -> None:
