@@ -133,6 +133,17 @@ def test_bits_are_counted(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert layout.count_bits(masks) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 0), (7, 31), (2, 40000)])
+def test_values_of_rows_are_counted(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight_OI = sparse_weight(*shape, dtype, 0.3, 0)
+    weight_OI[:, ::5] = -0.0  # a value, as all that has a bit set
+    counts_O = layout.count_values(weight_OI)
+    assert torch.equal(counts_O, reference.count_values(weight_OI))
+    assert counts_O.tolist() == [int((row.abs() > 0).sum()) + len(row[::5]) for row in weight_OI]
+    assert layout.count_values(weight_OI.T).tolist() == reference.count_values(weight_OI.T.contiguous()).tolist()
+
+
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 3, 5])
 def test_any_number_of_threads_gives_the_same_bits(tokens: int, threads: int) -> None:

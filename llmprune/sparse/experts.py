@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmprune.model.experts import is_of_interface, stacks_of
 from llmprune.sparse.stacks import SparseExperts
-from llmprune_kernels.bitmask.layout import TYPES
+from llmprune_kernels.bitmask.layout import TYPES, count_values
 from llmprune_kernels.native import library
 
 _SAMPLE_BYTES = 256 << 20  # dense weights that are measured: more than a processor's cache holds
@@ -83,7 +83,7 @@ def _obstacle(module: nn.Module) -> str | None:
         return "a dtype without a sparse kernel"
     if library() is None:
         return "no compiled kernels"
-    kept = sum(int(matrix.count_nonzero()) for stored in stacks for matrix in stored)
+    kept = sum(int(count_values(matrix.detach()).sum()) for stored in stacks for matrix in stored)
     total, size = sum(stored.numel() for stored in stacks), next(iter(stacks)).element_size()
     return "too few zeros" if kept / total + 1 / (8 * size) > _WORTH else None
 

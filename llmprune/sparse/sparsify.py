@@ -14,6 +14,7 @@ from llmprune.sparse.gate import TOKENS, Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.machine import machine_of
 from llmprune.sparse.stacks import SparseExperts
+from llmprune_kernels.bitmask.layout import count_values
 
 _SAMPLE_BYTES = 256 << 20  # dense weights of one shape that are measured: more than a processor's cache holds
 _WORTH = 0.95  # of the dense bytes: what a layer must shrink to
@@ -170,8 +171,7 @@ def _obstacle(layer: nn.Module, weight: Tensor) -> str | None:
 
 def _packed_share(weight: Tensor) -> float:
     """Return the bytes of the weight as a bitmask and values over those it has."""
-    values = sum(int(rows.count_nonzero()) for rows in weight.split(1024))
-    return values / weight.numel() + 1 / (8 * weight.element_size())
+    return int(count_values(weight.detach()).sum()) / weight.numel() + 1 / (8 * weight.element_size())
 
 
 def _choose(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, ...], graphs: bool) -> Choice:

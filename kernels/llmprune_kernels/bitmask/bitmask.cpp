@@ -23,6 +23,7 @@ constexpr int PANEL = 32;     // tiles whose weights are expanded before many to
 constexpr int AT_ONCE = 3;    // tokens that share one pass over the registers
 constexpr int TOKENS = 96;    // tokens whose sums are kept at a time
 constexpr int LANES = 16;     // floats that a sum is spread over
+constexpr int64_t COUNTED = 1 << 14;  // elements counted in one of their own size, which vectors hold the most of
 constexpr int64_t AHEAD = 4096;  // bytes of values that are asked for before they are needed
 
 enum Type { F32 = 0, BF16 = 1, F16 = 2 };
@@ -568,6 +569,20 @@ template <typename T> void pack_row(const Tiles& tiles, int64_t row, const T* de
     }
 }
 
+template <typename T> void nonzero(const T* dense, int64_t rows, int64_t columns, int64_t* counts, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t found = 0;
+    for (int64_t first = 0; first < columns; first += COUNTED) {
+      int64_t last = columns - first < COUNTED ? columns : first + COUNTED;
+      T some = 0;
+      for (int64_t column = first; column < last; column++) some += dense[row * columns + column] != 0;
+      found += some;
+    }
+    counts[row] = found;
+  }
+}
+
 template <typename T> void pack(Tiles tiles, const T* dense, uint32_t* masks, T* values, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < tiles.down(); row++)
@@ -594,7 +609,7 @@ template <typename T> void expand(const Tiles& tiles, T* out, int threads, int l
 extern "C" {
 
 // Raised whenever a function below changes its meaning; native.py refuses a library of another number.
-int llmprune_abi() { return 3; }
+int llmprune_abi() { return 4; }
 
 int llmprune_cpu_level() {
 #ifdef LLMPRUNE_X86
@@ -617,6 +632,12 @@ void bitmask_expand_rows(const uint8_t* masks, const void* values, int64_t rows,
   if (size == 2) expand_rows(masks, (const uint16_t*)values, rows, columns, (uint16_t*)out, threads, level);
   if (size == 4) expand_rows(masks, (const uint32_t*)values, rows, columns, (uint32_t*)out, threads, level);
   if (size == 8) expand_rows(masks, (const uint64_t*)values, rows, columns, (uint64_t*)out, threads, level);
+}
+
+// How many elements of each row are not zero in all their bits. `size` is the bytes of an element: 2 or 4.
+void bitmask_nonzero(const void* dense, int64_t rows, int64_t columns, int size, int64_t* counts, int threads) {
+  if (size == 2) nonzero((const uint16_t*)dense, rows, columns, counts, threads);
+  if (size == 4) nonzero((const uint32_t*)dense, rows, columns, counts, threads);
 }
 
 // Dense to tiles, given the offsets. `size` is 2 or 4.

@@ -26,6 +26,7 @@ _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {  # as in bitmask.cpp
     "bitmask_pack": (_P, _L, _L, _I, _P, _P, _P, _I),
     "bitmask_expand": (_P, _P, _P, _L, _L, _I, _P, _I, _I),
+    "bitmask_nonzero": (_P, _L, _L, _I, _P, _I),
     "bitmask_count": (_P, _L, _P, _I),
     "bitmask_expand_rows": (_P, _P, _L, _L, _I, _P, _I, _I),
     "bitmask_linear": (_P, _P, _P, _L, _L, _I, _P, _L, _P, _I, _I),
@@ -148,6 +149,19 @@ def count_bits(masks: Tensor) -> int:
     return int(count)
 
 
+def count_values(weight_OI: Tensor) -> Tensor:
+    """Return how many weights of each row [O] are values: not zero in all their bits."""
+    native = compiled()
+    if native is None or weight_OI.device.type != "cpu" or weight_OI.dtype not in TYPES:
+        return reference.count_values(weight_OI)
+    weight_OI = weight_OI.contiguous()
+    counts_O = torch.empty(len(weight_OI), dtype=torch.int64)
+    native.bitmask_nonzero(
+        weight_OI.data_ptr(), *weight_OI.shape, weight_OI.element_size(), counts_O.data_ptr(), torch.get_num_threads()
+    )
+    return counts_O
+
+
 def _stream(count: int, dtype: torch.dtype) -> Tensor:
     """Return room for values that are read in one go: numpy asks the system for large pages, torch does not."""
     return torch.from_numpy(np.empty(count * dtype.itemsize, np.uint8)).view(dtype)
@@ -155,7 +169,7 @@ def _stream(count: int, dtype: torch.dtype) -> Tensor:
 
 def _offsets(weight_OI: Tensor) -> Tensor:
     """Return where the values of each tile row begin, and where the last ends."""
-    counts_O = torch.cat([(rows != 0).sum(1) for rows in reference.as_bits(weight_OI).split(1024)])
+    counts_O = count_values(weight_OI)
     counts = functional.pad(counts_O, (0, -len(counts_O) % ROWS)).view(-1, ROWS).sum(1)
     return functional.pad(counts.cumsum(0), (1, 0))
 

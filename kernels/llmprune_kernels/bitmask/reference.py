@@ -21,6 +21,11 @@ def count_bits(masks: Tensor) -> int:
     return sum(int(((masks >> place) & 1).sum()) for place in range(8))
 
 
+def count_values(weight_OI: Tensor) -> Tensor:
+    """Return how many weights of each row [O] are values."""
+    return torch.cat([(rows != 0).sum(1) for rows in as_bits(weight_OI).split(1024)])
+
+
 def expand_rows(masks: Tensor, values: Tensor, columns: int) -> Tensor:
     """Return the dense rows [R, columns] of masks [R, ceil(columns / 8)], lowest bit first, and values, row by row."""
     kept = (masks.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
