@@ -185,6 +185,6 @@ class Pass(Run):
         for group in groups:
             for branch in self.branches:
                 branch.solve(group)
-        with self.report.clock.phase("exchange"):
+        with self.exchanging():
             for branch in self.branches:
                 branch.portions.settle()

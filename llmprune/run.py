@@ -1,7 +1,7 @@
 """The line of a run: the stages of a model, one after another, are loaded, measured, solved, stored and run on."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -161,8 +161,12 @@ class Run:
             for site in group.sites:
                 job = partial(self.solve_site, site, self.host.weight(site), group, patterns[site.name])
                 self._portions.take(site, job)
-        with self.report.clock.phase("exchange"):
+        with self.exchanging():
             self._portions.settle()
+
+    def exchanging(self) -> AbstractContextManager[None]:
+        """Return what counts the time of handing matrices round; of one process that is none."""
+        return self.report.clock.phase("exchange") if self.team.size > 1 else nullcontext()
 
     @cached_property
     def _feed(self) -> Feed:

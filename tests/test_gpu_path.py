@@ -1,6 +1,6 @@
 """What a GPU is given to do, on one that computes nothing: how many operations, in which precision, and no waiting."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ def solver_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Count a Triton kernel as an operation, and let factorisations, which wait for their success, not count."""
     monkeypatch.setattr(fused, "_launch", lambda block_BO, *rest, **options: block_BO.neg_())
     monkeypatch.setattr(fused, "runs_on", lambda device: True)
-    monkeypatch.setattr(admm, "_regularised_inverse", lambda hessian_II, rho: hessian_II)
+    monkeypatch.setattr(admm, "_division", lambda hessian_II, rho, rows: lambda x_OI: x_OI @ hessian_II)
     yield
 
 
@@ -156,12 +156,12 @@ def test_admm_multiplies_in_tf32_and_factors_in_fp32(precision: Any, monkeypatch
                 seen["mm"].add(precision.fp32_precision)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def factored(hessian_II: Tensor, rho: float) -> Tensor:
+    def factored(hessian_II: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
         seen["factor"].add(precision.fp32_precision)
-        return hessian_II
+        return lambda x_OI: x_OI @ hessian_II
 
     before = precision.fp32_precision
-    monkeypatch.setattr(admm, "_regularised_inverse", factored)
+    monkeypatch.setattr(admm, "_division", factored)
     with fake_gpu(), Watched():
         weight_OI, gram = torch.empty(64, SIZE, device="cuda"), gram_on_gpu()
         ADMM(iterations=4, stages=2, refit=2).solve(weight_OI, gram, NM(2, 4), torch.Generator())

@@ -2,6 +2,7 @@
 
 Sums of floating point numbers depend on their order, so no rank sums a part of the sequences. Instead, turn by turn,
 each rank runs one lane and hands what its sites were fed to all, and every sum is taken in the order of the sequences.
+Where that is little, several turns are handed round at once, as each time the ranks wait for the slowest.
 The work is shared by parts of the sums: the tiles of Gram matrices are dealt out, and handed round at the end.
 """
 
@@ -17,6 +18,8 @@ from llmprune.model.groups import Group, StatisticType
 from llmprune.statistics import ColumnNorm, Gram, Tile
 from llmprune.team.team import Team, deal
 
+_MOST_TURNS = 16  # that are handed round at once
+_HELD_BYTES = 16 << 20  # of a rank, that wait for that
 _ALIGNMENT = 64  # bytes: tensors that lie as torch lays them are multiplied in the same way
 
 Kind = tuple[tuple[int, ...], torch.dtype]
@@ -58,18 +61,37 @@ class Tally:
         self._team, self._needs, self._groups, self._device = team, needs, groups, device
         self._tiles: dict[int, list[list[Tile]]] = {}  # of each group, by their owners
         self._load = [0.0] * team.size
+        self._held: list[Sequence[Fed]] = []  # of the turns since the last exchange
+        self._turns = 1  # until the next one
 
     def add(self, given: Sequence[Fed]) -> None:
-        """Add what this turn's lanes have been fed, each rank's in turn."""
-        mine = [tensor for fed in given for tensor in fed.tensors]
-        listed = [(fed.group, fed.sequences, fed.tokens, _kinds(fed.tensors)) for fed in given]
-        for rank, feds in enumerate(self._team.gather(listed)):
-            tensors = iter(self._from(rank, mine, [kind for *_, kinds in feds for kind in kinds]))
-            for group, sequences, tokens, kinds in feds:
-                self._add(Fed(group, sequences, tokens, tuple(islice(tensors, len(kinds)))))
+        """Take what this turn's lane has been fed."""
+        self._held.append(given)
+        if len(self._held) == self._turns:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Add what was taken, turn by turn, and each rank's in turn."""
+        turns, self._held = self._held, []
+        mine = [tensor for given in turns for fed in given for tensor in fed.tensors]
+        listed = [[(fed.group, fed.sequences, fed.tokens, _kinds(fed.tensors)) for fed in given] for given in turns]
+        of_ranks, tensors = self._team.gather(listed), dict[int, Iterator[Tensor]]()
+        for turn in range(len(turns)):
+            for rank, theirs in enumerate(of_ranks):
+                if turn == 0:
+                    kinds_of_all = [kind for feds in theirs for *_, kinds in feds for kind in kinds]
+                    tensors[rank] = iter(self._from(rank, mine, kinds_of_all))
+                for group, sequences, tokens, kinds in theirs[turn]:
+                    self._add(Fed(group, sequences, tokens, tuple(islice(tensors[rank], len(kinds)))))
+                if turn + 1 == len(turns):
+                    del tensors[rank]  # before the next rank's take memory
+        most = max(sum(_nbytes(kinds) for feds in theirs for *_, kinds in feds) for theirs in of_ranks)
+        self._turns = max(1, min(_MOST_TURNS, _HELD_BYTES * len(turns) // max(most, 1)))  # the same on all ranks
 
     def complete(self) -> None:
-        """Hand round the tiles, so that all ranks have all sums."""
+        """Hand round what is left, and the tiles, so that all ranks have all sums."""
+        if self._held:
+            self._exchange()
         for number, dealt in sorted(self._tiles.items()):
             statistic = self._groups[number].statistic
             assert isinstance(statistic, Gram)
@@ -118,6 +140,10 @@ class Tally:
 
 def _kinds(tensors: Sequence[Tensor]) -> list[Kind]:
     return [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+
+
+def _nbytes(kinds: Sequence[Kind]) -> int:
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in kinds)
 
 
 def _places(kinds: Sequence[Kind]) -> Iterator[tuple[int, int]]:
