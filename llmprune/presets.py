@@ -88,7 +88,7 @@ def in_full() -> dict[str, dict[str, Any]]:
 
 
 def as_yaml() -> str:
-    """Return all presets as recipe files, one after another."""
+    """Return all presets as recipe files, one after another; those for N:M need such a pattern beside them."""
     import yaml
 
     return "\n".join(f"# {name}\n{yaml.safe_dump(preset, sort_keys=False)}" for name, preset in in_full().items())

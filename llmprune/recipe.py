@@ -52,7 +52,7 @@ class Recipe:
             towards the dense block's output; 0 tunes nothing.
         tune_rate: first step size of that, relative to the weights; see `llmprune.tuning`.
         autocast: in a float32 model, multiply in bfloat16 during calibration, with sums in float32, where the hardware
-            is faster at that; weights and solving stay float32, as do gradients and what `allocation` measures.
+            is faster at that; weights and solving stay float32, as does the way of gradients back through the blocks.
         include, exclude: globs on tensor names, added to and taken from what is pruned by default.
         deterministic: use only operations that repeat themselves to the bit; where a GPU has none, refuse.
         revision: branch, tag or commit of a Hub model.

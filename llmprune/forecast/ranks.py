@@ -12,6 +12,7 @@ from llmprune.forecast.yardstick import SolvingTime, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
 from llmprune.model.probe import Trial, without_dense
+from llmprune.model.tally import HELD_BYTES
 from llmprune.planning import Plan
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
@@ -29,9 +30,10 @@ def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: 
     """Return what a rank holds to hand round: copies of the inputs of its batch, and the sums that it has made."""
     needs = seen(needs, trial)
     size = 0.0 if needs is ColumnNorm else _fed_in(needs) * workload.tokens_at_once * trial.input_bytes
+    held = HELD_BYTES * (1 + 1 / workload.ranks) if size else 0.0  # several small batches are handed round at once
     sums = max(_dealt_bytes(needs, group.inputs, host, workload.ranks) for group in trial.groups)
     return [
-        Part("inputs handed round", 2 * size, "copies of the inputs of one batch, and a buffer as large", on),
+        Part("inputs handed round", max(2 * size, held), "copies of the inputs of a batch, and a buffer as large", on),
         Part("sums handed round", sums, "a rank's share of the widest Gram matrix, in one buffer", on),
     ]
 

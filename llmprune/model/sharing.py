@@ -31,8 +31,10 @@ class SharedCollector(Collector):
     _number: dict[Site, int] = field(default_factory=dict, init=False)  # of a group, by its first site
 
     def __post_init__(self) -> None:
-        lanes = self.team.gather(self._batches)
-        self._turns, self._ranks = lanes[0], sum(count > 0 for count in lanes)  # these are the first ranks
+        tokens = self.team.gather([self.lanes.batch(lane).numel() for lane in range(self._batches)])
+        self._turns, self._ranks = len(tokens[0]), sum(bool(own) for own in tokens)  # these are the first ranks
+        every = [count for own in tokens for count in own]
+        self._uneven = max(every) / min(every)
 
     def run_twins(self, index: int) -> None:
         self.settle()
@@ -52,7 +54,7 @@ class SharedCollector(Collector):
         self.settle()
         by_leader = {group.sites[0]: group for group in groups}
         self._number = {site: number for number, site in enumerate(by_leader)}
-        tally = Tally(self.team, self.needs, groups, self.lanes.device(index))
+        tally = Tally(self.team, self.needs, groups, self.lanes.device(index), self._uneven)
         for turn in range(self._turns):
             if turn == 0 and seen is not None and self.team.leads:
                 for leader in by_leader.keys() & seen.keys():
@@ -68,7 +70,7 @@ class SharedCollector(Collector):
         group = Group([site])
         self._number = {site: 0}
         given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))
-        tally = Tally(self.team, self.needs, [group], self.lanes.device(index))
+        tally = Tally(self.team, self.needs, [group], self.lanes.device(index), self._uneven)
         for turn in range(self._turns):
             if turn < self._batches and turn in given:  # those beyond are twins
                 self._add(

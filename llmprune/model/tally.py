@@ -19,7 +19,7 @@ from llmprune.statistics import ColumnNorm, Gram, Tile
 from llmprune.team.team import Team, deal
 
 _MOST_TURNS = 16  # that are handed round at once
-_HELD_BYTES = 16 << 20  # of a rank, that wait for that
+HELD_BYTES = 16 << 20  # that wait for that, of all ranks
 _ALIGNMENT = 64  # bytes: tensors that lie as torch lays them are multiplied in the same way
 
 Kind = tuple[tuple[int, ...], torch.dtype]
@@ -55,10 +55,13 @@ class Tally:
         needs: the kind of statistic.
         groups: the same on all ranks.
         device: where the statistics are to be.
+        uneven: the tokens of the longest batch of all ranks over those of the shortest.
     """
 
-    def __init__(self, team: Team, needs: StatisticType, groups: Sequence[Group], device: torch.device) -> None:
-        self._team, self._needs, self._groups, self._device = team, needs, groups, device
+    def __init__(
+        self, team: Team, needs: StatisticType, groups: Sequence[Group], device: torch.device, uneven: float
+    ) -> None:
+        self._team, self._needs, self._groups, self._device, self._uneven = team, needs, groups, device, uneven
         self._tiles: dict[int, list[list[Tile]]] = {}  # of each group, by their owners
         self._load = [0.0] * team.size
         self._held: list[Sequence[Fed]] = []  # of the turns since the last exchange
@@ -86,7 +89,9 @@ class Tally:
                 if turn + 1 == len(turns):
                     del tensors[rank]  # before the next rank's take memory
         most = max(sum(_nbytes(kinds) for feds in theirs for *_, kinds in feds) for theirs in of_ranks)
-        self._turns = max(1, min(_MOST_TURNS, _HELD_BYTES * len(turns) // max(most, 1)))  # the same on all ranks
+        self._turns = max(
+            1, min(_MOST_TURNS, round(HELD_BYTES * len(turns) / self._uneven / max(most, 1) / self._team.size))
+        )  # the same on all ranks
 
     def complete(self) -> None:
         """Hand round what is left, and the tiles, so that all ranks have all sums."""
