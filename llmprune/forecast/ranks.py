@@ -12,10 +12,10 @@ from llmprune.forecast.yardstick import SolvingTime, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
 from llmprune.model.probe import Trial, without_dense
-from llmprune.model.tally import HELD_BYTES
 from llmprune.planning import Plan
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
+from llmprune.team.parcels import most_bytes
 from llmprune.team.team import deal
 
 NETWORK = 1.25e9  # bytes a second: 10 Gbit/s
@@ -27,13 +27,13 @@ def seen(needs: StatisticType, trial: Trial) -> StatisticType:
 
 
 def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: Outline, on: str) -> list[Part]:
-    """Return what a rank holds to hand round: copies of the inputs of its batch, and the sums that it has made."""
+    """Return what a rank holds to hand round: the inputs of its batch and of others', and the sums that it has made."""
     needs = seen(needs, trial)
-    size = 0.0 if needs is ColumnNorm else _fed_in(needs) * workload.tokens_at_once * trial.input_bytes
-    held = HELD_BYTES * (1 + 1 / workload.ranks) if size else 0.0  # several small batches are handed round at once
+    size = 0 if needs is ColumnNorm else int(_fed_in(needs) * workload.tokens_at_once * trial.input_bytes)
+    handed = most_bytes(size, workload.ranks) if size else 0
     sums = max(_dealt_bytes(needs, group.inputs, host, workload.ranks) for group in trial.groups)
     return [
-        Part("inputs handed round", max(2 * size, held), "copies of the inputs of a batch, and a buffer as large", on),
+        Part("inputs handed round", handed, "copies of a batch's inputs, and what comes from other ranks", on),
         Part("sums handed round", sums, "a rank's share of the widest Gram matrix, in one buffer", on),
     ]
 

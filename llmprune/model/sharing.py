@@ -10,9 +10,10 @@ from llmprune.errors import UnsupportedModelError
 from llmprune.model.collect import Collector, require_all_finite
 from llmprune.model.groups import Group
 from llmprune.model.sites import Site
-from llmprune.model.tally import Fed, Tally
+from llmprune.model.tally import Tally
 from llmprune.model.walks import Walks
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
+from llmprune.team.parcels import Parcels
 from llmprune.team.team import Team
 
 
@@ -27,7 +28,8 @@ class SharedCollector(Collector):
 
     team: Team = field(default_factory=Team)
     settle: Callable[[], None] = lambda: None
-    _given: list[Fed] = field(default_factory=list, init=False)
+    _tally: Tally = field(init=False)  # of what is summed now
+    _parcels: Parcels | None = field(default=None, init=False)
     _number: dict[Site, int] = field(default_factory=dict, init=False)  # of a group, by its first site
 
     def __post_init__(self) -> None:
@@ -53,8 +55,7 @@ class SharedCollector(Collector):
     def _sum(self, index: int, groups: Sequence[Group], seen: Mapping[Site, Sequence[Tensor]] | None = None) -> None:
         self.settle()
         by_leader = {group.sites[0]: group for group in groups}
-        self._number = {site: number for number, site in enumerate(by_leader)}
-        tally = Tally(self.team, self.needs, groups, self.lanes.device(index), self._uneven)
+        self._begin(index, groups)
         for turn in range(self._turns):
             if turn == 0 and seen is not None and self.team.leads:
                 for leader in by_leader.keys() & seen.keys():
@@ -62,15 +63,14 @@ class SharedCollector(Collector):
                         self._add(by_leader[leader], x, turn)
             elif turn < self._batches:
                 self._sum_lane(index, turn, by_leader)
-            tally.add(self._take())
-        tally.complete()
+            self._tally.end_turn()
+        self._tally.complete()
         require_all_finite(groups)
 
     def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
         group = Group([site])
-        self._number = {site: 0}
+        self._begin(index, [group])
         given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))
-        tally = Tally(self.team, self.needs, [group], self.lanes.device(index), self._uneven)
         for turn in range(self._turns):
             if turn < self._batches and turn in given:  # those beyond are twins
                 self._add(
@@ -79,8 +79,8 @@ class SharedCollector(Collector):
                     turn,
                     given.get(turn + self._batches) if issubclass(self.needs, CrossGram) else None,
                 )
-            tally.add(self._take())
-        tally.complete()
+            self._tally.end_turn()
+        self._tally.complete()
         require_all_finite([group])
         return group.statistic
 
@@ -102,13 +102,16 @@ class SharedCollector(Collector):
                 return
             yield sites[place], inputs, fresh
 
+    def _begin(self, index: int, groups: Sequence[Group]) -> None:
+        """Begin to sum up what groups of a stage are fed."""
+        device = self.lanes.device(index)
+        if self._parcels is None or self._parcels.device != device:
+            self._parcels = Parcels(self.team, device)
+        self._number = {group.sites[0]: number for number, group in enumerate(groups)}
+        self._tally = Tally(self._parcels, self.needs, groups, self._uneven)
+
     def _add(self, group: Group, x: Tensor, lane: int, dense: Tensor | None = None) -> None:
-        """Keep a lane's input, as it is now: the model may change it later."""
         number = self._number[group.sites[0]]
         for sequences, tensors in self._pieces(x, lane, dense):
-            with torch.autocast(x.device.type, enabled=False):
-                self._given.append(Fed.of(number, sequences, tensors, self.needs))
-
-    def _take(self) -> list[Fed]:
-        given, self._given = self._given, []
-        return given
+            with torch.autocast(x.device.type, enabled=False):  # the forward's, within which inputs are seen
+                self._tally.take(number, sequences, tensors)

@@ -64,6 +64,11 @@ class Team:
 
     def hand(self, tensor: Tensor, source: int) -> None:
         """Overwrite the tensor, of the same shape and dtype on all ranks, with that of rank `source`."""
+        self.start(tensor, source)()
+
+    def start(self, tensor: Tensor, source: int) -> Callable[[], None]:
+        """Start to `hand` a tensor and return what waits for it; ranks must start several in the same order."""
+        return lambda: None
 
 
 def in_turn(shares: Sequence[Sequence[T]]) -> list[T]:
