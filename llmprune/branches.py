@@ -113,6 +113,11 @@ class Branch:
         portions = Portions(run.team, store.weight, run.plan, solver, run.report, loads, store.solved)
         return cls(run, store, portions)
 
+    @property
+    def solving(self) -> float:
+        """Seconds that were needed to solve."""
+        return self.run.report.clock.seconds.get(SOLVE, 0.0)
+
     def solve(self, group: Group) -> None:
         """Solve the sites of a group in this branch's way, as far as they are this rank's."""
         for site in group.sites:
@@ -171,8 +176,7 @@ class Pass(Run):
         super().prune()
         for branch in self.branches:
             report = branch.run.report
-            solving = sum(self.team.gather(report.clock.seconds.get(SOLVE, 0.0)))
-            report.clock.seconds |= self.report.clock.seconds | {SOLVE: solving}
+            report.clock.seconds |= self.report.clock.seconds
             branch.run.close()
             report.notes.extend(note for note in self.report.notes if note not in report.notes)
 
@@ -182,9 +186,17 @@ class Pass(Run):
         return {}
 
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
+        before = [branch.solving for branch in self.branches]
         for group in groups:
             for branch in self.branches:
                 branch.solve(group)
         with self.exchanging():
             for branch in self.branches:
                 branch.portions.settle()
+        self._add_up(before)
+
+    def _add_up(self, before: Sequence[float]) -> None:
+        """Let each branch's time to solve be that of all ranks, since `before`, when it was so."""
+        took = self.team.gather([branch.solving - then for branch, then in zip(self.branches, before, strict=True)])
+        for branch, then, *of_ranks in zip(self.branches, before, *took, strict=True):
+            branch.run.report.clock.seconds[SOLVE] = then + sum(of_ranks)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -12,8 +11,8 @@ from llmprune.errors import RecipeError
 from llmprune.model import Lanes
 from llmprune.model.collect import Collector
 from llmprune.model.memory import batch_size, fits_side_by_side, parameter_bytes, statistics_budget
-from llmprune.model.sharing import SharedCollector
-from llmprune.planning import Host, Plan, multiplied_in, sums_inputs
+from llmprune.model.sharing import collector_of
+from llmprune.planning import Host, Plan, asks_autocast, multiplied_in, sums_inputs
 from llmprune.recipe import Recipe
 from llmprune.statistics import CrossGram, Gradient
 from llmprune.team.team import Team
@@ -46,7 +45,7 @@ class Feed:
         notes = []
         if self.recipe.dense_target and any(site.expert is not None for site in plan.all_sites()):
             notes.append("blocks with experts are fitted to their own outputs: no dense target follows tokens")
-        if self._asks_autocast and not self._autocast:
+        if asks_autocast(self.host, self.recipe) and not self._autocast:
             why = "bfloat16 is not faster here" if sums_inputs(self.recipe) else "no method sums up inputs"
             notes.append(f"autocast: {why}, so nothing ran in bfloat16")
         return notes
@@ -100,13 +99,8 @@ class Feed:
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
         statistic = CrossGram if self.recipe.dense_target else needs
-        how = lanes, statistic, budget, self.recipe.true_sequential, fits, twins
-        shared = partial(SharedCollector, team=self.team, settle=settle)
-        return Collector(*how) if self.team.size == 1 else shared(*how)
-
-    @property
-    def _asks_autocast(self) -> bool:
-        return self.recipe.autocast and self.host.dtype == torch.float32
+        how = {"true_sequential": self.recipe.true_sequential, "side_by_side": fits, "twins": twins}
+        return collector_of(self.team, lanes, statistic, budget, settle, **how)
 
     @property
     def _autocast(self) -> torch.dtype | None:

@@ -65,9 +65,14 @@ class Plan:
         )
 
 
+def asks_autocast(host: Host, recipe: Recipe) -> bool:
+    """Say whether calibration is to multiply in bfloat16: only a float32 model would otherwise not."""
+    return recipe.autocast and host.dtype == torch.float32
+
+
 def multiplied_in(host: Host, recipe: Recipe) -> torch.dtype | None:
     """Return the dtype that calibration multiplies in, if not that of the weights."""
-    asked = recipe.autocast and host.dtype == torch.float32 and sums_inputs(recipe)
+    asked = asks_autocast(host, recipe) and sums_inputs(recipe)
     return torch.bfloat16 if asked and kernels.multiplies_bfloat16(host.place) else None
 
 

@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from llmprune.uploading import Published
 
 _SHOWN_NOTES = 8  # a mixture may have one for each of a thousand experts
-_PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy")
+_PACKAGES = (
+    "llmprune",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "triton",
+)
 
 
 @dataclass(frozen=True)
@@ -83,20 +93,23 @@ class SiteReport:
 
 @dataclass
 class Clock:
-    """Seconds spent in each phase."""
+    """Seconds spent in each phase; what lies within another phase counts for itself alone."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _within: float = field(default=0.0, init=False)  # seconds that phases within the present one have taken
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time inside the block, and until a GPU has done what it was given, to the phase called `name`."""
-        started = time.perf_counter()
+        started, before, self._within = time.perf_counter(), self._within, 0.0
         try:
             yield
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            took = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
+            self._within = before + took
 
 
 @dataclass

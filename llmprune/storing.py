@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import Any, Protocol
 
+import torch
+
 from llmprune.checkpoint import ALLOCATION, Sink, Source
 from llmprune.checkpoint.sink import difference
 from llmprune.errors import RankError
@@ -13,7 +15,7 @@ from llmprune.report import Report, SiteReport, hardware, versions
 from llmprune.team.team import Team
 from llmprune.tuning import BlockTuning
 
-_DECISIVE = ("llmprune", "torch", "transformers")  # packages whose versions may change the bytes of a result
+_DECISIVE = ("llmprune", "torch", "transformers", "triton")  # packages whose versions may change a result's bytes
 
 
 class Store(Protocol):
@@ -174,6 +176,10 @@ def fingerprint(source: Source, report: Report) -> dict[str, Any]:
         "calibration": report.calibration,
         "versions": {package: installed[package] for package in _DECISIVE if package in installed},
         "hardware": hardware(),
+        "arithmetic": {
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        },
     }
 
 

@@ -1,6 +1,7 @@
 """`llmprune.plan`: what it foretells is what a run does, and it reads no weight."""
 
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from llmprune.checkpoint import Source
 from llmprune.errors import LlmpruneError
 from llmprune.forecast import Part, Workload
 from llmprune.forecast.disk import disk
-from llmprune.forecast.duration import forward_seconds, solving_seconds, statistics_seconds
+from llmprune.forecast.duration import forward_seconds, solving_seconds, statistics_seconds, tuning_seconds
 from llmprune.forecast.memory import loading_memory, outer_memory, stage_memory
 from llmprune.forecast.yardstick import SolvingTime, copied_bytes, solving_bytes, solving_time, statistic_work
 from llmprune.methods import get
@@ -521,12 +522,36 @@ def test_ranks_hand_round_the_dense_models_inputs_too(saved: Callable[[str], Pat
 def test_ranks_share_a_step_of_tuning_by_its_batches_and_hand_round_their_gradients(
     saved: Callable[[str], Path],
 ) -> None:
-    assert [Workload(16, 10, 1, CPU, ranks=ranks).step for ranks in (1, 2, 3, 8)] == [(4, 4), (4, 2), (4, 2), (4, 1)]
+    assert [Workload(16, 10, 1, CPU, ranks=ranks).step for ranks in (1, 2, 8, 16)] == [(4, 4), (4, 4), (4, 2), (4, 1)]
     assert Workload(16, 10, 4, CPU, ranks=8).step == (1, 1)
+    assert Workload(2, 10, 1, CPU, ranks=4).step == (2, 1), "a step has no more batches than there are"
     twice, once = (llmprune.plan(saved("llama"), ranks=2, **DENSE, tune_epochs=epochs) for epochs in (3, 1))
     exchange = [by_name(plan.time)["exchange"] for plan in (twice, once)]
     weights = tiny.BLOCKS * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
     assert (exchange[0] - exchange[1]) * 1.25e9 == pytest.approx((3 - 1) * 6 * weights * 4 / 2)
+
+
+@pytest.mark.parametrize(("sequences", "ranks"), [(16, 1), (16, 2), (5, 3), (4, 4), (2, 4)])
+def test_a_step_of_tuning_waits_for_the_rank_with_the_most_of_its_batches(sequences: int, ranks: int) -> None:
+    workload = Workload(sequences, 10, 1, CPU, ranks=ranks)
+    drawn = list(itertools.combinations([number % ranks for number in range(sequences)], workload.step[0]))
+    assert max(max(Counter(owners).values()) for owners in drawn) == workload.step[1]
+    average = sum(max(Counter(owners).values()) for owners in drawn) / len(drawn)
+    assert workload.waited_for == pytest.approx(average)
+    seconds = tuning_seconds([trial([Group([site(8, 4)], calls=1)], [1.0])], workload, 1).amount
+    assert seconds == pytest.approx(3 * sequences * (1000 * 10 + 2 * 10**2) * 0.001 * average / workload.step[0])
+
+
+def test_ranks_hand_round_what_shares_out_a_sparsity(saved: Callable[[str], Path]) -> None:
+    options: dict[str, Any] = {"method": "wanda", "length": 24, "samples": 10}
+    plain, owl, fisher = (
+        by_name(llmprune.plan(saved("llama"), ranks=2, allocation=way, **options).time)["exchange"]
+        for way in ("uniform", "owl", "fisher")
+    )
+    inputs = 8 * 24 * (3 * 64 + 96) * 4 * tiny.BLOCKS / 2
+    sums = sum(Gram.nbytes(width) / 2 for width in (64, 64, 64, 96)) * tiny.BLOCKS / 2
+    assert (owl - plain) * 1.25e9 == pytest.approx(inputs + sums)
+    assert (fisher - owl) * 1.25e9 == pytest.approx(4 * 4 * (2 * 64 + 2 * 32 + 2 * 96 + 64) * tiny.BLOCKS / 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -159,6 +159,14 @@ def other_version(source: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr("llmprune.storing.versions", lambda: {"torch": "9.9"})
 
 
+def other_precision(source: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+
+
+def other_processor(source: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE")
+
+
 CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "recipe": ({"pattern": "60%"}, None, r"recipe\.pattern \(50%, now 60%\)"),
     "seed": ({"seed": 1}, None, r"recipe\.seed \(0, now 1\)"),
@@ -166,6 +174,10 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "data": ({"calibration": tiny.ids(4, 16, seed=9)}, None, r"calibration\.fingerprint"),
     "source": ({}, touch, r"source\.files\.config\.json\.mtime_ns"),
     "threads": ({}, other_threads, r"hardware\.threads \(\d+, now 99\)"),
+    "autocast": ({"autocast": True}, None, r"recipe\.autocast \(False, now True\)"),
+    "dtype": ({"dtype": "bfloat16"}, None, r"recipe\.dtype \(auto, now bfloat16\)"),
+    "precision": ({}, other_precision, r"arithmetic\.float32_matmul_precision \(\w+, now medium\)"),
+    "processor": ({}, other_processor, r"arithmetic\.instructions \(\w+, now NONE\)"),
     "version": ({}, other_version, r"versions\.torch \(\S+, now 9\.9\)"),
 }
 

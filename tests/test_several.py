@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 import llmprune
 import tiny
 from llmprune import several
+from llmprune.branches import SOLVE, Pass
 from llmprune.errors import CheckpointError, LlmpruneError, PatternError, RecipeError
 from llmprune.model import Streamed
 from llmprune.model.collect import Collector
+from llmprune.report import Clock
 from llmprune.statistics import Gram
 from llmprune.storing import OnDisk
 
@@ -166,6 +169,29 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(
         assert same_weights(one.out, other.out)
         assert one.sites == other.sites and set(one.memory) == set(other.memory)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(NAMES)
+
+
+def test_time_to_solve_is_that_of_all_ranks_once() -> None:
+    """Also of what a resumed pass has been told of, which all ranks know."""
+    team = SimpleNamespace(gather=lambda mine: [mine, [0.5, 0.25]])
+    clocks = [Clock({SOLVE: 10.0 + 1.0}), Clock({SOLVE: 2.0})]  # the first has taken ten seconds before, the other none
+    branches = [
+        SimpleNamespace(run=SimpleNamespace(report=SimpleNamespace(clock=clock)), solving=clock.seconds[SOLVE])
+        for clock in clocks
+    ]
+    Pass._add_up(SimpleNamespace(team=team, branches=branches), [10.0, 0.0])  # type: ignore[arg-type]
+    assert [clock.seconds[SOLVE] for clock in clocks] == [10.0 + 1.0 + 0.5, 2.0 + 0.25]
+
+
+def test_a_phase_within_another_counts_for_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 1.0, 3.0, 10.0, 20.0, 21.0])
+    monkeypatch.setattr("llmprune.report.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    clock = Clock()
+    with clock.phase("exchange"), clock.phase("write"):
+        pass
+    with clock.phase("exchange"):
+        pass
+    assert clock.seconds == {"write": 2.0, "exchange": 10.0 - 2.0 + 1.0}
 
 
 def test_a_complete_result_is_left_as_it_is(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ from llmprune.budget.curves import SAMPLED_ROWS, Loss, Solver, losses, sampled
 from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.calibration import Tokens
 from llmprune.model import Lanes
-from llmprune.model.collect import Collector
 from llmprune.model.gradients import Tape
 from llmprune.model.groups import Group
 from llmprune.model.memory import home_device, most_kept, parameter_bytes, statistics_budget
-from llmprune.model.sharing import SharedCollector
+from llmprune.model.sharing import collector_of
 from llmprune.model.sites import Site, Stage
 from llmprune.planning import Host
 from llmprune.progress import Progress
@@ -140,8 +139,7 @@ class DensePass:
         blocks = self.host.blocks
         largest = max(parameter_bytes(block.module) for block in blocks)
         budget = self.team.tell(statistics_budget(largest, self.host.place))
-        alone = self.team.size == 1
-        collector = Collector(lanes, Gram, budget) if alone else SharedCollector(lanes, Gram, budget, team=self.team)
+        collector = collector_of(self.team, lanes, Gram, budget)
         with Progress(len(blocks), "measuring", "block") as bar:
             for index, stage in enumerate(blocks):
                 self.host.load(stage)

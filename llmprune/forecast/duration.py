@@ -80,8 +80,8 @@ def _collecting(trial: Trial, workload: Workload) -> float:
 
 def tuning_seconds(trials: Sequence[Trial], workload: Workload, epochs: int) -> Part:
     """Return the time of tuning: a forward, and a backward of twice its work, of each sequence in each epoch."""
-    batches, most = workload.step
-    forwards = 3 * epochs * workload.sequences * most / batches
+    batches, _ = workload.step
+    forwards = 3 * epochs * workload.sequences * workload.waited_for / batches
     seconds = sum(forwards * trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials)
     return Part("tuning", seconds, "three forwards of each sequence in each epoch; more where smaller steps are tried")
 

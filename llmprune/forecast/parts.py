@@ -1,6 +1,7 @@
 """A part of a sum that is foretold, and the work that calibration is."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,11 +93,35 @@ class Workload:
 
     @property
     def step(self) -> tuple[int, int]:
-        """Batches of a step of tuning, and those that the rank which has the most runs of them."""
-        batches = max(1, STEP_SEQUENCES // self.batch)
-        return batches, math.ceil(batches / self.ranks)
+        """Batches of a step of tuning, and the most of them that one rank runs: they are drawn at random."""
+        batches = min(max(1, STEP_SEQUENCES // self.batch), math.ceil(self.sequences / self.batch))
+        return batches, min(batches, self.batches)
+
+    @property
+    def waited_for(self) -> float:
+        """Batches of a step of tuning that the rank which has the most of them runs, on average."""
+        batches, _ = self.step
+        every = range(math.ceil(self.sequences / self.batch))
+        return most_drawn([len(every[rank :: self.ranks]) for rank in range(self.ranks)], batches)
 
     @property
     def share(self) -> float:
         """A rank's share of the sequences."""
         return min(1.0, self.batches * self.batch / self.sequences)
+
+
+def most_drawn(shares: Sequence[int], count: int) -> float:
+    """Return how many of `count` things that are drawn at random come from the share that has the most of them, on average."""
+    ways = math.comb(sum(shares), count)
+    return sum(1 - _ways(shares, count, most) / ways for most in range(count))
+
+
+def _ways(shares: Sequence[int], count: int, most: int) -> int:
+    """Return in how many ways so many can be drawn with no more than `most` from any share."""
+    ways = [1] + [0] * count  # of drawing so many from the shares up to here
+    for share in shares:
+        ways = [
+            sum(ways[drawn - here] * math.comb(share, here) for here in range(min(most, drawn) + 1))
+            for drawn in range(count + 1)
+        ]
+    return ways[count]

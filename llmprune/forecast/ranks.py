@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from llmprune.budget.dense import MOST_FOLLOWED, MOST_SEQUENCES
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.yardstick import SolvingTime, statistic_work
 from llmprune.model import Outline
@@ -66,20 +67,40 @@ def network_seconds(
 ) -> Part:
     """Return the time that all exchanges take at `NETWORK`."""
     others = 1 - 1 / workload.ranks
-    inputs = sums = 0.0
-    for stage in plan.stages:
-        trial = trials[stage.name]
-        kind = seen(needs, trial)
-        for group, fed in zip(trial.groups, trial.fed, strict=True):
-            row = 4 / workload.length if kind is ColumnNorm else _fed_in(kind) * host.dtype.itemsize
-            inputs += workload.tokens * fed * group.inputs * row
-            sums += 0 if kind is ColumnNorm else _handed_bytes(kind, group.inputs)
+    inputs, sums = _fed_bytes([trials[stage.name] for stage in plan.stages], workload.sequences, needs, workload, host)
     weights = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
     gradients = weights * _gradient_bytes(recipe, workload, host)
-    total = others * (inputs + sums + weights * host.dtype.itemsize + gradients)
-    most = f"inputs {others * inputs / 1e9:.1f}, gradients {others * gradients / 1e9:.1f}"
+    dense = _allocation_bytes([trials[block.name] for block in host.blocks], workload, host, recipe)
+    total = others * (inputs + sums + weights * host.dtype.itemsize + gradients + dense)
+    named = {"inputs": inputs, "allocation": dense, "gradients": gradients}
+    most = ", ".join(f"{name} {others * amount / 1e9:.1f}" for name, amount in named.items() if amount)
     origin = f"{total / 1e9:.1f} GB come to each rank ({most}), at an assumed 10 Gbit/s"
     return Part("exchange", total / NETWORK, origin)
+
+
+def _fed_bytes(
+    trials: Sequence[Trial], sequences: int, needs: StatisticType, workload: Workload, host: Outline
+) -> tuple[float, float]:
+    """Return the bytes of all inputs that so many sequences feed to stages, and those of the sums."""
+    inputs = sums = 0.0
+    for trial in trials:
+        kind = seen(needs, trial)
+        row = 4 / workload.length if kind is ColumnNorm else _fed_in(kind) * host.dtype.itemsize
+        for group, fed in zip(trial.groups, trial.fed, strict=True):
+            inputs += sequences * workload.length * fed * group.inputs * row
+            sums += 0 if kind is ColumnNorm else _handed_bytes(kind, group.inputs)
+    return inputs, sums
+
+
+def _allocation_bytes(blocks: Sequence[Trial], workload: Workload, host: Outline, recipe: Recipe) -> float:
+    """Return the bytes of the pass of the dense model that shares out a sparsity, if there is one."""
+    if recipe.allocation == "uniform" or recipe.allocation_file:
+        return 0.0
+    handed = sum(_fed_bytes(blocks, min(MOST_SEQUENCES, workload.sequences), Gram, workload, host))
+    if recipe.allocation == "fisher":  # squares of the gradient of each output, of one sequence after another
+        outputs = sum(site.shape[0] for trial in blocks for group in trial.groups for site in group.sites)
+        handed += 4 * outputs * min(MOST_FOLLOWED, workload.sequences)
+    return handed
 
 
 def _gradient_bytes(recipe: Recipe, workload: Workload, host: Outline) -> float:

@@ -8,13 +8,29 @@ from torch import Tensor
 
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.collect import Collector, require_all_finite
-from llmprune.model.groups import Group
+from llmprune.model.groups import Group, StatisticType
+from llmprune.model.lanes import Lanes
 from llmprune.model.sites import Site
 from llmprune.model.tally import Tally
 from llmprune.model.walks import Walks
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
 from llmprune.team.parcels import Parcels
 from llmprune.team.team import Team
+
+
+def collector_of(
+    team: Team, lanes: Lanes, needs: StatisticType, budget: int, settle: Callable[[], None] | None = None, **how: bool
+) -> Collector:
+    """Return what sums up the inputs that the lanes of a team feed to sites.
+
+    Args:
+        team: one process, or several whose shares of the lanes are put together.
+        lanes, needs, budget: as `Collector` has them; `how` as well.
+        settle: as `SharedCollector` has it.
+    """
+    if team.size == 1:
+        return Collector(lanes, needs, budget, **how)
+    return SharedCollector(lanes, needs, budget, **how, team=team, settle=settle or (lambda: None))
 
 
 @dataclass
