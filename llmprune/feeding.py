@@ -6,20 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
+from llmprune.batching import sequences_a_forward
 from llmprune.calibration import Tokens, batches
 from llmprune.errors import RecipeError
 from llmprune.model import Lanes
 from llmprune.model.collect import Collector
-from llmprune.model.memory import batch_size, fits_side_by_side, parameter_bytes, statistics_budget
+from llmprune.model.memory import fits_side_by_side, parameter_bytes, statistics_budget
 from llmprune.model.sharing import collector_of
 from llmprune.planning import Host, Plan, asks_autocast, multiplied_in, sums_inputs
 from llmprune.recipe import Recipe
-from llmprune.statistics import CrossGram, Gradient
+from llmprune.statistics import CrossGram
 from llmprune.team.team import Team
 from llmprune.thrift import Thrift
-from llmprune.tuning import sequences_at_once
-
-_AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,10 @@ class Feed:
         return notes
 
     def batch_size(self) -> int:
-        """Return how many sequences go through a block at once; one where gradients of single sequences are needed."""
-        if self.recipe.needs is Gradient:
-            return 1
+        """Return how many sequences go through a block at once."""
         rows = self.tokens.rows if self.tokens else []
         longest = max((len(row) for row in rows), default=1)
-        most = batch_size(longest, self.host.config, self.host.dtype, self.host.place)
-        if self._autocast and self.host.place.type == "cpu":
-            most = max(1, _AUTOCAST_TOKENS // longest)
-        return self.recipe.batch_size or (sequences_at_once(most, len(rows)) if self.recipe.tune_epochs else most)
+        return sequences_a_forward(self.host, self.recipe, longest, len(rows))
 
     def lanes(self, sequences: int) -> AbstractContextManager[Lanes | None]:
         """Return this rank's lanes of so many sequences each; None where the method sees no inputs.

@@ -16,7 +16,7 @@ from llmprune.model.memory import statistics_budget
 from llmprune.model.probe import Trial, try_blocks, try_head
 from llmprune.model.streamed import stored_dtype
 from llmprune.options import require_whole
-from llmprune.planning import Plan, make_plan
+from llmprune.planning import Plan, make_plan, multiplied_in
 from llmprune.progress import size_text
 from llmprune.recipe import Recipe
 from llmprune.report import hardware, versions
@@ -155,7 +155,9 @@ def _trials(host: Outline, plan: Plan, recipe: Recipe, workload: Workload) -> di
     host.open(workload.home)
     budget = statistics_budget(max(host.bytes_of(block) for block in host.blocks), host.place)
     held, home, length = workload.side_by_side, workload.home, workload.length
-    trials = try_blocks(host, plan.sites, needs, budget, recipe.true_sequential, home, length, held)
+    autocast, at_once = multiplied_in(host, recipe), workload.tokens_at_once
+    sequential = recipe.true_sequential
+    trials = try_blocks(host, plan.sites, needs, budget, sequential, home, length, held, autocast, at_once)
     if head := plan.sites.get(host.head.name):
         trials[host.head.name] = try_head(host, head, needs, trials[host.blocks[-1].name])
     return trials

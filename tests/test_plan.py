@@ -31,7 +31,7 @@ from llmprune.model.collect import Collector
 from llmprune.model.groups import Group, find_groups
 from llmprune.model.live import LiveBytes, bytes_of
 from llmprune.model.outline import zeros
-from llmprune.model.probe import Trial, try_blocks, waiting_bytes
+from llmprune.model.probe import Trial, _line, _per_flop, try_blocks, waiting_bytes
 from llmprune.model.sites import Site, sites_of
 from llmprune.model.skeleton import merged_on_load
 from llmprune.patterns import NM, Unstructured
@@ -443,7 +443,14 @@ def test_tuning_has_its_time_and_its_memory(saved: Callable[[str], Path]) -> Non
     assert sum(forecast.peak(twice.memory).values()) > sum(forecast.peak(plain.memory).values())
 
 
-DENSE: dict[str, Any] = {"preset": "fast", "pattern": "50%", "length": 24, "samples": 6, "device": "cpu"}
+DENSE: dict[str, Any] = {
+    "preset": "fast",
+    "pattern": "50%",
+    "length": 24,
+    "samples": 6,
+    "device": "cpu",
+    "autocast": False,
+}
 
 
 def by_name(parts: list[Part]) -> dict[str, float]:
@@ -552,6 +559,42 @@ def test_ranks_hand_round_what_shares_out_a_sparsity(saved: Callable[[str], Path
     sums = sum(Gram.nbytes(width) / 2 for width in (64, 64, 64, 96)) * tiny.BLOCKS / 2
     assert (owl - plain) * 1.25e9 == pytest.approx(inputs + sums)
     assert (fisher - owl) * 1.25e9 == pytest.approx(4 * 4 * (2 * 64 + 2 * 32 + 2 * 96 + 64) * tiny.BLOCKS / 2)
+
+
+@pytest.mark.skipif(not kernels.multiplies_bfloat16(CPU), reason="float32 is as fast here")
+def test_a_plan_knows_what_is_multiplied_in_bfloat16(saved: Callable[[str], Path]) -> None:
+    options: dict[str, Any] = {"method": "sparsegpt", "length": 24, "samples": 6}
+    half, full = (llmprune.plan(saved("llama"), ranks=2, autocast=asked, **options) for asked in (True, False))
+    inputs = 6 * 24 * (3 * 64 + 96) * tiny.BLOCKS / 2
+    exchange = [by_name(plan.time)["exchange"] * 1.25e9 for plan in (half, full)]
+    assert exchange[1] - exchange[0] == pytest.approx((4 - 2) * inputs)
+    assert (
+        "measured with one batch of 6 x 24 tokens" in {part.name: part.origin for part in half.memory}["hidden states"]
+    )
+
+
+@pytest.mark.skipif(not kernels.multiplies_bfloat16(CPU), reason="float32 is as fast here")
+def test_a_forward_that_rounds_weights_takes_what_is_foretold(saved: Callable[[str], Path]) -> None:
+    folder, tokens = saved("llama"), tiny.CONTEXT
+    host = outline(folder)
+    host.open(CPU)
+    sites = {block.name: sites_of(block) for block in host.blocks}
+    trials = try_blocks(host, sites, Gram, 1 << 30, False, CPU, tokens, autocast=torch.bfloat16, at_once=tokens)
+    host.load(host.blocks[0])
+    with (
+        Lanes(host.model, host.blocks, [tiny.ids(1, tokens)], CPU, host.device_of, torch.bfloat16) as lanes,
+        LiveBytes() as live,
+    ):
+        lanes.run(0, 0)
+    found = trials[host.blocks[0].name]
+    assert found.forward_memory(tokens) == pytest.approx(live.peak, rel=0.3)
+    assert found.rounded_bytes > 0 and found.seconds_per_flop > 0 and found.plain_seconds_per_flop > 0
+
+
+def test_rounding_weights_counts_once_a_forward() -> None:
+    assert _line((8, 64), (30.0, 142.0)) == (2.0, 14.0)
+    assert _per_flop((100, 1000), (7.0, 25.0), 10_000) == pytest.approx(0.02 + 5.0 / 10_000)
+    assert _line((8, 64), (30.0, 20.0)) == (0.0, 30.0), "measured times may fall"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -32,18 +32,19 @@ def dense_seconds(
     """Return the time of the passes that a recipe adds to a run."""
     sequences, ranks = min(MOST_SEQUENCES, workload.sequences), workload.ranks
     forward = sum(trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials)
+    back = sum(trial.forward_flops(workload.length) * trial.plain_seconds_per_flop for trial in trials)
     if recipe.needs is Gradient:
-        seconds = _BACKWARD * forward * math.ceil(workload.sequences / ranks)
+        seconds = _BACKWARD * back * math.ceil(workload.sequences / ranks)
         return [Part("gradients", seconds, "a forward timed here, and what a backward usually takes of it")]
     if recipe.allocation == "uniform" or recipe.allocation_file:
         return []
-    each = statistic_time(Gram, widest, host.dtype, host.place)
+    each = statistic_time(Gram, widest, workload.dtype, host.place)
     seconds = 2 * forward * math.ceil(sequences / ranks)
     if recipe.allocation == "fisher":
-        seconds += _BACKWARD * forward * math.ceil(min(MOST_FOLLOWED, sequences) / ranks)
+        seconds += _BACKWARD * back * math.ceil(min(MOST_FOLLOWED, sequences) / ranks)
     for trial in trials:
         work = [fed * statistic_work(Gram, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)]
-        share = statistics_share(trial.groups, trial.fed, Gram, host, ranks) if work else 0.0
+        share = statistics_share(trial.groups, trial.fed, Gram, host, workload) if work else 0.0
         seconds += sequences * workload.length * sum(work) * each * share
     if recipe.allocation != "owl":
         times = solving_time(cut_short(recipe.solver()), recipe.target(), host.dtype, host.place)

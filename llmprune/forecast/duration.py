@@ -26,7 +26,7 @@ def duration(
             solving_seconds([[Group([site]) for site in sites] for sites in plan.sites.values()], times, recipe, ranks)
         ]
     widest = max(site.shape[1] for site in plan.all_sites())
-    each = statistic_time(needs, widest, host.dtype, host.place)
+    each = statistic_time(needs, widest, workload.dtype, host.place)
     blocks = [trials[block.name] for block in host.blocks]
     parts = [
         *dense_seconds(host, recipe, workload, stages, widest),
@@ -108,7 +108,7 @@ def statistics_seconds(
             fed * statistic_work(kind, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)
         )
         if host and workload.ranks > 1 and trial.groups:
-            whole *= statistics_share(trial.groups, trial.fed, kind, host, workload.ranks)
+            whole *= statistics_share(trial.groups, trial.fed, kind, host, workload)
         work += whole
     seconds = workload.tokens * work * seconds_per_operation
     return Part("statistics", seconds, "timed here on a sample, scaled by tokens and size")

@@ -146,11 +146,13 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
     scaled = "measured on a few tokens of one block, scaled by tokens"
     widest = max(group.inputs for group in trial.groups)
     needs = collected(recipe)
-    copies = copied_bytes(seen(needs, trial), widest, workload.length, host.dtype, host.place) if needs else 0
+    copies = copied_bytes(seen(needs, trial), widest, workload.length, workload.dtype, host.place) if needs else 0
+    if workload.dtype != host.dtype:
+        copies += workload.tokens_at_once * widest * workload.dtype.itemsize
     inputs = 0 if trial.side_by_side else trial.input_bytes  # those are among what is held
     return [
         Part("inputs of one batch", workload.tokens_at_once * inputs, scaled, on),
-        Part("one forward", workload.tokens_at_once * trial.forward_bytes, scaled, on),
+        Part("one forward", trial.forward_memory(workload.tokens_at_once), scaled, on),
         Part("copies for statistics", copies, "measured on samples, scaled by tokens and size", on),
     ]
 
@@ -169,7 +171,7 @@ def tuning_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: 
     gradients = workload.step[1] if workload.ranks > 1 else 1
     each = 4 * 4 + (3 + gradients) * host.dtype.itemsize
     state = each * sum(site.shape[0] * site.shape[1] for site in sites)
-    forward = workload.tokens_at_once * trial.forward_bytes
+    forward = trial.forward_memory(workload.tokens_at_once)
     return [
         outputs_memory(host, workload, on, streams=2 if trial.side_by_side else 1),
         Part("weights while tuned", state, "in fp32 with gradients and Adam's means, and the best ones seen", on),

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from llmprune.batching import sequences_a_forward
 from llmprune.calibration import DEFAULT_SAMPLES
 from llmprune.model import Outline
-from llmprune.model.memory import batch_size, fits_side_by_side, home_device
-from llmprune.planning import context_length, window_length
+from llmprune.model.memory import fits_side_by_side, home_device
+from llmprune.planning import context_length, multiplied_in, window_length
 from llmprune.recipe import Recipe
-from llmprune.tuning import STEP_SEQUENCES, sequences_at_once
+from llmprune.tuning import STEP_SEQUENCES
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Workload:
         ranks: processes that share the work.
         twins: the same sequences go through the dense model too.
         side_by_side: all of them are held within a block while its matrices are pruned, but for blocks with experts.
+        dtype: that is multiplied in.
     """
 
     sequences: int
@@ -47,6 +49,7 @@ class Workload:
     ranks: int = 1
     twins: bool = False
     side_by_side: bool = False
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, recipe: Recipe, host: Outline, ranks: int = 1) -> "Workload":
@@ -57,13 +60,13 @@ class Workload:
         """
         length = window_length(recipe.length, context_length(host.config))
         sequences = recipe.samples or DEFAULT_SAMPLES
-        most = batch_size(length, host.config, host.dtype, host.place)
-        batch = recipe.batch_size or (sequences_at_once(most, sequences) if recipe.tune_epochs else most)
-        batch = min(batch, sequences)
+        batch = min(sequences_a_forward(host, recipe, length, sequences), sequences)
         lanes = math.ceil(sequences / batch / ranks) * (2 if recipe.dense_stream else 1)
         rows = [torch.empty(length, device="meta")] * (lanes * batch)
         home = home_device(host.place, rows, host.config, host.dtype)
-        workload = cls(sequences, length, batch, home, ranks, recipe.dense_stream)
+        workload = cls(
+            sequences, length, batch, home, ranks, recipe.dense_stream, dtype=multiplied_in(host, recipe) or host.dtype
+        )
         held = recipe.true_sequential and (bool(recipe.dense_target) or workload.fits_side_by_side(host))
         return replace(workload, side_by_side=held)
 

@@ -30,9 +30,10 @@ def seen(needs: StatisticType, trial: Trial) -> StatisticType:
 def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: Outline, on: str) -> list[Part]:
     """Return what a rank holds to hand round: the inputs of its batch and of others', and the sums that it has made."""
     needs = seen(needs, trial)
-    size = 0 if needs is ColumnNorm else int(_fed_in(needs) * workload.tokens_at_once * trial.input_bytes)
+    row = sum(group.inputs * fed for group, fed in zip(trial.groups, trial.fed, strict=True)) * workload.dtype.itemsize
+    size = 0 if needs is ColumnNorm else int(_fed_in(needs) * workload.tokens_at_once * row)
     handed = most_bytes(size, workload.ranks) if size else 0
-    sums = max(_dealt_bytes(needs, group.inputs, host, workload.ranks) for group in trial.groups)
+    sums = max(_dealt_bytes(needs, group.inputs, host, workload) for group in trial.groups)
     return [
         Part("inputs handed round", handed, "copies of a batch's inputs, and what comes from other ranks", on),
         Part("sums handed round", sums, "a rank's share of the widest Gram matrix, in one buffer", on),
@@ -40,13 +41,13 @@ def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: 
 
 
 def statistics_share(
-    groups: Sequence[Group], fed: Sequence[float], needs: StatisticType, host: Outline, ranks: int
+    groups: Sequence[Group], fed: Sequence[float], needs: StatisticType, host: Outline, workload: Workload
 ) -> float:
     """Return the largest share of the work of the statistics that a rank has."""
     work = [part * statistic_work(needs, group.inputs) for group, part in zip(groups, fed, strict=True)]
-    if needs is ColumnNorm or _in_tiles(host):
-        return 1 / ranks
-    load = [0.0] * ranks
+    if needs is ColumnNorm or _in_tiles(host, workload):
+        return 1 / workload.ranks
+    load = [0.0] * workload.ranks
     for one in work:
         deal([one], load)
     return max(load) / max(sum(work), 1e-9)
@@ -67,10 +68,10 @@ def network_seconds(
 ) -> Part:
     """Return the time that all exchanges take at `NETWORK`."""
     others = 1 - 1 / workload.ranks
-    inputs, sums = _fed_bytes([trials[stage.name] for stage in plan.stages], workload.sequences, needs, workload, host)
+    inputs, sums = _fed_bytes([trials[stage.name] for stage in plan.stages], workload.sequences, needs, workload)
     weights = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
     gradients = weights * _gradient_bytes(recipe, workload, host)
-    dense = _allocation_bytes([trials[block.name] for block in host.blocks], workload, host, recipe)
+    dense = _allocation_bytes([trials[block.name] for block in host.blocks], workload, recipe)
     total = others * (inputs + sums + weights * host.dtype.itemsize + gradients + dense)
     named = {"inputs": inputs, "allocation": dense, "gradients": gradients}
     most = ", ".join(f"{name} {others * amount / 1e9:.1f}" for name, amount in named.items() if amount)
@@ -79,24 +80,24 @@ def network_seconds(
 
 
 def _fed_bytes(
-    trials: Sequence[Trial], sequences: int, needs: StatisticType, workload: Workload, host: Outline
+    trials: Sequence[Trial], sequences: int, needs: StatisticType, workload: Workload
 ) -> tuple[float, float]:
     """Return the bytes of all inputs that so many sequences feed to stages, and those of the sums."""
     inputs = sums = 0.0
     for trial in trials:
         kind = seen(needs, trial)
-        row = 4 / workload.length if kind is ColumnNorm else _fed_in(kind) * host.dtype.itemsize
+        row = 4 / workload.length if kind is ColumnNorm else _fed_in(kind) * workload.dtype.itemsize
         for group, fed in zip(trial.groups, trial.fed, strict=True):
             inputs += sequences * workload.length * fed * group.inputs * row
             sums += 0 if kind is ColumnNorm else _handed_bytes(kind, group.inputs)
     return inputs, sums
 
 
-def _allocation_bytes(blocks: Sequence[Trial], workload: Workload, host: Outline, recipe: Recipe) -> float:
+def _allocation_bytes(blocks: Sequence[Trial], workload: Workload, recipe: Recipe) -> float:
     """Return the bytes of the pass of the dense model that shares out a sparsity, if there is one."""
     if recipe.allocation == "uniform" or recipe.allocation_file:
         return 0.0
-    handed = sum(_fed_bytes(blocks, min(MOST_SEQUENCES, workload.sequences), Gram, workload, host))
+    handed = sum(_fed_bytes(blocks, min(MOST_SEQUENCES, workload.sequences), Gram, workload))
     if recipe.allocation == "fisher":  # squares of the gradient of each output, of one sequence after another
         outputs = sum(site.shape[0] for trial in blocks for group in trial.groups for site in group.sites)
         handed += 4 * outputs * min(MOST_FOLLOWED, workload.sequences)
@@ -110,8 +111,8 @@ def _gradient_bytes(recipe: Recipe, workload: Workload, host: Outline) -> float:
     return host.dtype.itemsize * recipe.tune_epochs * workload.sequences / workload.batch
 
 
-def _in_tiles(host: Outline) -> bool:
-    return len(Gram.tiles(torch.empty(1, 1 << 12, dtype=host.dtype, device=host.place))) > 1
+def _in_tiles(host: Outline, workload: Workload) -> bool:
+    return len(Gram.tiles(torch.empty(1, 1 << 12, dtype=workload.dtype, device=host.place))) > 1
 
 
 def _fed_in(needs: StatisticType) -> int:
@@ -124,7 +125,7 @@ def _handed_bytes(needs: StatisticType, inputs: int) -> float:
     return needs.nbytes(inputs) - (Gram.nbytes(inputs) / 2 if issubclass(needs, Gram) else 0)
 
 
-def _dealt_bytes(needs: StatisticType, inputs: int, host: Outline, ranks: int) -> float:
+def _dealt_bytes(needs: StatisticType, inputs: int, host: Outline, workload: Workload) -> float:
     if needs is ColumnNorm:
         return 0.0
-    return _handed_bytes(needs, inputs) / ranks if _in_tiles(host) else needs.nbytes(inputs)
+    return _handed_bytes(needs, inputs) / workload.ranks if _in_tiles(host, workload) else needs.nbytes(inputs)

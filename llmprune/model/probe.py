@@ -5,8 +5,9 @@ may be zeros: what is measured does not depend on them. Where they choose the ex
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from llmprune.statistics import CrossGram, Gram
 
 _SHORT = 8  # tokens of the first of two sequences
 _LONG = (16, 64)  # least and most tokens of the second
+_LONG_ROUNDED = 512  # the most where weights are rounded in each forward, which must not be most of it
 _LONG_FLOPS = 1e11  # about what the second may cost
 _REPEATS = 3
 
@@ -40,7 +42,9 @@ class Trial:
         fed: the share of the tokens that each group is fed: below 1 for experts.
         flops: of a forward of one sequence: per token, and per token squared (attention).
         seconds_per_flop: of a forward.
+        plain_seconds_per_flop: of one that multiplies in the dtype of the weights.
         forward_bytes: the most that the activations of a forward take, per token.
+        rounded_bytes: what it takes beside them, for a weight in the dtype that it multiplies in.
         input_bytes: what the inputs of all groups take, per token.
         statistics_bytes: the most that the statistics of all groups take at once.
         runs: in how many runs the statistics are summed.
@@ -58,10 +62,16 @@ class Trial:
     runs: int
     held_bytes: float = 0.0
     side_by_side: bool = False
+    plain_seconds_per_flop: float = 0.0
+    rounded_bytes: float = 0.0
 
     def forward_flops(self, length: int) -> float:
         """Return the floating point operations of a forward of one sequence."""
         return self.flops[0] * length + self.flops[1] * length**2
+
+    def forward_memory(self, tokens: int) -> float:
+        """Return the bytes that a forward of so many tokens takes."""
+        return self.forward_bytes * tokens + self.rounded_bytes
 
 
 Kind = tuple[Any, ...]
@@ -82,24 +92,30 @@ def try_blocks(
     home: torch.device,
     longest: int,
     side_by_side: bool = False,
+    autocast: torch.dtype | None = None,
+    at_once: int = 1,
 ) -> dict[str, Trial]:
     """Return the trial of each block, by its name, on sequences of at most `longest` tokens.
 
-    `sites` are the blocks' sites to prune, by the blocks' names; for the other arguments see `Collector`.
+    `sites` are the blocks' sites to prune, by the blocks' names. With `autocast` weights are rounded in each forward,
+    of `at_once` tokens. For the other arguments see `Collector`, and `Lanes`.
 
     Raises:
         UnsupportedModelError: the model's forward cannot be led block by block.
     """
     kinds = {block.name: kind_of(block, sites.get(block.name, [])) for block in host.blocks}
     trials: dict[Kind, Trial] = {}
-    long = min(_long(host), longest)
+    long = min(_long(host, _LONG_ROUNDED if autocast else _LONG[1]), longest)
     lengths = min(_SHORT, long // 2), long
-    with Lanes(host.model, host.blocks, [_ids(length) for length in lengths], home, host.device_of) as lanes:
+    batches = [_ids(length) for length in lengths]
+    with Lanes(host.model, host.blocks, batches, home, host.device_of, autocast) as lanes:
         collector = Collector(lanes, needs, budget, true_sequential, side_by_side)
         for index, block in enumerate(host.blocks):
             host.load(block)
             if kinds[block.name] not in trials:
-                trials[kinds[block.name]] = _try(collector, index, sites.get(block.name, []), lengths)
+                trials[kinds[block.name]] = _try(
+                    collector, index, sites.get(block.name, []), lengths, at_once if autocast else None
+                )
             complete = trials.keys() >= set(kinds.values())
             if not complete:
                 lanes.advance(index)
@@ -115,7 +131,9 @@ def try_head(host: Outline, sites: Sequence[Site], needs: StatisticType, like: T
     groups = [Group(list(sites), calls=1)]
     flops = 2.0 * outputs * inputs, 0.0
     statistic = without_dense(needs).nbytes(inputs)
-    return Trial(groups, [1.0], flops, like.seconds_per_flop, outputs * size, inputs * size, statistic, runs=1)
+    speed, plain = like.seconds_per_flop, like.plain_seconds_per_flop
+    needed = outputs * size, inputs * size, statistic
+    return Trial(groups, [1.0], flops, speed, *needed, runs=1, plain_seconds_per_flop=plain)
 
 
 def waiting_bytes(host: Outline, sequences: int, length: int, home: torch.device) -> int:
@@ -140,16 +158,19 @@ def _growth(host: Outline, home: torch.device) -> float:
     return growth
 
 
-def _long(host: Outline) -> int:
+def _long(host: Outline, most: int) -> int:
     largest = max(sum(p.numel() for p in block.module.parameters()) for block in host.blocks)
-    return int(min(max(_LONG[0], _LONG_FLOPS / (2 * largest)), _LONG[1]))
+    return int(min(max(_LONG[0], _LONG_FLOPS / (2 * largest)), most))
 
 
 def _ids(length: int, sequences: int = 1) -> Tensor:
     return torch.zeros(sequences, length, dtype=torch.int64)
 
 
-def _try(collector: Collector, index: int, sites: Sequence[Site], lengths: tuple[int, int]) -> Trial:
+def _try(
+    collector: Collector, index: int, sites: Sequence[Site], lengths: tuple[int, int], rounded_for: int | None
+) -> Trial:
+    """Try a block; `rounded_for` are the tokens for which its weights are rounded, if they are."""
     lanes = collector.lanes
     groups, seen = first_lane(lanes, index, sites)
     groups, inputs = _as_fellows(groups), seen or {}
@@ -158,23 +179,28 @@ def _try(collector: Collector, index: int, sites: Sequence[Site], lengths: tuple
     inputs.clear()
     with one_by_one(lanes.stage(index).module):
         flops = [_flops(lanes, index, lane) for lane in (0, 1)]
-        peak, held = _forward_bytes(lanes, index, sites)
-        seconds = _seconds(lanes, index, 1)
+        peaks, held = zip(*(_forward_bytes(lanes, index, lane, sites) for lane in (0, 1)), strict=True)
+        plain = _seconds(lambda: lanes.walk(index, 1)) / max(flops[1], 1)
+        times = [_seconds(partial(lanes.run, index, lane)) for lane in (0, 1) if rounded_for]
     statistics_bytes, runs = collector.demand(groups)
     side_by_side = bool(sites) and collector.holds(sites)
     if not side_by_side:
         statistics_bytes //= collector.needs.nbytes(1) // without_dense(collector.needs).nbytes(1)
+    per_token, rounded = _line(lengths, peaks) if rounded_for else (peaks[1] / lengths[1], 0.0)
+    each = flops[1] / lengths[1]
     return Trial(
         groups=groups,
         fed=fed,
         flops=_parabola(lengths, flops),
-        seconds_per_flop=seconds / max(flops[1], 1),
-        forward_bytes=peak / lengths[1],
+        seconds_per_flop=_per_flop(flops, times, rounded_for * each) if rounded_for else plain,
+        forward_bytes=per_token,
         input_bytes=input_bytes,
         statistics_bytes=statistics_bytes,
         runs=runs,
-        held_bytes=held / lengths[1],
+        held_bytes=held[1] / lengths[1],
         side_by_side=side_by_side,
+        plain_seconds_per_flop=plain,
+        rounded_bytes=rounded,
     )
 
 
@@ -183,15 +209,15 @@ def without_dense(needs: StatisticType) -> StatisticType:
     return Gram if needs is CrossGram else needs
 
 
-def _forward_bytes(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[int, int]:
-    """Return the most bytes that the second lane's activations take, and the most before a site."""
+def _forward_bytes(lanes: Lanes, index: int, lane: int, sites: Sequence[Site]) -> tuple[int, int]:
+    """Return the most bytes that a lane's activations take, and the most before a site."""
     live, held = LiveBytes(), [0]
 
     def see(site: Site, x: Tensor) -> None:
         held.append(live.now)
 
     with live, observing(lanes.stage(index), sites, see):
-        lanes.run(index, 1)
+        lanes.run(index, lane)
     return live.peak, max(held)
 
 
@@ -226,12 +252,24 @@ def _parabola(lengths: tuple[int, int], counts: Sequence[float]) -> tuple[float,
     return high / long - square * long, square
 
 
-def _seconds(lanes: Lanes, index: int, lane: int) -> float:
+def _line(places: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """Return the slope of the line through two points, and its value at 0, neither of them negative."""
+    slope = max(0.0, (values[1] - values[0]) / (places[1] - places[0]))
+    return slope, max(0.0, values[0] - slope * places[0])
+
+
+def _per_flop(flops: Sequence[int], seconds: Sequence[float], wanted: float) -> float:
+    """Return the seconds per operation of a forward of `wanted` ones, from two forwards that take so much and more."""
+    slope, once = _line(flops, seconds)
+    return slope + once / max(wanted, 1)
+
+
+def _seconds(forward: Callable[[], object]) -> float:
     """Return the least time that a forward takes."""
     times = []
     for _ in range(_REPEATS):
         started = time.perf_counter()
-        lanes.run(index, lane)
+        forward()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
