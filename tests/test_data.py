@@ -61,7 +61,7 @@ def test_a_text_file_is_one_text_as_it_stands(tmp_path: Path, name: str, purpose
 
 
 @pytest.mark.parametrize("purpose", ["calibration", "evaluation"])
-@pytest.mark.parametrize("name", ["ptb.train.txt", "ptb.valid.txt", "ptb.test.txt", "ptb.test.txt.gz", "PTB.test.TXT"])
+@pytest.mark.parametrize("name", ["ptb.txt", "ptb.train.txt", "ptb.valid.txt", "ptb.test.txt.gz", "PTB.test.TXT"])
 @pytest.mark.parametrize("text", [" a <unk> \n N cats\\/dogs \n", " a <unk>\n N cats\\/dogs\n"])
 def test_the_sentences_of_a_file_of_ptb_are_joined_as_those_of_the_hub(
     tmp_path: Path, text: str, name: str, purpose: Any
