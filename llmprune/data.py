@@ -32,7 +32,7 @@ _OPTIONS = {"calibration": "--calibration FILE", "evaluation": "--data FILE"}
 _SPLITS = {"calibration": ("train",), "evaluation": ("test", "validation", "train")}
 _SEPARATORS: dict[str, str | None] = {"calibration": None, "evaluation": "\n\n"}
 # The Penn Treebank as Mikolov gave it out, a sentence a line: put together as the rows of the same data on the Hub.
-_PTB_FILES = ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt")
+_PTB_FILE = re.compile(r"ptb(\.(train|valid|test))?\.txt(\.gz)?", re.IGNORECASE)
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?::([\w.-]+))?")
 
 
@@ -72,8 +72,9 @@ def read(spec: "str | Path | Sequence[Any] | torch.Tensor | datasets.Dataset", p
     `spec` is `demo` (excerpts of WikiText-2 that come with llmprune), `wikitext2`, `ptb`, `c4`, a data set on the Hub
     (`org/name`, `org/name:config` or `org/name:config:split`), a local file (text, jsonl, json, parquet, or one of
     those gzipped), a list of texts, conversations or token id lists, an integer tensor [samples, length], or a
-    `datasets.Dataset`. The lines of a file called `ptb.test.txt`, `ptb.valid.txt` or `ptb.train.txt` are joined with a
-    space, as the papers join the sentences of the Penn Treebank. Of several columns `input_ids` is taken before `messages` before `text`.
+    `datasets.Dataset`. The lines of a file called `ptb.txt`, `ptb.test.txt`, `ptb.valid.txt` or
+    `ptb.train.txt`, gzipped or not, are joined with a space, as the papers join the sentences of the Penn Treebank. Of
+    several columns `input_ids` is taken before `messages` before `text`.
 
     Raises:
         DataError: the name is unknown, or the data is missing, empty, unreadable or of the wrong type.
@@ -138,7 +139,7 @@ def _from_file(name: str, path: Path, purpose: Purpose) -> Documents:
     if suffix == ".parquet":
         return _from_dataset(name, _parquet(name, data), separator)
     text = datafiles.decoded(name, data)
-    if path.name in _PTB_FILES:
+    if _PTB_FILE.fullmatch(path.name):
         return documents.from_rows(name, [line.strip() for line in text.splitlines()], " ")
     if suffix in datafiles.TEXT_SUFFIXES:
         return Documents(name, "text", [text], True, "")

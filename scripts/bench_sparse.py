@@ -45,7 +45,7 @@ from llmprune.patterns import parse
 from llmprune.report import hardware, versions
 from llmprune.sparse.bench import measure, weight_bytes
 from llmprune.sparse.running import load
-from llmprune_kernels.bitmask.layout import Tiles
+from llmprune_kernels.bitmask.layout import Bitmask
 from llmprune_kernels.bitmask.ops import bitmask_linear
 
 SHAPES = ((4096, 4096), (11008, 4096))
@@ -73,7 +73,7 @@ def product_rows(threads: int, rounds: int) -> Iterator[dict[str, Any]]:
         for pattern in PATTERNS:
             weight = pruned(shape, pattern)
             dense = [weight.roll(8 * number, 0) for number in range(copies)]
-            packed = [Tiles.pack(weight) for weight in dense]
+            packed = [Bitmask.pack(weight) for weight in dense]
             share = packed[0].nbytes() / dense[0].nbytes
             for tokens in TOKENS if pattern == "50%" else TOKENS[:1]:
                 x_TI = torch.randn(tokens, shape[1]).bfloat16()
@@ -84,12 +84,12 @@ def product_rows(threads: int, rounds: int) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def candidates(x_TI: Tensor, dense: list[Tensor], packed: list[Tiles]) -> dict[str, Callable[[int], Tensor]]:
+def candidates(x_TI: Tensor, dense: list[Tensor], packed: list[Bitmask]) -> dict[str, Callable[[int], Tensor]]:
     """Return the implementations that are compared, as functions of the copy's number."""
 
     def sparse(index: int, expand_from: int) -> Tensor:
-        tiles = packed[index]
-        y_TO: Tensor = bitmask_linear(x_TI, tiles.masks, tiles.values, tiles.offsets, tiles.outputs, None, expand_from)
+        matrix = packed[index]
+        y_TO: Tensor = bitmask_linear(x_TI, matrix.masks, matrix.values, matrix.starts, None, expand_from)
         return y_TO
 
     return {
@@ -100,16 +100,23 @@ def candidates(x_TI: Tensor, dense: list[Tensor], packed: list[Tiles]) -> dict[s
 
 
 def in_turn(functions: dict[str, Callable[[int], Tensor]], copies: int, rounds: int) -> dict[str, Any]:
-    """Return the seconds of each function, run in turn on one copy after the other, and their speed over dense."""
+    """Return the seconds of each function, and their speed over dense.
+
+    In a round each function in turn goes through all copies, as a model goes through its layers: what one leaves to be
+    written back to memory would otherwise be paid for by the next.
+    """
     taken: dict[str, list[float]] = {name: [] for name in functions}
     worked: dict[str, float] = dict.fromkeys(functions, 0.0)
-    for number in range(copies * rounds + 1):
+    for _ in range(rounds):
         for name, function in functions.items():
-            began, working = time.perf_counter(), time.process_time()
-            function(number % copies)
-            taken[name].append(time.perf_counter() - began)
+            function(copies - 1)
+            working = time.process_time()
+            for number in range(copies):
+                began = time.perf_counter()
+                function(number)
+                taken[name].append(time.perf_counter() - began)
             worked[name] += time.process_time() - working
-    seconds = {name: np.array(values[1:]) for name, values in taken.items()}
+    seconds = {name: np.array(values) for name, values in taken.items()}
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     return {
         "seconds": {
@@ -185,7 +192,7 @@ def file_figures(dense: Path) -> dict[str, Any]:
         for entry in open_dense(small).entries.values()
         if len(entry.shape) == 2 and "embed" not in entry.name and "lm_head" not in entry.name
     ]
-    packed = sum(Tiles.pack(tensor).nbytes() for tensor in _tensors(dense, [entry.name for entry in matrices]))
+    packed = sum(Bitmask.pack(tensor).nbytes() for tensor in _tensors(dense, [entry.name for entry in matrices]))
     return {
         "matrices_on_disk": sizes["packed_bytes"] / sizes["dense_bytes"],
         "files_on_disk": sizes["compressed_file_bytes"] / sizes["dense_file_bytes"],

@@ -23,6 +23,7 @@ from llmprune.checkpoint.compressed import DENSE_CONFIG, compress, decompress
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.sparse import register
 from llmprune.sparse.linear import SparseLinear
+from llmprune_kernels.bitmask.layout import expand
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -44,7 +45,8 @@ def round_trip(bits: Any, dtype: str) -> tuple[packed.Layout, Tensor, Any]:
     flat = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
     buffer = packed.pack(flat, layout)
     assert len(buffer) == layout.packed_bytes(packed.values_of(flat, bits.itemsize))
-    return *packed.unpack(buffer, "w"), buffer
+    layout, matrix = packed.matrix_of(buffer, "w")
+    return layout, expand(matrix), buffer
 
 
 @settings(max_examples=80, deadline=None)

@@ -1,6 +1,8 @@
 """The compiled CPU kernels against float64, and against the readable reference, on all levels this CPU offers."""
 
+import ctypes
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from llmprune_kernels import native
 from llmprune_kernels.bitmask import layout, reference
-from llmprune_kernels.bitmask.layout import SLACK, TYPES, Tiles, expand, expand_rows, multiply, multiply_expanded
+from llmprune_kernels.bitmask.layout import TYPES, Bitmask, expand, multiply, multiply_expanded
 from llmprune_kernels.bitmask.ops import bitmask_linear
 
 LEVELS = range(native.cpu_level() + 1)
@@ -68,31 +70,33 @@ def test_products_are_those_of_the_dense_weight(
 ) -> None:
     weight_OI = sparse_weight(outputs, inputs, dtype, zeros, seed)
     x_TI = inputs_of(tokens, inputs, dtype)
-    assert_near(multiply(x_TI, Tiles.pack(weight_OI), level), x_TI, weight_OI)
+    assert_near(multiply(x_TI, Bitmask.pack(weight_OI), level), x_TI, weight_OI)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (8, 32), (9, 33), (13, 1100), (16, 64), (700, 40)])
-def test_tiles_are_those_of_the_reference_and_expand_to_the_weight(
+def test_weights_are_packed_as_in_the_reference_and_expand_to_what_they_were(
     outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:
     weight_OI = sparse_weight(outputs, inputs, dtype, 0.5, 1)
-    tiles = Tiles.pack(weight_OI)
-    masks, values, offsets = reference.pack(weight_OI)
-    assert torch.equal(tiles.masks, masks)
-    assert torch.equal(tiles.values[:-SLACK], values)
-    assert torch.equal(tiles.offsets, offsets)
-    assert torch.equal(expand(tiles), weight_OI)
-    assert torch.equal(reference.expand(masks, values, outputs, inputs), weight_OI)
+    matrix = Bitmask.pack(weight_OI)
+    masks, values = reference.pack(weight_OI)
+    assert torch.equal(matrix.masks, masks)
+    assert torch.equal(matrix.values, values)
+    assert torch.equal(matrix.starts, reference.starts(masks))
+    assert torch.equal(Bitmask.of(masks, values, inputs).starts, matrix.starts)
+    assert matrix.count() == len(values) and (matrix.outputs, matrix.inputs) == (outputs, inputs)
+    assert torch.equal(expand(matrix), weight_OI)
+    assert torch.equal(reference.expand(masks, values, inputs), weight_OI)
 
 
-def test_a_tile_by_hand() -> None:
+def test_a_layout_by_hand() -> None:
     weight_OI = torch.zeros(9, 33)
     weight_OI[0, 1], weight_OI[0, 31], weight_OI[1, 0], weight_OI[0, 32], weight_OI[8, 2] = 1, 2, 3, 4, 5
-    tiles = Tiles.pack(weight_OI)
-    assert tiles.offsets.tolist() == [0, 4, 5]
-    assert tiles.values[:-SLACK].tolist() == [1, 2, 3, 4, 5]
-    assert tiles.masks.view(2, 2, 8)[:, :, :2].tolist() == [[[2 - 2**31, 1], [1, 0]], [[4, 0], [0, 0]]]
+    matrix = Bitmask.pack(weight_OI)
+    assert matrix.starts.tolist() == [0, 4, 5]
+    assert matrix.values.tolist() == [1, 2, 4, 3, 5]
+    assert matrix.masks[[0, 1, 8]].tolist() == [[2, 0, 0, 128, 1], [1, 0, 0, 0, 0], [4, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -104,13 +108,17 @@ def test_every_bit_pattern_survives(dtype: torch.dtype) -> None:
     bits = torch.randint(torch.iinfo(integers).min, torch.iinfo(integers).max, (40, 100), generator=generator)
     bits = bits.to(integers) * (torch.rand(40, 100, generator=generator) < 0.5)
     bits[0, 0] = torch.iinfo(integers).min  # -0.0
-    found = expand(Tiles.pack(bits.view(dtype)))
+    found = expand(Bitmask.pack(bits.view(dtype)))
     assert torch.equal(found.view(integers), bits)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 31, 32, 33, 64, 100])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
-def test_rows_expand_as_in_the_reference(columns: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_numbers_of_any_size_expand(
+    columns: int, dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "cpu_level", lambda: level)
     generator = torch.Generator().manual_seed(columns)
     kept = torch.rand(13, columns, generator=generator) < 0.5
     kept[4] = False
@@ -119,18 +127,10 @@ def test_rows_expand_as_in_the_reference(columns: int, dtype: torch.dtype) -> No
     values = (torch.rand(int(kept.sum()), generator=generator) * 100 + 1).to(dtype)
     expected = torch.zeros(13, columns, dtype=dtype)
     expected[kept] = values
-    assert torch.equal(expand_rows(masks, values, columns), expected)
-    assert torch.equal(reference.expand_rows(masks, values, columns), expected)
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 1000])
-def test_bits_are_counted(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
-    expected = sum(int(number).bit_count() for number in masks.tolist())
-    assert reference.count_bits(masks) == expected
-    for level in LEVELS:
-        monkeypatch.setattr(layout, "cpu_level", lambda level=level: level)
-        assert layout.count_bits(masks) == expected
+    matrix = Bitmask.of(masks, values, columns)
+    assert matrix.starts.tolist() == [0, int(kept[:8].sum()), len(values)]
+    assert torch.equal(expand(matrix), expected)
+    assert torch.equal(reference.expand(masks, values, columns), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -148,9 +148,9 @@ def test_values_of_rows_are_counted(shape: tuple[int, int], dtype: torch.dtype) 
 @pytest.mark.parametrize("tokens", [1, 3, 5])
 def test_any_number_of_threads_gives_the_same_bits(tokens: int, threads: int) -> None:
     weight_OI, x_TI = sparse_weight(100, 300, torch.bfloat16, 0.5, 2), inputs_of(tokens, 300, torch.bfloat16)
-    found_TO = multiply(x_TI, Tiles.pack(weight_OI))
+    found_TO = multiply(x_TI, Bitmask.pack(weight_OI))
     torch.set_num_threads(1)
-    assert torch.equal(found_TO, multiply(x_TI, Tiles.pack(weight_OI)))
+    assert torch.equal(found_TO, multiply(x_TI, Bitmask.pack(weight_OI)))
     assert_near(found_TO, x_TI, weight_OI)
 
 
@@ -159,11 +159,11 @@ def test_any_number_of_threads_gives_the_same_bits(tokens: int, threads: int) ->
 @pytest.mark.parametrize("dtype", TYPES)
 def test_tensors_at_odd_addresses_are_read(dtype: torch.dtype, level: int) -> None:
     weight_OI = sparse_weight(20, 96, dtype, 0.5, 3)
-    tiles, x_TI = Tiles.pack(weight_OI), inputs_of(5, 96, dtype)
-    shifted = [torch.cat([tensor[:1], tensor])[1:] for tensor in (tiles.masks, tiles.values, tiles.offsets)]
+    matrix, x_TI = Bitmask.pack(weight_OI), inputs_of(5, 96, dtype)
+    shifted = [torch.cat([each.flatten()[:1], each.flatten()])[1:] for each in (matrix.masks, matrix.values)]
     x_shifted = torch.cat([x_TI.flatten()[:1], x_TI.flatten()])[1:].view(5, 96)
     assert any(tensor.data_ptr() % 32 for tensor in shifted) and x_shifted.data_ptr() % 32
-    moved = Tiles(shifted[0], shifted[1], shifted[2], 20, 96)
+    moved = Bitmask(shifted[0].view(20, -1), shifted[1], matrix.starts, 96)
     assert_near(multiply(x_shifted, moved, level), x_TI, weight_OI)
     assert torch.equal(expand(moved), weight_OI)
 
@@ -189,11 +189,11 @@ def test_every_output_is_written(
     x_TI = inputs_of(tokens, 105, dtype)
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(layout, "cpu_level", lambda: level)
-    tiles = Tiles.pack(weight_OI)
-    assert_near(multiply(x_TI, tiles), x_TI, weight_OI)
-    assert torch.equal(expand(tiles), weight_OI)
+    matrix = Bitmask.pack(weight_OI)
+    assert_near(multiply(x_TI, matrix), x_TI, weight_OI)
+    assert torch.equal(expand(matrix), weight_OI)
     room = poisoned(45, 105, dtype=dtype)
-    assert torch.equal(expand(tiles, room), weight_OI)
+    assert torch.equal(expand(matrix, room), weight_OI)
 
 
 @needs_library
@@ -207,57 +207,71 @@ def test_weights_expand_wherever_their_rows_begin(inputs: int, shift: int, level
     out = room[start : start + 45 * inputs].view(45, inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "cpu_level", lambda: level)
-        assert torch.equal(expand(Tiles.pack(weight_OI), out), weight_OI)
+        assert torch.equal(expand(Bitmask.pack(weight_OI), out), weight_OI)
     assert room[:start].eq(7).all() and room[start + 45 * inputs :].eq(7).all()
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("level", LEVELS)
-def test_what_lies_behind_the_last_value_does_not_matter(dtype: torch.dtype, level: int) -> None:
-    """The kernels read whole registers: NaN behind the values must not reach a product."""
-    weight_OI, x_TI = sparse_weight(16, 64, dtype, 0.5, 13), inputs_of(3, 64, dtype)
-    tiles = Tiles.pack(weight_OI)
-    tiles.values[-SLACK:] = torch.nan
-    assert_near(multiply(x_TI, tiles, level), x_TI, weight_OI)
-    assert torch.equal(expand(tiles), weight_OI)
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5])
+def test_nothing_behind_the_last_value_is_read(kept: float, dtype: torch.dtype, level: int) -> None:
+    """The values of a mapped file may end where memory does, and kernels load whole registers."""
+    weight_OI = sparse_weight(19, 70, dtype, 1 - kept, 13)
+    packed, page = Bitmask.pack(weight_OI), mmap.PAGESIZE
+    size = packed.values.nbytes
+    with mmap.mmap(-1, 2 * page) as pages:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        values = torch.frombuffer(pages, dtype=torch.uint8)[page - size : page].view(dtype)
+        values.copy_(packed.values)
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(address + page), page, 0) == 0
+        matrix = Bitmask(packed.masks, values, packed.starts, 70)
+        for tokens in (1, 3, 7):
+            x_TI = inputs_of(tokens, 70, dtype)
+            assert_near(multiply(x_TI, matrix, level), x_TI, weight_OI)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layout, "cpu_level", lambda: level)
+            assert torch.equal(expand(matrix), weight_OI)
+        assert libc.mprotect(ctypes.c_void_p(address + page), page, 3) == 0
+        del values, matrix
 
 
 def test_parts_of_a_long_product_are_of_about_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[int] = []
 
-    def noted(tiles: Tiles, out: Tensor) -> Tensor:
-        parts.append(tiles.outputs)
-        return expand(tiles, out)
+    def noted(matrix: Bitmask, out: Tensor) -> Tensor:
+        parts.append(matrix.outputs)
+        return expand(matrix, out)
 
     monkeypatch.setattr(layout, "expand", noted)
     monkeypatch.setattr(layout, "EXPANDED_BYTES", 1 << 14)
     weight_OI = sparse_weight(260, 128, torch.bfloat16, 0.5, 14)
-    multiply_expanded(inputs_of(2, 128, torch.bfloat16), Tiles.pack(weight_OI))
+    multiply_expanded(inputs_of(2, 128, torch.bfloat16), Bitmask.pack(weight_OI))
     assert sum(parts) == 260 and max(parts) - min(parts) <= 8 * len(parts) and all(part % 8 == 0 for part in parts[:-1])
 
 
 @needs_library
 def test_nothing_is_written_beyond_the_output() -> None:
     weight_OI, x_TI = sparse_weight(13, 45, torch.bfloat16, 0.5, 5), inputs_of(2, 45, torch.bfloat16)
-    tiles = Tiles.pack(weight_OI)
+    matrix = Bitmask.pack(weight_OI)
     room = torch.full((20, 45), 7.0, dtype=torch.bfloat16)
-    assert torch.equal(expand(tiles, room[:13]), weight_OI) and room[13:].eq(7).all()
-    assert_near(multiply(x_TI, tiles), x_TI, weight_OI)
+    assert torch.equal(expand(matrix, room[:13]), weight_OI) and room[13:].eq(7).all()
+    assert_near(multiply(x_TI, matrix), x_TI, weight_OI)
 
 
 def test_rows_are_a_view() -> None:
     weight_OI = sparse_weight(45, 70, torch.bfloat16, 0.5, 6)
-    tiles = Tiles.pack(weight_OI)
+    matrix = Bitmask.pack(weight_OI)
     for first, last in ((0, 8), (8, 45), (16, 24), (40, 45)):
-        assert torch.equal(expand(tiles.rows(first, last)), weight_OI[first:last])
+        assert torch.equal(expand(matrix.rows(first, last)), weight_OI[first:last])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_many_tokens_take_the_dense_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "EXPANDED_BYTES", 100_000)  # several parts, the last one ragged
     weight_OI, x_TI = sparse_weight(1100, 70, dtype, 0.5, 7), inputs_of(9, 70, dtype)
-    found_TO = multiply_expanded(x_TI, Tiles.pack(weight_OI))
+    found_TO = multiply_expanded(x_TI, Bitmask.pack(weight_OI))
     torch.testing.assert_close(found_TO, torch.nn.functional.linear(x_TI, weight_OI), rtol=0.02, atol=1e-3)
 
 
@@ -266,15 +280,15 @@ def test_many_tokens_take_the_dense_rows(dtype: torch.dtype, monkeypatch: pytest
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_operator_is_a_linear_layer(dtype: torch.dtype, expand_from: int, biased: bool) -> None:
     weight_OI, bias_O = sparse_weight(40, 70, dtype, 0.5, 8), torch.randn(40).to(dtype) if biased else None
-    tiles, x = Tiles.pack(weight_OI), inputs_of(6, 70, dtype).view(2, 3, 70)
-    found = bitmask_linear(x, tiles.masks, tiles.values, tiles.offsets, 40, bias_O, expand_from)
+    matrix, x = Bitmask.pack(weight_OI), inputs_of(6, 70, dtype).view(2, 3, 70)
+    found = bitmask_linear(x, matrix.masks, matrix.values, matrix.starts, bias_O, expand_from)
     assert found.dtype is dtype
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight_OI, bias_O), rtol=0.02, atol=1e-2)
 
 
 def test_the_operator_tells_torch_the_truth() -> None:
-    tiles = Tiles.pack(sparse_weight(40, 70, torch.float32, 0.5, 9))
-    arguments = (torch.randn(2, 3, 70), tiles.masks, tiles.values, tiles.offsets, 40, None, 100)
+    matrix = Bitmask.pack(sparse_weight(40, 70, torch.float32, 0.5, 9))
+    arguments = (torch.randn(2, 3, 70), matrix.masks, matrix.values, matrix.starts, None, 100)
     torch.library.opcheck(
         bitmask_linear, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
@@ -283,10 +297,10 @@ def test_the_operator_tells_torch_the_truth() -> None:
 @pytest.mark.parametrize("biased", [True, False])
 def test_gradients_of_input_and_bias_are_those_of_a_linear_layer(biased: bool) -> None:
     weight_OI = sparse_weight(40, 70, torch.float32, 0.5, 9)
-    tiles, x, bias_O = Tiles.pack(weight_OI), torch.randn(2, 3, 70), torch.randn(40)
+    matrix, x, bias_O = Bitmask.pack(weight_OI), torch.randn(2, 3, 70), torch.randn(40)
     leaves = [[x.clone().requires_grad_(), bias_O.clone().requires_grad_()] for _ in range(2)]
     found = bitmask_linear(
-        leaves[0][0], tiles.masks, tiles.values, tiles.offsets, 40, leaves[0][1] if biased else None, 100
+        leaves[0][0], matrix.masks, matrix.values, matrix.starts, leaves[0][1] if biased else None, 100
     )
     expected = torch.nn.functional.linear(leaves[1][0], weight_OI, leaves[1][1] if biased else None)
     for out in (found, expected):
@@ -301,7 +315,7 @@ def test_a_nan_or_infinity_in_the_input_is_not_hidden() -> None:
     x_TI = inputs_of(2, 64, torch.bfloat16)
     x_TI[0, 5], x_TI[1, 9] = torch.nan, torch.inf
     for level in LEVELS:
-        found_TO = multiply(x_TI, Tiles.pack(weight_OI), level)
+        found_TO = multiply(x_TI, Bitmask.pack(weight_OI), level)
         expected_TO = x_TI.float() @ weight_OI.float().T
         assert torch.equal(found_TO.isfinite(), expected_TO.isfinite())
 
@@ -320,10 +334,10 @@ def test_without_a_compiler_the_reference_runs(
     )
     monkeypatch.setattr(layout, "compiled", lambda: None)
     weight_OI, x_TI = sparse_weight(20, 70, torch.bfloat16, 0.5, 11), inputs_of(3, 70, torch.bfloat16)
-    tiles = Tiles.pack(weight_OI)
-    assert torch.equal(expand(tiles), weight_OI)
-    assert torch.equal(expand(tiles.rows(8, 20)), weight_OI[8:])
-    assert_near(multiply(x_TI, tiles), x_TI, weight_OI)
+    matrix = Bitmask.pack(weight_OI)
+    assert torch.equal(expand(matrix), weight_OI)
+    assert torch.equal(expand(matrix.rows(8, 20)), weight_OI[8:])
+    assert_near(multiply(x_TI, matrix), x_TI, weight_OI)
 
 
 def test_a_machine_without_a_compiler_runs_dense_and_says_so_once(tmp_path: Path) -> None:

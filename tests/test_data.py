@@ -60,6 +60,16 @@ def test_a_text_file_is_one_text_as_it_stands(tmp_path: Path, name: str, purpose
     assert documents == Documents(str(tmp_path / name), "text", [text], True, "")
 
 
+@pytest.mark.parametrize("purpose", ["calibration", "evaluation"])
+@pytest.mark.parametrize("name", ["ptb.txt", "ptb.train.txt", "ptb.valid.txt", "ptb.test.txt.gz", "PTB.test.TXT"])
+@pytest.mark.parametrize("text", [" a <unk> \n N cats\\/dogs \n", " a <unk>\n N cats\\/dogs\n"])
+def test_the_sentences_of_a_file_of_ptb_are_joined_as_those_of_the_hub(
+    tmp_path: Path, text: str, name: str, purpose: Any
+) -> None:
+    documents = data.read(put(tmp_path / name, text), purpose)
+    assert documents == Documents(str(tmp_path / name), "text", ["a <unk>", "N cats\\/dogs"], True, " ")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".json.gz"])
 @pytest.mark.parametrize(("purpose", "joined", "separator"), [("calibration", False, ""), ("evaluation", True, "\n\n")])
 def test_json_lines(tmp_path: Path, suffix: str, purpose: Any, joined: bool, separator: str) -> None:

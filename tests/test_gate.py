@@ -177,11 +177,11 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_machine_measures_once(cache: Path) -> None:
     weight_OI = random_weight(pattern="50%")
     packed = [[Rows.of(weight_OI)]]
-    first = judge([weight_OI], packed, (1, 8), machine(everywhere(dense=3.0, bitmask=1.0, expand=2.0)))
+    first = judge(packed, lambda: [weight_OI], (1, 8), machine(everywhere(dense=3.0, bitmask=1.0, expand=2.0)))
     assert first.fastest(1) == "bitmask"
     slower = everywhere(dense=1.0, bitmask=2.0, expand=3.0)
-    assert judge([weight_OI], packed, (1, 8), machine(slower)) == first
-    assert judge([weight_OI], packed, (1, 8), machine(slower, "a GPU, driver 2")).fastest(1) == "dense"
+    assert judge(packed, lambda: [weight_OI], (1, 8), machine(slower)) == first
+    assert judge(packed, lambda: [weight_OI], (1, 8), machine(slower, "a GPU, driver 2")).fastest(1) == "dense"
     keys = list(json.loads(cache.read_text()))
     assert len(keys) == 4 and "a GPU, driver 1 torch.bfloat16 (48, 96) 0.50 bitmask+expand 1" in keys
 
@@ -191,7 +191,7 @@ def test_a_damaged_cache_is_ignored_with_one_line(damage: str, cache: Path, capl
     weight_OI = random_weight()
     cache.parent.mkdir(parents=True)
     cache.write_text(damage)
-    judge([weight_OI], [[Rows.of(weight_OI)]], (1,), machine(everywhere(dense=3.0, bitmask=1.0, expand=2.0)))
+    judge([[Rows.of(weight_OI)]], lambda: [weight_OI], (1,), machine(everywhere(dense=3.0, bitmask=1.0, expand=2.0)))
     assert set(caplog.messages) == {f"{cache} is damaged: kernels are measured anew"}
     assert len(json.loads(cache.read_text())) == 1
 
@@ -207,7 +207,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_left_out(
     monkeypatch.setattr(Rows, "multiply", multiply)
     monkeypatch.setattr(Rows, "expand", lambda self: weight_OI * 1.5)
     with caplog.at_level(logging.WARNING):
-        verdict = judge([weight_OI], [[Rows.of(weight_OI)]], (4,), machine(everywhere(dense=3.0)))
+        verdict = judge([[Rows.of(weight_OI)]], lambda: [weight_OI], (4,), machine(everywhere(dense=3.0)))
     assert list(verdict.timings[0].seconds) == ["dense"] and verdict.steps([Rows.kernels]) == ()
     assert caplog.messages[0] == "sparse kernel bitmask is not used, as it fails here: ptxas has died"
     assert "sparse kernel expand is not used, as its results are off by" in caplog.messages[1]

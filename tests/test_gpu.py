@@ -121,7 +121,7 @@ def test_the_gate_measures_all_candidates(pattern: str, graphs: bool) -> None:
 
     weight_OI = random_weight((1024, 1024), torch.bfloat16, pattern)
     packed = [[kind.of(weight_OI)] for kind in gpu_forms(weight_OI)]
-    verdict = judge([weight_OI], packed, (1, 64), machine_of(GPU, graphs))
+    verdict = judge(packed, lambda: [weight_OI], (1, 64), machine_of(GPU, graphs))
     kernels = {"dense"} | {kernel for forms in packed for kernel in forms[0].kernels}
     for timing in verdict.timings:
         assert set(timing.seconds) == kernels  # none failed, none was wrong

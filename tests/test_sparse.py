@@ -19,7 +19,7 @@ from llmprune.cli import cli
 from llmprune.errors import LlmpruneError, RecipeError, UnsupportedModelError
 from llmprune.sparse import gate
 from llmprune.sparse.bench import _prompt_length, bench, linear_bytes, twin
-from llmprune.sparse.forms import Dense, Form, Step, Tiled
+from llmprune.sparse.forms import Dense, Form, Packed, Step
 from llmprune.sparse.gate import Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.running import generate
@@ -151,13 +151,13 @@ def test_the_state_dict_is_the_dense_one_both_ways() -> None:
 
 def test_a_state_dict_of_another_shape_is_refused() -> None:
     layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
-    made = SparseLinear([tiled(layer.weight)], None)
+    made = SparseLinear([packed(layer.weight)], None)
     with pytest.raises(RuntimeError, match="weight"):
         made.load_state_dict({"weight": torch.zeros(32, 63)})
 
 
-def tiled(weight: Tensor) -> Form:
-    return Tiled.of(weight)
+def packed(weight: Tensor) -> Form:
+    return Packed.of(weight)
 
 
 @pytest.mark.usefixtures("sparse_wins")
@@ -208,23 +208,23 @@ def test_a_sparse_layer_looks_like_a_linear_one() -> None:
     layer = made.model.decoder.layers[0].fc1
     assert torch.equal(layer.weight, weight) and layer.bias is not None
     assert (layer.in_features, layer.out_features) == (64, 96)
-    assert "in_features=64, out_features=96, bytes=0.58, bitmask from 1" in repr(layer)
+    assert "in_features=64, out_features=96, bytes=0.57, bitmask from 1" in repr(layer)
 
 
 def test_the_gate_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, empty_cache: Path) -> None:
     weight = model().model.layers[0].mlp.up_proj.weight.detach()
     monkeypatch.setattr(gate, "_measure", timings(2.0, 1.0, 3.0))
-    first = judge([weight], [[tiled(weight)]])
+    first = judge([[packed(weight)]], lambda: [weight])
     monkeypatch.setattr(gate, "_measure", None)
-    assert judge([weight], [[tiled(weight)]]) == first
+    assert judge([[packed(weight)]], lambda: [weight]) == first
     empty_cache.write_text("cut sho")
     with pytest.raises(TypeError):  # a damaged cache is no cache: it measures again
-        judge([weight], [[tiled(weight)]])
+        judge([[packed(weight)]], lambda: [weight])
 
 
 def test_the_gate_really_measures(empty_cache: Path) -> None:
     weight = model().model.layers[0].mlp.up_proj.weight.detach()
-    verdict = judge([weight] * 2, [[tiled(weight)] * 2], (1, 4))
+    verdict = judge([[packed(weight)] * 2], lambda: [weight] * 2, (1, 4))
     assert [timing.tokens for timing in verdict.timings] == [1, 4]
     assert all(list(timing.seconds) == ["dense", "bitmask", "expand"] for timing in verdict.timings)
     assert all(0 < value < 1 for timing in verdict.timings for value in timing.seconds.values())
@@ -235,17 +235,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     weight = torch.eye(32)
-    assert judge([weight], [[tiled(weight)]], (1,)).timings
+    assert judge([[packed(weight)]], lambda: [weight], (1,)).timings
 
 
 def test_the_verdict_follows_from_the_timings() -> None:
     verdict = Verdict((timing(1, 2, 1, 9), timing(16, 2, 3, 9), timing(64, 9, 8, 7), timing(256, 9, 9, 9)))
     fastest = [verdict.fastest(tokens) for tokens in (1, 2, 14, 60, 1000)]
     assert fastest == ["bitmask", "bitmask", "dense", "expand", "bitmask"]
-    assert verdict.steps([Tiled.kernels]) == (
+    assert verdict.steps([Packed.kernels]) == (
         Step(1, 0, "bitmask"), Step(64, 0, "expand"), Step(256, 0, "bitmask"),
     )  # fmt: skip
-    assert verdict.steps([Tiled.kernels, Dense.kernels])[1] == Step(16, 1, "dense")
+    assert verdict.steps([Packed.kernels, Dense.kernels])[1] == Step(16, 1, "dense")
 
 
 def test_runtime_sparse_keeps_the_layers_sparse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -261,6 +261,26 @@ def test_runtime_sparse_keeps_the_layers_sparse(monkeypatch: pytest.MonkeyPatch,
     assert sparse_layers(made) == sparse_layers(expected)
     assert torch.equal(tiny.logits(made, tiny.ids(2)), tiny.logits(expected, tiny.ids(2)))
     assert linear_bytes(made) < 0.75 * linear_bytes(dense)  # the head is dense
+
+
+def test_layers_that_stay_sparse_read_the_file_where_it_is_mapped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Loading copies nothing, and where the kernels' timings are known makes nothing dense on the way."""
+    monkeypatch.setattr(gate, "_measure", timings(2.0, 1.0, 3.0))
+    model().save_pretrained(tmp_path / "dense")
+    compress(tmp_path / "dense", tmp_path / "small")
+    sparse = {"dtype": "auto", "quantization_config": llmprune.SparseConfig("sparse")}
+    with pytest.warns(UserWarning, match="runtime"):
+        first = AutoModelForCausalLM.from_pretrained(tmp_path / "small", **sparse)
+        monkeypatch.setattr(Packed, "expand", lambda self: pytest.fail("a weight was made dense"))
+        made = AutoModelForCausalLM.from_pretrained(tmp_path / "small", **sparse)
+    assert sparse_layers(made) == sparse_layers(first)
+    stored = (tmp_path / "small" / "model.safetensors").stat().st_size
+    layers = [layer for layer in made.modules() if isinstance(layer, SparseLinear)]
+    masks, values, _ = zip(*(layer.forms[0].tensors for layer in layers), strict=True)
+    spread = max(tensor.data_ptr() for tensor in values) - min(tensor.data_ptr() for tensor in masks)
+    assert 0 < spread < stored  # all lie in one mapping
 
 
 def run(*arguments: object) -> Any:

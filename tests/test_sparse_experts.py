@@ -123,7 +123,7 @@ def test_where_dense_is_faster_or_another_result_comes_out_they_stay_dense(monke
     monkeypatch.setattr(experts, "_seconds", lambda *sides: (1.0, 2.0))
     (choice,) = sparsify_experts(made, 1)
     assert (choice.kernel, choice.reason, choice.seconds) == ("dense", "measured faster", (1.0, 2.0))
-    monkeypatch.setattr(stacks, "bitmask_linear", lambda x, *rest: x.new_zeros(*x.shape[:-1], rest[3]))
+    monkeypatch.setattr(stacks, "bitmask_linear", lambda x, *rest: x.new_zeros(*x.shape[:-1], len(rest[0])))
     (choice,) = sparsify_experts(made, 1)
     assert "something else" in choice.reason
     monkeypatch.setattr(stacks.SparseMatrix, "__torch_function__", classmethod(lambda *a, **k: NotImplemented))

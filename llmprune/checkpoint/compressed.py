@@ -20,11 +20,12 @@ import numpy as np
 from llmprune.checkpoint import durable
 from llmprune.checkpoint.folder import appearing
 from llmprune.checkpoint.header import TensorEntry, read_header
-from llmprune.checkpoint.packed import Bytes, Layout, can_pack, pack, unpack, values_of
+from llmprune.checkpoint.packed import Bytes, Layout, can_pack, matrix_of, pack, values_of
 from llmprune.checkpoint.place import require_place
 from llmprune.checkpoint.source import Source
 from llmprune.errors import CheckpointError
 from llmprune.progress import Progress
+from llmprune_kernels.bitmask.layout import expand
 
 METHOD = "llmprune"
 FORMAT, FORMAT_VERSION = "bitmask", 1
@@ -233,10 +234,10 @@ def _dense_part(entry: TensorEntry, field: dict[str, Any]) -> Bytes:
     """Return the bytes of a tensor as the dense file has them."""
     data = _read(entry)
     if (entry.dtype, list(entry.shape)) != (field["dtype"], field["shape"]):
-        layout, elements = unpack(data, entry.name)
+        layout, matrix = matrix_of(data, entry.name)
         if (layout.dtype, list(layout.shape)) != (field["dtype"], field["shape"]):
             raise CheckpointError(f"{entry.name} in {entry.file} is damaged: compress the checkpoint again")
-        data = elements.numpy().reshape(-1).view(np.uint8)
+        data = expand(matrix).numpy().reshape(-1).view(np.uint8)
     begin, end = field["data_offsets"]
     if len(data) != end - begin:
         raise CheckpointError(f"{entry.name} in {entry.file} is damaged: compress the checkpoint again")

@@ -18,7 +18,7 @@ stop at its shape.
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from llmprune.checkpoint.header import DTYPES
 from llmprune.errors import CheckpointError
-from llmprune_kernels.bitmask.layout import count_bits, expand_rows
+from llmprune_kernels.bitmask.layout import Bitmask, expand
 
 MAGIC = b"llmprun"
 VERSION = 1
@@ -109,8 +109,8 @@ def values_of(dense: Bytes, size: int) -> int:
     return sum(int(np.count_nonzero(elements[first : first + _CHUNK])) for first in range(0, len(elements), _CHUNK))
 
 
-def layout_of(packed: Bytes, name: str) -> Layout:
-    """Read the layout of a packed tensor and check that its parts are all there.
+def matrix_of(packed: Bytes, name: str) -> tuple[Layout, Bitmask]:
+    """Return the layout of a packed tensor and, where it lies, the matrix of its elements as integers of their size.
 
     Raises:
         CheckpointError: naming the tensor, the version is a newer one, or bitmask and values contradict each other.
@@ -123,76 +123,62 @@ def layout_of(packed: Bytes, name: str) -> Layout:
         raise _damaged(name)
     shape = struct.unpack(f"<{dimensions}Q", packed[_FIXED : _FIXED + 8 * dimensions].tobytes())
     layout = Layout.of(dtype, shape, size)
-    if len(packed) < layout.values_at or len(packed) != layout.packed_bytes(_ones(_masks(packed, layout))):
+    if len(packed) < layout.values_at:
         raise _damaged(name)
-    return layout
-
-
-def unpack(packed: Bytes, name: str) -> tuple[Layout, Tensor]:
-    """Return the layout of a packed tensor and its dense elements, as integers of their size [rows, columns].
-
-    Raises:
-        CheckpointError: as `layout_of`.
-    """
-    layout = layout_of(packed, name)
     rows, columns = rows_and_columns(layout.shape)
-    masks = torch.from_numpy(_masks(packed, layout))
-    return layout, expand_rows(masks.view(rows, -1), _values(packed, layout), columns)
+    masks = torch.from_numpy(packed[layout.mask_at : layout.mask_at + rows * _bytes(columns)]).view(rows, -1)
+    matrix = Bitmask.of(masks, torch.from_numpy(packed[layout.values_at :]).view(_VIEWS[size]), columns)
+    if len(packed) != layout.packed_bytes(matrix.count()):
+        raise _damaged(name)
+    return layout, matrix
 
 
 def dense_parts(packed: Bytes, name: str, step: int) -> Iterator[Tensor]:
     """Yield the dense elements of a packed tensor, as integers of their size, `step` rows of its first dimension at a time.
 
     Raises:
-        CheckpointError: as `layout_of`.
+        CheckpointError: as `matrix_of`.
     """
-    layout = layout_of(packed, name)
-    rows, columns = rows_and_columns(layout.shape)
-    masks, values = _masks(packed, layout).reshape(rows, -1), _values(packed, layout)
-    rows_of_one, first_value = rows // layout.shape[0], 0
+    layout, matrix = matrix_of(packed, name)
+    rows_of_one, first_value = matrix.outputs // layout.shape[0], 0
     for first in range(0, layout.shape[0], step):
         shape = (min(step, layout.shape[0] - first), *layout.shape[1:])
-        part = masks[first * rows_of_one :][: shape[0] * rows_of_one]
-        count = _ones(part)
-        yield expand_rows(torch.from_numpy(part), values[first_value : first_value + count], columns).view(shape)
-        first_value += count
+        masks = matrix.masks[first * rows_of_one :][: shape[0] * rows_of_one]
+        part = Bitmask.of(masks, matrix.values[first_value:], matrix.inputs)
+        yield expand(part).view(shape)
+        first_value += part.count()
 
 
 def count_zero_values(packed: Bytes, name: str) -> int:
     """Return how many of the values of a packed tensor are zero, all bits of them.
 
     Raises:
-        CheckpointError: as `layout_of`.
+        CheckpointError: as `matrix_of`.
     """
-    layout = layout_of(packed, name)
-    count = _ones(_masks(packed, layout))
-    return count - int(_values(packed, layout)[:count].count_nonzero())
+    _, matrix = matrix_of(packed, name)
+    return matrix.count() - int(matrix.values[: matrix.count()].count_nonzero())
+
+
+def typed_matrix(packed: Tensor, name: str) -> tuple[Layout, Bitmask]:
+    """Return what `matrix_of` does, with the elements' own dtype.
+
+    Raises:
+        CheckpointError: as `matrix_of`, or its dtype is none that torch and llmprune share.
+    """
+    layout, matrix = matrix_of(packed.numpy(), name)
+    if layout.dtype not in DTYPES:
+        raise CheckpointError(f"{name} is stored as {layout.dtype}: restore the checkpoint with `llmprune decompress`")
+    return layout, replace(matrix, values=matrix.values.view(DTYPES[layout.dtype]))
 
 
 def dense_tensor(packed: Tensor, name: str) -> Tensor:
     """Return the tensor that was packed.
 
     Raises:
-        CheckpointError: as `layout_of`, or its dtype is none that torch and llmprune share.
+        CheckpointError: as `typed_matrix`.
     """
-    layout, elements = unpack(packed.numpy(), name)
-    if layout.dtype not in DTYPES:
-        raise CheckpointError(f"{name} is stored as {layout.dtype}: restore the checkpoint with `llmprune decompress`")
-    return elements.view(DTYPES[layout.dtype]).view(layout.shape)
-
-
-def _masks(packed: Bytes, layout: Layout) -> Bytes:
-    rows, columns = rows_and_columns(layout.shape)
-    return packed[layout.mask_at : layout.mask_at + rows * _bytes(columns)]
-
-
-def _values(packed: Bytes, layout: Layout) -> Tensor:
-    """Return the values as integers of their size, and with them what fills the buffer up."""
-    return torch.from_numpy(packed[layout.values_at :]).view(_VIEWS[layout.size])
-
-
-def _ones(masks: Bytes) -> int:
-    return count_bits(torch.from_numpy(masks))
+    layout, matrix = typed_matrix(packed, name)
+    return expand(matrix).view(layout.shape)
 
 
 def _damaged(name: str) -> CheckpointError:

@@ -13,9 +13,10 @@ from torch import Tensor
 from llmprune.checkpoint.compressed import DENSE_CONFIG, dense_header, is_compressed, require_readable
 from llmprune.checkpoint.guard import read_json
 from llmprune.checkpoint.header import TensorEntry
-from llmprune.checkpoint.packed import Bytes, count_zero_values, dense_parts, dense_tensor, layout_of
+from llmprune.checkpoint.packed import Bytes, Layout, count_zero_values, dense_parts, matrix_of, typed_matrix
 from llmprune.checkpoint.source import Source, step_of
 from llmprune.errors import CheckpointError
+from llmprune_kernels.bitmask.layout import expand
 
 
 def open_dense(folder: str | Path) -> Source:
@@ -78,7 +79,7 @@ class Unpacked(Source):
         """Return the bytes of a packed tensor, its layout checked against the dense header."""
         self.require_unchanged([entry.file])
         stored = np.fromfile(entry.file, np.uint8, entry.size, offset=entry.start)
-        _require_layout(stored, entry)
+        _require_layout(matrix_of(stored, entry.name)[0], entry)
         return stored
 
 
@@ -96,16 +97,16 @@ class _Slice:
 
     def __getitem__(self, index: Any) -> Tensor:
         stored: Tensor = self._stored[...]
-        _require_layout(stored.numpy(), self._entry)
-        return dense_tensor(stored, self._entry.name)[index]
+        layout, matrix = typed_matrix(stored, self._entry.name)
+        _require_layout(layout, self._entry)
+        return expand(matrix).view(layout.shape)[index]
 
 
 def _in_dense_terms(entry: TensorEntry, field: dict[str, Any]) -> TensorEntry:
     return replace(entry, dtype=field["dtype"], shape=tuple(field["shape"]))
 
 
-def _require_layout(stored: Bytes, entry: TensorEntry) -> None:
-    layout = layout_of(stored, entry.name)
+def _require_layout(layout: Layout, entry: TensorEntry) -> None:
     if (layout.dtype, layout.shape) != (entry.dtype, entry.shape):
         raise CheckpointError(
             f"{entry.name} in {entry.file} is packed as {layout.dtype} {list(layout.shape)}, the header of its file says "

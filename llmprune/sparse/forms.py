@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from llmprune_kernels import native
 from llmprune_kernels.bitmask import layout, rows, rows_ops
-from llmprune_kernels.bitmask.layout import TYPES, Tiles
+from llmprune_kernels.bitmask.layout import TYPES, Bitmask
 from llmprune_kernels.bitmask.ops import bitmask_linear
 from llmprune_kernels.support import cusparselt_missing, sparse_cores_missing, triton_missing
 from llmprune_kernels.two_four import fragments, ops, reference
@@ -66,6 +66,16 @@ class Form(ABC):
         """Return the setting with which a kernel is fastest for this input, 0 where it has none."""
         return 0
 
+    def share(self) -> float:
+        """Return the share of the weight that is not zero, roughly."""
+        part = self.expand()[: max(1, _AT_ONCE // self.inputs)]
+        return int(part.count_nonzero()) / part.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.tensors[0].device
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Form":
         """Return the form with every tensor moved."""
         return replace(self, tensors=tuple(move(tensor) for tensor in self.tensors))
@@ -91,34 +101,39 @@ class Dense(Form):
         return functional.linear(x_TI, self.tensors[0])
 
 
-class Tiled(Form):
-    """A bitmask in the tile layout of the CPU's kernels, for any pattern."""
+class Packed(Form):
+    """A bitmask as compressed files hold it, in the layout of the CPU's kernels, for any pattern."""
 
     kernels = ("bitmask", "expand")
 
+    @classmethod
+    def holding(cls, matrix: Bitmask) -> "Packed":
+        """Return the form of a matrix that is in this layout already; nothing is copied."""
+        return cls((matrix.masks, matrix.values, matrix.starts), matrix.outputs, matrix.inputs, matrix.values.dtype)
+
     @staticmethod
     def pack(weight_OI: Tensor) -> tuple[Tensor, ...]:
-        tiles = Tiles.pack(weight_OI)
-        return tiles.masks, tiles.values, tiles.offsets
+        matrix = Bitmask.pack(weight_OI)
+        return matrix.masks, matrix.values, matrix.starts
 
     @property
-    def tiles(self) -> Tiles:
+    def matrix(self) -> Bitmask:
         """The form as its kernels take it."""
-        masks, values, offsets = self.tensors
-        return Tiles(masks, values, offsets, self.outputs, self.inputs)
+        masks, values, starts = self.tensors
+        return Bitmask(masks, values, starts, self.inputs)
+
+    def share(self) -> float:
+        return self.matrix.count() / (self.outputs * self.inputs)
 
     def expand(self) -> Tensor:
-        return layout.expand(self.tiles)
+        return layout.expand(self.matrix)
 
     def multiply(self, x_TI: Tensor, kernel: str, setting: int) -> Tensor:
         return self.linear(x_TI, kernel, setting, None)
 
     def linear(self, x: Tensor, kernel: str, setting: int, bias: Tensor | None) -> Tensor:
         # One operator for both kernels: it adds the bias before it rounds, and expands a part of the weight at a time.
-        masks, values, offsets = self.tensors
-        product: Tensor = bitmask_linear(
-            x, masks, values, offsets, self.outputs, bias, 0 if kernel == "expand" else NEVER
-        )
+        product: Tensor = bitmask_linear(x, *self.tensors, bias, 0 if kernel == "expand" else NEVER)
         return product
 
 
@@ -201,9 +216,14 @@ class CuSparseLt(Form):
 
 def sparse_forms(weight_OI: Tensor) -> list[type[Form]]:
     """Return the sparse forms that suit a weight where it is, the preferred one first; none if `obstacle` says why."""
-    if obstacle(weight_OI) is not None:
+    if obstacle(weight_OI.dtype, weight_OI.device) is not None:
         return []
-    return [Tiled] if weight_OI.device.type == "cpu" else gpu_forms(weight_OI)
+    return [Packed] if weight_OI.device.type == "cpu" else gpu_forms(weight_OI)
+
+
+def forms_beside(form: Form) -> list[type[Form]]:
+    """Return what `sparse_forms` does, for the weight of a form where it is."""
+    return [Packed] if isinstance(form, Packed) else sparse_forms(form.expand())
 
 
 def gpu_forms(weight_OI: Tensor) -> list[type[Form]]:
@@ -221,15 +241,15 @@ def gpu_forms(weight_OI: Tensor) -> list[type[Form]]:
     return found
 
 
-def obstacle(weight_OI: Tensor) -> str | None:
-    """Return why no sparse kernel can run for a weight where it is, None if one can."""
-    if weight_OI.dtype not in TYPES:
+def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why no sparse kernel can run for weights of a dtype on a device, None if one can."""
+    if dtype not in TYPES:
         return "a dtype without a sparse kernel"
-    if weight_OI.device.type == "cpu":
+    if device.type == "cpu":
         return "no compiled kernels" if native.library() is None else None
-    if weight_OI.device.type == "cuda":
+    if device.type == "cuda":
         return triton_missing()
-    return f"on {weight_OI.device.type}, where there is no sparse kernel"
+    return f"on {device.type}, where there is no sparse kernel"
 
 
 def is_two_four(weight_OI: Tensor) -> bool:

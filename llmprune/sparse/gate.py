@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,41 +67,31 @@ class Verdict:
 
 
 def judge(
-    weights: Sequence[Tensor],
     packed: Sequence[Sequence[Form]],
+    dense: Callable[[], Sequence[Tensor]],
     tokens: Iterable[int] = TOKENS,
     machine: Machine | None = None,
 ) -> Verdict:
     """Measure products with weights [O, I] of one shape, dense and in sparse forms, for each number of tokens.
 
     Args:
-        packed: for each form, the weights in it, in the same order.
+        packed: for each form, the weights in it.
+        dense: returns the same weights dense, in the same order; asked only if something has to be measured.
         machine: what measures; by default that of the weights' device.
     """
-    machine = machine or machine_of(weights[0].device)
+    first = packed[0][0]
+    machine = machine or machine_of(first.device)
     kernels = [kernel for forms in packed for kernel in forms[0].kernels]
-    shape = tuple(weights[0].shape)
-    described = f"{machine.name} {weights[0].dtype} {shape} {_share(weights[0]):.2f} {'+'.join(kernels)}"
-    return Verdict(
-        tuple(_known(f"{described} {count}", count, weights, packed, machine) for count in sorted(set(tokens)))
-    )
-
-
-def _known(
-    key: str, tokens: int, weights: Sequence[Tensor], packed: Sequence[Sequence[Form]], machine: Machine
-) -> Timing:
-    found = _read().get(key)
-    if found is not None:
-        return Timing(**found)
-    timing = _measure(weights, packed, tokens, machine)
-    _write(key, timing)
-    return timing
-
-
-def _share(weight_OI: Tensor) -> float:
-    """Return the share of a weight that is not zero, roughly: weights of nearly the same share cost the same."""
-    part = weight_OI[: max(1, (1 << 24) // weight_OI.shape[1])]
-    return round(int(part.count_nonzero()) / part.numel() * 20) / 20
+    share = round(first.share() * 20) / 20  # weights of nearly the same share cost the same
+    described = f"{machine.name} {first.dtype} {(first.outputs, first.inputs)} {share:.2f} {'+'.join(kernels)}"
+    known, weights = _read(), cache(dense)
+    timings = []
+    for count in sorted(set(tokens)):
+        key = f"{described} {count}"
+        if key not in known:
+            known = _write(key, _measure(weights(), packed, count, machine))
+        timings.append(Timing(**known[key]))
+    return Verdict(tuple(timings))
 
 
 def _measure(weights: Sequence[Tensor], packed: Sequence[Sequence[Form]], tokens: int, machine: Machine) -> Timing:
@@ -160,13 +151,14 @@ def _read() -> dict[str, Any]:
         return {}
 
 
-def _write(key: str, timing: Timing) -> None:
-    """Keep a timing for the next process; where the disk does not allow it, that one measures anew."""
-    text = json.dumps(_read() | {key: vars(timing)}, indent=1)
+def _write(key: str, timing: Timing) -> dict[str, Any]:
+    """Return all that is known now, and keep it for the next process; where the disk is full, that one measures anew."""
+    known = _read() | {key: vars(timing)}
     try:
         _file().parent.mkdir(parents=True, exist_ok=True)
         partial = _file().with_suffix(f".{time.monotonic_ns()}")
-        partial.write_text(text, "utf-8")
+        partial.write_text(json.dumps(known, indent=1), "utf-8")
         partial.replace(_file())
     except OSError:
-        return
+        logger.debug("%s cannot be written", _file())
+    return known

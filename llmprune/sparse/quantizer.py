@@ -9,6 +9,7 @@ unpacks goes first.
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune.checkpoint.compressed import FORMAT, FORMAT_VERSION, METHOD, require_version
-from llmprune.checkpoint.packed import dense_tensor, is_packed
+from llmprune.checkpoint.packed import dense_tensor, is_packed, typed_matrix
 from llmprune.errors import RecipeError, did_you_mean
-from llmprune.sparse.sparsify import make_sparse, sparsify
+from llmprune.sparse.forms import Form, Packed, sparse_forms
+from llmprune.sparse.sparsify import hold_sparse, sparsify
 
 RUNTIMES = ("dense", "sparse")
 
@@ -72,14 +74,13 @@ class Unpack(ConversionOps):
     ) -> dict[str, Any]:
         dtype = self._quantizer.dtype_of(model, full_layer_name)
         lists = {pattern: found if isinstance(found, list) else [found] for pattern, found in input_dict.items()}
-        dense = {pattern: [_dense(t, full_layer_name, dtype) for t in found] for pattern, found in lists.items()}
-        if list(dense) != [EVERY]:
-            return dense
-        (tensor,) = dense[EVERY]
-        if self._quantizer.keep_sparse and is_packed(lists[EVERY][0]) and make_sparse(model, full_layer_name, tensor):
+        if list(lists) != [EVERY]:
+            return {pattern: [_dense(t, full_layer_name, dtype) for t in found] for pattern, found in lists.items()}
+        (stored,) = lists[EVERY]
+        if self._quantizer.keep_sparse and _held_sparse(model, full_layer_name, stored, dtype):
             missing_keys.discard(full_layer_name)
             return {}
-        return {full_layer_name: tensor}
+        return {full_layer_name: _dense(stored, full_layer_name, dtype)}
 
 
 EVERY = "^"  # matches the empty beginning of every name, and leaves the name as it is
@@ -131,6 +132,26 @@ class SparseQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Say whether the weights can be trained."""
         return not self.keep_sparse
+
+
+def _held_sparse(model: Any, name: str, stored: Tensor, dtype: torch.dtype) -> bool:
+    """Let the layer of a packed tensor be sparse, if it can be; say whether it is.
+
+    On the CPU the layer reads the bytes where they lie: in the file, which is mapped into memory.
+    """
+    if not is_packed(stored):
+        return False
+    layout, matrix = typed_matrix(stored.cpu(), name)
+    if len(layout.shape) != 2 or not matrix.values.is_floating_point():
+        return False
+    form: Form = Packed.holding(replace(matrix, values=matrix.values.to(dtype)))
+    if stored.device.type != "cpu":
+        weight_OI = form.expand().to(stored.device)
+        suitable = sparse_forms(weight_OI)
+        if not suitable:
+            return False
+        form = suitable[0].of(weight_OI)
+    return hold_sparse(model, name, form)
 
 
 def _dense(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmprune.progress import Progress
 from llmprune.sparse.experts import ExpertsChoice, densify_experts, sparsify_experts
-from llmprune.sparse.forms import Dense, Form, Step, obstacle, sparse_forms
+from llmprune.sparse.forms import Dense, Form, Step, forms_beside, obstacle, sparse_forms
 from llmprune.sparse.gate import TOKENS, Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.machine import machine_of
@@ -111,13 +111,13 @@ def count_sparse(model: nn.Module) -> int:
     return sum(isinstance(layer, SparseLinear | SparseExperts) for layer in model.modules())
 
 
-def make_sparse(model: nn.Module, parameter: str, weight_OI: Tensor) -> bool:
+def hold_sparse(model: nn.Module, parameter: str, form: Form) -> bool:
     """Put a sparse layer with this weight where the model has a linear one; say whether that was possible."""
     path, _, attribute = parameter.rpartition(".")
     layer = model.get_submodule(path)
-    if type(layer) is not nn.Linear or attribute != "weight" or _obstacle(layer, weight_OI) is not None:
+    if type(layer) is not nn.Linear or attribute != "weight" or obstacle(form.dtype, form.device) is not None:
         return False
-    model.set_submodule(path, SparseLinear([sparse_forms(weight_OI)[0].of(weight_OI)], layer.bias))
+    model.set_submodule(path, SparseLinear([form], layer.bias))
     return True
 
 
@@ -144,8 +144,13 @@ class _Kind:
     @classmethod
     def of(cls, layer: Any) -> "_Kind":
         """Return the kind of a layer, sparse or dense."""
-        weight = layer.weight
-        found = _obstacle(layer, weight)
+        if isinstance(layer, SparseLinear):
+            form = layer.forms[0]
+            found = obstacle(form.dtype, form.device)
+            forms = () if found else tuple(forms_beside(form))
+            return cls((form.outputs, form.inputs), form.dtype, form.device, found, forms)
+        weight = layer.weight.detach()
+        found = obstacle(weight.dtype, weight.device) or ("too few zeros" if _packed_share(weight) > _WORTH else None)
         forms = () if found else tuple(sparse_forms(weight))
         return cls((weight.shape[0], weight.shape[1]), weight.dtype, weight.device, found, forms)
 
@@ -161,17 +166,9 @@ class _Kind:
         return Choice(self.shape, str(self.dtype).removeprefix("torch."), len(names), reason=reason, **fields)
 
 
-def _obstacle(layer: nn.Module, weight: Tensor) -> str | None:
-    """Return why a layer cannot be sparse, None if it can."""
-    found = obstacle(weight)
-    if found is None and not isinstance(layer, SparseLinear) and _packed_share(weight) > _WORTH:
-        return "too few zeros"
-    return found
-
-
 def _packed_share(weight: Tensor) -> float:
     """Return the bytes of the weight as a bitmask and values over those it has."""
-    return int(count_values(weight.detach()).sum()) / weight.numel() + 1 / (8 * weight.element_size())
+    return int(count_values(weight).sum()) / weight.numel() + 1 / (8 * weight.element_size())
 
 
 def _choose(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, ...], graphs: bool) -> Choice:
@@ -199,9 +196,10 @@ def _choose(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, .
 
 def _measured(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, ...], graphs: bool) -> Verdict:
     sample: list[Any] = [model.get_submodule(name) for name in names[: max(1, _SAMPLE_BYTES // kind.nbytes)]]
-    weights = [layer.weight.detach() for layer in sample]
     packed = [[_in_form(layer, form) for layer in sample] for form in kind.forms]
-    return judge(weights, packed, (*TOKENS, *asked), machine_of(kind.device, graphs))
+    return judge(
+        packed, lambda: [layer.weight.detach() for layer in sample], (*TOKENS, *asked), machine_of(kind.device, graphs)
+    )
 
 
 def _sparse(layer: Any, kept: list[type[Form]], steps: tuple[Step, ...]) -> SparseLinear:

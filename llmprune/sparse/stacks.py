@@ -7,6 +7,7 @@ stack is transposed. A `SparseStack` answers that indexing with a matrix that kn
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.experts import stacks_of
-from llmprune_kernels.bitmask.layout import TYPES, Tiles, expand
+from llmprune_kernels.bitmask.layout import TYPES, Bitmask, expand
 from llmprune_kernels.bitmask.ops import bitmask_linear
 
 EXPAND_FROM = 64  # tokens of one expert
@@ -25,16 +26,16 @@ EXPAND_FROM = 64  # tokens of one expert
 class SparseMatrix:
     """One expert's weight, for `functional.linear` or, where the stack is transposed, for `x @ weight`."""
 
-    def __init__(self, tiles: Tiles, transposed: bool) -> None:
-        self._tiles, self._transposed = tiles, transposed
+    def __init__(self, matrix: Bitmask, transposed: bool) -> None:
+        self._held, self._transposed = matrix, transposed
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         x, matrix, *bias = args
         if not isinstance(matrix, SparseMatrix) or function is not _product(matrix._transposed):
             return NotImplemented
-        tiles, (given,) = matrix._tiles, [*bias, (kwargs or {}).get("bias")][:1]
-        return bitmask_linear(x, tiles.masks, tiles.values, tiles.offsets, tiles.outputs, given, EXPAND_FROM)
+        held, (given,) = matrix._held, [*bias, (kwargs or {}).get("bias")][:1]
+        return bitmask_linear(x, held.masks, held.values, held.starts, given, EXPAND_FROM)
 
 
 def _product(transposed: bool) -> Any:
@@ -45,40 +46,40 @@ def _product(transposed: bool) -> Any:
 class SparseStack:
     """Stands for the parameter [experts, outputs, inputs], or [experts, inputs, outputs] if `transposed`."""
 
-    def __init__(self, tiles: Sequence[Tiles], transposed: bool) -> None:
-        self.tiles, self.transposed = list(tiles), transposed
+    def __init__(self, matrices: Sequence[Bitmask], transposed: bool) -> None:
+        self.matrices, self.transposed = list(matrices), transposed
 
     @classmethod
     def pack(cls, stored: Tensor, transposed: bool) -> "SparseStack":
-        """Return a stack of experts, on the CPU and of a dtype in `TYPES`, in tiles."""
-        return cls([Tiles.pack(matrix.T if transposed else matrix) for matrix in stored.detach()], transposed)
+        """Return a stack of experts, on the CPU and of a dtype in `TYPES`, made sparse."""
+        return cls([Bitmask.pack(matrix.T if transposed else matrix) for matrix in stored.detach()], transposed)
 
     def __getitem__(self, expert: Any) -> SparseMatrix:
-        return SparseMatrix(self.tiles[int(expert)], self.transposed)
+        return SparseMatrix(self.matrices[int(expert)], self.transposed)
 
     def __len__(self) -> int:
-        return len(self.tiles)
+        return len(self.matrices)
 
     def dense(self) -> Tensor:
         """Return the parameter that this one stands for."""
-        return torch.stack([expand(tiles).T if self.transposed else expand(tiles) for tiles in self.tiles])
+        return torch.stack([expand(matrix).T if self.transposed else expand(matrix) for matrix in self.matrices])
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> "SparseStack":
         """Return the stack with its values cast; raises UnsupportedModelError for what no kernel serves."""
-        return SparseStack([_cast(tiles, fn(tiles.values)) for tiles in self.tiles], self.transposed)
+        return SparseStack([_cast(matrix, fn(matrix.values)) for matrix in self.matrices], self.transposed)
 
     def nbytes(self) -> int:
         """Return the bytes that the tensors occupy."""
-        return sum(tiles.nbytes() for tiles in self.tiles)
+        return sum(matrix.nbytes() for matrix in self.matrices)
 
 
-def _cast(tiles: Tiles, values: Tensor) -> Tiles:
+def _cast(matrix: Bitmask, values: Tensor) -> Bitmask:
     if values.device.type != "cpu" or values.dtype not in TYPES:
         raise UnsupportedModelError(
             f"sparse experts run on the CPU in float32, bfloat16 or float16, not on {values.device} in {values.dtype}: "
             "call llmprune.densify(model) first"
         )
-    return Tiles(tiles.masks, values, tiles.offsets, tiles.outputs, tiles.inputs)
+    return replace(matrix, values=values)
 
 
 class SparseExperts(nn.Module):
@@ -139,10 +140,10 @@ class SparseExperts(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for name, stack in self.sparse_stacks.items():
-            given, tiles = state_dict.get(prefix + name), stack.tiles[0]
-            shape = (tiles.inputs, tiles.outputs) if stack.transposed else (tiles.outputs, tiles.inputs)
+            given, first = state_dict.get(prefix + name), stack.matrices[0]
+            shape = (first.inputs, first.outputs) if stack.transposed else (first.outputs, first.inputs)
             if given is not None and tuple(given.shape) == (len(stack), *shape):
-                self._hold(name, SparseStack.pack(given.to("cpu", tiles.values.dtype), stack.transposed))
+                self._hold(name, SparseStack.pack(given.to("cpu", first.values.dtype), stack.transposed))
                 state_dict = {key: value for key, value in state_dict.items() if key != prefix + name}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

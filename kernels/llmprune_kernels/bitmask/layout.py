@@ -1,10 +1,9 @@
-"""The tile layout, and the functions on it that are compiled where they can be.
+"""The layout of compressed files and of the CPU's kernels, and the functions on it that are compiled where they can be.
 
-A weight [O, I] is cut into tiles of 8 rows x 32 columns, filled up with zeros at the edges. `masks` holds 32 bits for
-each row of each tile, tile row by tile row, tile by tile; `values` the marked weights in that same order, which is the
-order in which a matrix-vector product reads them: one stream a tile row, as a memory prefetcher wants it. `offsets`
-says where the stream of each tile row begins. At half the zeros that is 1 bit and half a weight: 0.5625 of bfloat16.
-Any pattern fits it; 2:4 is a bitmask with two bits in four.
+`masks` [O, ceil(I / 8)] holds a bit for each weight of a row, lowest bit first, and `values` the marked weights row by
+row: the order in which a matrix-vector product reads them, as one stream. `starts` says where the values of every eighth
+row begin, so that threads need not count. At half the zeros that is 1 bit and half a weight: 0.5625 of bfloat16. Any
+pattern fits it; 2:4 is a bitmask with two bits in four. A file that is mapped into memory is multiplied where it lies.
 """
 
 import ctypes
@@ -17,136 +16,128 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmprune_kernels.bitmask import reference
-from llmprune_kernels.bitmask.reference import COLUMNS, ROWS
+from llmprune_kernels.bitmask.reference import ROWS
 from llmprune_kernels.native import cpu_level, declared
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EXPANDED_BYTES = 16 << 20  # of the weight that are dense at a time while many tokens are multiplied; parts are equal
+_COLUMNS = 32  # that the kernels read of a row of x at a time
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {  # as in bitmask.cpp
+    "bitmask_starts": (_P, _L, _L, _P, _I, _I),
+    "bitmask_nonzero": (_P, _L, _L, _I, _P, _I),
     "bitmask_pack": (_P, _L, _L, _I, _P, _P, _P, _I),
     "bitmask_expand": (_P, _P, _P, _L, _L, _I, _P, _I, _I),
-    "bitmask_nonzero": (_P, _L, _L, _I, _P, _I),
-    "bitmask_count": (_P, _L, _P, _I),
-    "bitmask_expand_rows": (_P, _P, _L, _L, _I, _P, _I, _I),
     "bitmask_linear": (_P, _P, _P, _L, _L, _I, _P, _L, _P, _I, _I),
 }
-SLACK = 64  # values after the last: the kernels read whole registers
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """A sparse weight [outputs, inputs] in the tile layout."""
+class Bitmask:
+    """A sparse weight [outputs, inputs] on the CPU; `values` may go on behind those of the last row."""
 
     masks: Tensor
     values: Tensor
-    offsets: Tensor
-    outputs: int
+    starts: Tensor
     inputs: int
 
+    @property
+    def outputs(self) -> int:
+        """The number of rows."""
+        return len(self.masks)
+
     @classmethod
-    def pack(cls, weight_OI: Tensor) -> "Tiles":
-        """Return the weight, of a dtype in `TYPES` and on the CPU, in the tile layout."""
-        outputs, inputs = weight_OI.shape
+    def of(cls, masks: Tensor, values: Tensor, inputs: int) -> "Bitmask":
+        """Return the weight of masks and values as a file has them, which are not copied."""
         native = compiled()
         if native is None:
-            masks, values, offsets = reference.pack(weight_OI)
-            return cls(masks, functional.pad(values, (0, SLACK)), offsets, outputs, inputs)
+            return cls(masks, values, reference.starts(masks), inputs)
+        starts = torch.empty(-(-len(masks) // ROWS) + 1, dtype=torch.int64)
+        native.bitmask_starts(
+            masks.data_ptr(), len(masks), inputs, starts.data_ptr(), torch.get_num_threads(), cpu_level()
+        )
+        return cls(masks, values, starts, inputs)
+
+    @classmethod
+    def pack(cls, weight_OI: Tensor) -> "Bitmask":
+        """Return a dense weight, of a dtype in `TYPES` and on the CPU, in this layout."""
+        native = compiled()
+        if native is None:
+            return cls.of(*reference.pack(weight_OI), weight_OI.shape[1])
         weight_OI = weight_OI.contiguous()
-        offsets = _offsets(weight_OI)
-        masks = torch.empty(len(offsets) - 1, -(-inputs // COLUMNS), ROWS, dtype=torch.int32)
-        values = _stream(int(offsets[-1]) + SLACK, weight_OI.dtype)
-        values[-SLACK:] = 0
+        outputs, inputs = weight_OI.shape
+        starts = _starts(count_values(weight_OI))
+        masks = torch.empty(outputs, -(-inputs // 8), dtype=torch.uint8)
+        values = _stream(int(starts[-1]), weight_OI.dtype)
         native.bitmask_pack(
             weight_OI.data_ptr(), outputs, inputs, weight_OI.element_size(),
-            masks.data_ptr(), values.data_ptr(), offsets.data_ptr(), torch.get_num_threads(),
+            masks.data_ptr(), values.data_ptr(), starts.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        return cls(masks.flatten(), values, offsets, outputs, inputs)
+        return cls(masks, values, starts, inputs)
 
-    def rows(self, first: int, last: int) -> "Tiles":
+    def rows(self, first: int, last: int) -> "Bitmask":
         """Return the rows from `first`, a multiple of 8, up to `last`, as a view."""
-        start, stop = first // ROWS, -(-last // ROWS)
-        across = -(-self.inputs // COLUMNS)
-        masks = self.masks[start * across * ROWS : stop * across * ROWS]
-        return Tiles(masks, self.values, self.offsets[start : stop + 1], last - first, self.inputs)
+        starts = self.starts[first // ROWS : -(-last // ROWS) + 1]
+        return Bitmask(self.masks[first:last], self.values, starts, self.inputs)
+
+    def count(self) -> int:
+        """Return how many values there are."""
+        return int(self.starts[-1] - self.starts[0])
 
     def nbytes(self) -> int:
         """Return the bytes that the tensors occupy."""
-        return self.masks.nbytes + self.values.nbytes + self.offsets.nbytes
+        return self.masks.nbytes + self.values.nbytes + self.starts.nbytes
 
 
-def expand(tiles: Tiles, out: Tensor | None = None) -> Tensor:
-    """Return the dense weight [O, I], bit for bit the one that was packed, in `out` if that is given."""
+def expand(matrix: Bitmask, out: Tensor | None = None) -> Tensor:
+    """Return the dense weight [O, I], bit for bit the one that was packed, in `out` if that is given.
+
+    The elements of `values` may have any size that a number has: 1, 2, 4 or 8 bytes.
+    """
     native = compiled()
-    dense = torch.empty(tiles.outputs, tiles.inputs, dtype=tiles.values.dtype) if out is None else out
+    dense = torch.empty(matrix.outputs, matrix.inputs, dtype=matrix.values.dtype) if out is None else out
     if native is None:
-        values = tiles.values[int(tiles.offsets[0]) :]
-        return dense.copy_(reference.expand(tiles.masks, values, tiles.outputs, tiles.inputs))
+        values = matrix.values[int(matrix.starts[0]) : int(matrix.starts[-1])]
+        return dense.copy_(reference.expand(matrix.masks, values, matrix.inputs))
     native.bitmask_expand(
-        *_addresses(tiles), tiles.outputs, tiles.inputs, dense.element_size(),
+        *_addresses(matrix), matrix.outputs, matrix.inputs, dense.element_size(),
         dense.data_ptr(), torch.get_num_threads(), cpu_level(),
     )  # fmt: skip
     return dense
 
 
-def multiply(x_TI: Tensor, tiles: Tiles, level: int | None = None) -> Tensor:
+def multiply(x_TI: Tensor, matrix: Bitmask, level: int | None = None) -> Tensor:
     """Return x_TI, of the weight's dtype, times the transposed weight: [T, O] in float32.
 
     `level` asks for less than the CPU offers; see `llmprune_kernels.native.cpu_level`.
     """
     native = compiled()
     if native is None:
-        return reference.linear(x_TI, expand(tiles))
+        return reference.linear(x_TI, expand(matrix))
     level = cpu_level() if level is None else level
-    if tiles.values.dtype is not torch.bfloat16 or level < 2:
+    if matrix.values.dtype is not torch.bfloat16 or level < 2:
         x_TI = x_TI.float()
-    missing = -tiles.inputs % COLUMNS
+    missing = -matrix.inputs % _COLUMNS
     x_TI = functional.pad(x_TI, (0, missing)) if missing else x_TI.contiguous()
-    y_TO = torch.empty(len(x_TI), tiles.outputs)
+    y_TO = torch.empty(len(x_TI), matrix.outputs)
     native.bitmask_linear(
-        *_addresses(tiles), tiles.outputs, tiles.inputs, TYPES[tiles.values.dtype],
+        *_addresses(matrix), matrix.outputs, matrix.inputs, TYPES[matrix.values.dtype],
         x_TI.data_ptr(), len(x_TI), y_TO.data_ptr(), torch.get_num_threads(), level,
     )  # fmt: skip
     return y_TO
 
 
-def multiply_expanded(x_TI: Tensor, tiles: Tiles) -> Tensor:
+def multiply_expanded(x_TI: Tensor, matrix: Bitmask) -> Tensor:
     """Return what `multiply` does, by torch: a part of the weight is dense at a time, in memory that malloc reuses."""
-    y_TO = x_TI.new_empty(len(x_TI), tiles.outputs)
-    parts = -(-tiles.outputs * tiles.inputs * x_TI.element_size() // EXPANDED_BYTES)
-    step = -(-tiles.outputs // (parts * ROWS)) * ROWS
-    part_OI = tiles.values.new_empty(min(step, tiles.outputs), tiles.inputs)
-    for first in range(0, tiles.outputs, step):
-        last = min(first + step, tiles.outputs)
-        dense_OI = expand(tiles.rows(first, last), part_OI[: last - first])
+    y_TO = x_TI.new_empty(len(x_TI), matrix.outputs)
+    parts = -(-matrix.outputs * matrix.inputs * x_TI.element_size() // EXPANDED_BYTES)
+    step = -(-matrix.outputs // (parts * ROWS)) * ROWS
+    part_OI = matrix.values.new_empty(min(step, matrix.outputs), matrix.inputs)
+    for first in range(0, matrix.outputs, step):
+        last = min(first + step, matrix.outputs)
+        dense_OI = expand(matrix.rows(first, last), part_OI[: last - first])
         torch.mm(x_TI, dense_OI.T, out=y_TO[:, first:last])
     return y_TO
-
-
-def expand_rows(masks: Tensor, values: Tensor, columns: int) -> Tensor:
-    """Return the dense rows [R, columns] of masks [R, ceil(columns / 8)], lowest bit first, and values, row by row.
-
-    The number of values must be the number of bits; the caller checks it.
-    """
-    native = compiled()
-    if native is None:
-        return reference.expand_rows(masks, values, columns)
-    dense = torch.empty(len(masks), columns, dtype=values.dtype)
-    native.bitmask_expand_rows(
-        masks.data_ptr(), values.data_ptr(), len(masks), columns, values.element_size(),
-        dense.data_ptr(), torch.get_num_threads(), cpu_level(),
-    )  # fmt: skip
-    return dense
-
-
-def count_bits(masks: Tensor) -> int:
-    """Return how many bits of the bytes in a contiguous tensor are set."""
-    native = compiled()
-    if native is None:
-        return reference.count_bits(masks)
-    count = torch.zeros(1, dtype=torch.int64)
-    native.bitmask_count(masks.data_ptr(), masks.numel(), count.data_ptr(), cpu_level())
-    return int(count)
 
 
 def count_values(weight_OI: Tensor) -> Tensor:
@@ -164,12 +155,11 @@ def count_values(weight_OI: Tensor) -> Tensor:
 
 def _stream(count: int, dtype: torch.dtype) -> Tensor:
     """Return room for values that are read in one go: numpy asks the system for large pages, torch does not."""
-    return torch.from_numpy(np.empty(count * dtype.itemsize, np.uint8)).view(dtype)
+    return torch.from_numpy(np.empty(count, f"i{dtype.itemsize}")).view(dtype)
 
 
-def _offsets(weight_OI: Tensor) -> Tensor:
-    """Return where the values of each tile row begin, and where the last ends."""
-    counts_O = count_values(weight_OI)
+def _starts(counts_O: Tensor) -> Tensor:
+    """Return where the values of each group of rows begin, and where the last ends."""
     counts = functional.pad(counts_O, (0, -len(counts_O) % ROWS)).view(-1, ROWS).sum(1)
     return functional.pad(counts.cumsum(0), (1, 0))
 
@@ -180,5 +170,5 @@ def compiled() -> ctypes.CDLL | None:
     return declared(SIGNATURES)
 
 
-def _addresses(tiles: Tiles) -> tuple[int, int, int]:
-    return tiles.masks.data_ptr(), tiles.values.data_ptr(), tiles.offsets.data_ptr()
+def _addresses(matrix: Bitmask) -> tuple[int, int, int]:
+    return matrix.masks.data_ptr(), matrix.values.data_ptr(), matrix.starts.data_ptr()
