@@ -49,8 +49,12 @@ def _made(size: int) -> _Address | None:
     except (AttributeError, OSError):  # not Linux, or an old one
         return None
     address = _Address(os.getpid(), file, os.urandom(_TOKEN))
-    os.ftruncate(file, size)
-    os.pwrite(file, address.token, 0)
+    try:
+        os.ftruncate(file, size)
+        os.pwrite(file, address.token, 0)
+    except OSError:  # no memory left
+        os.close(file)
+        return None
     return address
 
 
