@@ -147,7 +147,7 @@ def test_values_of_rows_are_counted(shape: tuple[int, int], dtype: torch.dtype) 
 @needs_library
 @pytest.mark.parametrize("tokens", [1, 3, 5])
 def test_any_number_of_threads_gives_the_same_bits(tokens: int, threads: int) -> None:
-    weight_OI, x_TI = sparse_weight(100, 300, torch.bfloat16, 0.5, 2), inputs_of(tokens, 300, torch.bfloat16)
+    weight_OI, x_TI = sparse_weight(260, 300, torch.bfloat16, 0.5, 2), inputs_of(tokens, 300, torch.bfloat16)
     found_TO = multiply(x_TI, Bitmask.pack(weight_OI))
     torch.set_num_threads(1)
     assert torch.equal(found_TO, multiply(x_TI, Bitmask.pack(weight_OI)))
@@ -181,7 +181,7 @@ def test_every_output_is_written(
     tokens: int, level: int, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Empty rows, empty tiles and full tiles among them, at ragged edges, by any number of threads."""
-    weight_OI = sparse_weight(45, 105, dtype, 0.9, 4)
+    weight_OI = sparse_weight(645, 105, dtype, 0.9, 4)
     weight_OI[5] = 0
     weight_OI[8:16, 32:64] = 0
     weight_OI[16:24, :32] = 2
@@ -192,7 +192,7 @@ def test_every_output_is_written(
     matrix = Bitmask.pack(weight_OI)
     assert_near(multiply(x_TI, matrix), x_TI, weight_OI)
     assert torch.equal(expand(matrix), weight_OI)
-    room = poisoned(45, 105, dtype=dtype)
+    room = poisoned(645, 105, dtype=dtype)
     assert torch.equal(expand(matrix, room), weight_OI)
 
 
@@ -201,14 +201,14 @@ def test_every_output_is_written(
 @pytest.mark.parametrize(("inputs", "shift"), [(96, 0), (96, 1), (100, 0), (100, 3), (512, 32)])
 def test_weights_expand_wherever_their_rows_begin(inputs: int, shift: int, level: int, threads: int) -> None:
     """Whole cache lines are written by instructions of their own; beside them nothing may change."""
-    weight_OI = sparse_weight(45, inputs, torch.bfloat16, 0.5, 12)
-    room = torch.full((45 * inputs + 128,), 7.0, dtype=torch.bfloat16)
+    weight_OI = sparse_weight(645, inputs, torch.bfloat16, 0.5, 12)
+    room = torch.full((645 * inputs + 128,), 7.0, dtype=torch.bfloat16)
     start = -room.data_ptr() % 64 // 2 + shift
-    out = room[start : start + 45 * inputs].view(45, inputs)
+    out = room[start : start + 645 * inputs].view(645, inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "cpu_level", lambda: level)
         assert torch.equal(expand(Bitmask.pack(weight_OI), out), weight_OI)
-    assert room[:start].eq(7).all() and room[start + 45 * inputs :].eq(7).all()
+    assert room[:start].eq(7).all() and room[start + 645 * inputs :].eq(7).all()
 
 
 @needs_library

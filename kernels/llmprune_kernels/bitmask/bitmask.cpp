@@ -27,6 +27,8 @@ constexpr int64_t COUNTED = 1 << 14;  // elements counted in one of their own si
 constexpr int64_t AHEAD = 4096;  // bytes of values that are asked for before they are needed
 constexpr int64_t SLACK = 32;    // values behind a group that are read, and not used: registers are loaded whole
 
+constexpr int64_t LITTLE = 1 << 16;  // weights, or bytes of masks, that are not worth a second thread
+
 enum Type { F32 = 0, BF16 = 1, F16 = 2 };
 
 struct Bitmask {
@@ -39,6 +41,9 @@ struct Bitmask {
   int64_t words() const { return (inputs + COLUMNS - 1) / COLUMNS; }
   int64_t groups() const { return (outputs + ROWS - 1) / ROWS; }
 };
+
+// Threads wait for each other at the end, the longer the busier the machine is.
+inline int enough(int threads, int64_t work) { return work < LITTLE ? 1 : threads; }
 
 // ---- any CPU -------------------------------------------------------------------------------------------------------
 
@@ -482,7 +487,7 @@ template <Type type>
 void linear(const Bitmask& matrix, const void* x, int64_t tokens, float* y, int threads, int level) {
   Widened<type> kernel = widened<type>(level);
   int64_t x_stride = matrix.words() * COLUMNS;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(enough(threads, matrix.outputs * matrix.inputs * tokens))
   for (int64_t number = 0; number < matrix.groups(); number++) {
     GroupOf<type> group(matrix, number);
     if (tokens > 1 || !kernel.one_token) group.find_rows(level);
@@ -515,7 +520,7 @@ void many_tokens(Group<uint16_t> group, const uint16_t* x, int64_t x_stride, int
 
 void linear_bf16_avx512(const Bitmask& matrix, const uint16_t* x, int64_t tokens, float* y, int threads) {
   int64_t x_stride = matrix.words() * COLUMNS;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(enough(threads, matrix.outputs * matrix.inputs * tokens))
   for (int64_t number = 0; number < matrix.groups(); number++) {
     Group<uint16_t> group(matrix, number);
     float* to = y + number * ROWS;
@@ -572,7 +577,7 @@ AVX512 void expand_group_avx512(const Group<uint16_t>& group, uint16_t* out) {
 #endif
 
 template <typename T> void expand(const Bitmask& matrix, T* out, int threads, int level) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(enough(threads, matrix.outputs * matrix.inputs))
   for (int64_t number = 0; number < matrix.groups(); number++) {
     Group<T> group(matrix, number);
     T* to = out + number * ROWS * matrix.inputs;
@@ -588,7 +593,7 @@ template <typename T> void expand(const Bitmask& matrix, T* out, int threads, in
 }
 
 template <typename T> void nonzero(const T* dense, int64_t rows, int64_t columns, int64_t* counts, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(enough(threads, rows * columns))
   for (int64_t row = 0; row < rows; row++) {
     int64_t found = 0;
     for (int64_t first = 0; first < columns; first += COUNTED) {
@@ -602,7 +607,7 @@ template <typename T> void nonzero(const T* dense, int64_t rows, int64_t columns
 }
 
 template <typename T> void pack(const Bitmask& matrix, const T* dense, uint8_t* masks, T* values, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(enough(threads, matrix.outputs * matrix.inputs))
   for (int64_t number = 0; number < matrix.groups(); number++) {
     T* to = values + matrix.starts[number];
     int64_t last = (number + 1) * ROWS < matrix.outputs ? (number + 1) * ROWS : matrix.outputs;
@@ -641,7 +646,7 @@ int llmprune_cpu_level() {
 // Where the values of each group of rows begin, by the bits of a mask; those at the ends of rows must be clear.
 void bitmask_starts(const uint8_t* masks, int64_t outputs, int64_t inputs, int64_t* starts, int threads, int level) {
   Bitmask matrix{masks, nullptr, nullptr, outputs, inputs};
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(enough(threads, outputs * matrix.row_bytes()))
   for (int64_t number = 0; number < matrix.groups(); number++) {
     int64_t rows = outputs - number * ROWS < ROWS ? outputs - number * ROWS : ROWS;
     starts[number + 1] = ones(masks + number * ROWS * matrix.row_bytes(), rows * matrix.row_bytes(), level);
