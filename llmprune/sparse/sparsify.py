@@ -114,7 +114,8 @@ def count_sparse(model: nn.Module) -> int:
 def hold_sparse(model: nn.Module, parameter: str, form: Form) -> bool:
     """Put a sparse layer with this weight where the model has a linear one like it; say whether that was possible."""
     path, _, attribute = parameter.rpartition(".")
-    layer, tied = model.get_submodule(path), getattr(model, "all_tied_weights_keys", None) or {}
+    layer: Any = model.get_submodule(path)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     fits = type(layer) is nn.Linear and attribute == "weight" and layer.weight.shape == (form.outputs, form.inputs)
     if not fits or parameter in {*tied, *tied.values()} or obstacle(form.dtype, form.device) is not None:
         return False
