@@ -59,15 +59,14 @@ def milliseconds(parcels: Parcels, tokens: int, turns: int) -> float:
 def main() -> None:
     """Print the rows, on the first rank."""
     parser = argparse.ArgumentParser(description="Time how ranks hand inputs round.")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 512, 1024])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 512, 1024, 2048])
     parser.add_argument("--turns", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sockets", action="store_true", help="as between machines")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with joined() as team:
-        team.neighbours = 1 if arguments.sockets else team.neighbours
-        parcels = Parcels(team, CPU)
+        parcels = Parcels(team, CPU, shared=not arguments.sockets)
         for tokens in arguments.tokens:
             took = [milliseconds(parcels, tokens, arguments.turns) for _ in range(arguments.rounds)]
             middle = statistics.median(took)

@@ -89,7 +89,9 @@ def candidates(x_TI: Tensor, dense: list[Tensor], packed: list[Bitmask]) -> dict
 
     def sparse(index: int, expand_from: int) -> Tensor:
         matrix = packed[index]
-        y_TO: Tensor = bitmask_linear(x_TI, matrix.masks, matrix.values, matrix.starts, None, expand_from)
+        y_TO: Tensor = bitmask_linear(
+            x_TI, matrix.masks, matrix.values, matrix.starts, matrix.inputs, None, expand_from
+        )
         return y_TO
 
     return {

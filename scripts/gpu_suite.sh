@@ -38,7 +38,7 @@ export -f to_file
 
 stage imports 60 "$python" - <<'CHECK'
 import importlib.util, sys
-needed = ("torch", "triton", "transformers", "numpy", "pytest", "accelerate", "safetensors", "greenlet", "psutil", "click", "tqdm")
+needed = ("torch", "triton", "transformers", "numpy", "pytest", "accelerate", "safetensors", "greenlet", "psutil", "click", "tqdm", "xxhash", "yaml")
 missing = [name for name in needed if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"not installed: {', '.join(missing)}")

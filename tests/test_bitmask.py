@@ -87,6 +87,38 @@ def test_half_the_zeros_take_nine_sixteenths() -> None:
     assert len(round_trip(bits, "BF16")[2]) == 32 + 2 * 8 + bits.nbytes * 9 // 16
 
 
+def _clear(buffer: Any, column: int) -> None:
+    """Move the mark of a column to one that there is not."""
+    mask_at = 32 + 2 * 8
+    buffer[mask_at + column // 8] &= ~(1 << column % 8) & 255
+    buffer[mask_at + 2] |= 1 << 7  # of 21 columns
+
+
+@pytest.mark.parametrize(
+    ("what", "damage"),
+    [
+        ("a dtype of another size", lambda buffer: buffer.__setitem__(slice(8, 16), list(b"F64\0\0\0\0\0"))),
+        ("a mark behind the last column", lambda buffer: _clear(buffer, 0)),
+        ("no rows", lambda buffer: buffer.__setitem__(slice(32, 40), 0)),
+        ("no columns", lambda buffer: buffer.__setitem__(slice(40, 48), 0)),
+    ],
+)
+def test_a_prefix_that_does_not_fit_its_tensor_is_refused(what: str, damage: Any) -> None:
+    buffer = round_trip(np.full((9, 21), 0x3F80, np.uint16), "BF16")[2].copy()
+    packed.matrix_of(buffer, "w")
+    damage(buffer)
+    with pytest.raises(CheckpointError, match="w: its bitmask and values contradict each other"):
+        packed.typed_matrix(torch.from_numpy(buffer), "w")
+
+
+@pytest.mark.parametrize("length", [-1, -8, -40, 8])
+def test_a_packed_tensor_of_another_length_is_refused(length: int) -> None:
+    buffer = round_trip(random_bits((9, 21), 2, 0.5, 0), "BF16")[2]
+    buffer = np.resize(buffer, len(buffer) + length)
+    with pytest.raises(CheckpointError, match="contradict each other"):
+        packed.matrix_of(buffer, "w")
+
+
 @pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3-moe", "gpt-oss"])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pruned checkpoint and its compressed twin."""

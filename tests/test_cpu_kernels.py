@@ -281,14 +281,23 @@ def test_many_tokens_take_the_dense_rows(dtype: torch.dtype, monkeypatch: pytest
 def test_the_operator_is_a_linear_layer(dtype: torch.dtype, expand_from: int, biased: bool) -> None:
     weight_OI, bias_O = sparse_weight(40, 70, dtype, 0.5, 8), torch.randn(40).to(dtype) if biased else None
     matrix, x = Bitmask.pack(weight_OI), inputs_of(6, 70, dtype).view(2, 3, 70)
-    found = bitmask_linear(x, matrix.masks, matrix.values, matrix.starts, bias_O, expand_from)
+    found = bitmask_linear(x, matrix.masks, matrix.values, matrix.starts, 70, bias_O, expand_from)
     assert found.dtype is dtype
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight_OI, bias_O), rtol=0.02, atol=1e-2)
 
 
+@pytest.mark.parametrize(("width", "dtype"), [(69, torch.float32), (71, torch.float32), (70, torch.bfloat16)])
+def test_an_input_that_does_not_fit_is_refused(width: int, dtype: torch.dtype) -> None:
+    matrix = Bitmask.pack(sparse_weight(40, 70, torch.float32, 0.5, 8))
+    packed = (matrix.masks, matrix.values, matrix.starts, 70, None)
+    for expand_from in (1, 100):
+        with pytest.raises(RuntimeError, match=r"the input (has|is)"):
+            bitmask_linear(torch.zeros(3, width, dtype=dtype), *packed, expand_from)
+
+
 def test_the_operator_tells_torch_the_truth() -> None:
     matrix = Bitmask.pack(sparse_weight(40, 70, torch.float32, 0.5, 9))
-    arguments = (torch.randn(2, 3, 70), matrix.masks, matrix.values, matrix.starts, None, 100)
+    arguments = (torch.randn(2, 3, 70), matrix.masks, matrix.values, matrix.starts, 70, None, 100)
     torch.library.opcheck(
         bitmask_linear, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
@@ -300,7 +309,7 @@ def test_gradients_of_input_and_bias_are_those_of_a_linear_layer(biased: bool) -
     matrix, x, bias_O = Bitmask.pack(weight_OI), torch.randn(2, 3, 70), torch.randn(40)
     leaves = [[x.clone().requires_grad_(), bias_O.clone().requires_grad_()] for _ in range(2)]
     found = bitmask_linear(
-        leaves[0][0], matrix.masks, matrix.values, matrix.starts, leaves[0][1] if biased else None, 100
+        leaves[0][0], matrix.masks, matrix.values, matrix.starts, 70, leaves[0][1] if biased else None, 100
     )
     expected = torch.nn.functional.linear(leaves[1][0], weight_OI, leaves[1][1] if biased else None)
     for out in (found, expected):

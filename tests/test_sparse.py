@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -220,6 +221,15 @@ def test_the_gate_measures_once_and_remembers(monkeypatch: pytest.MonkeyPatch, e
     empty_cache.write_text("cut sho")
     with pytest.raises(TypeError):  # a damaged cache is no cache: it measures again
         judge([[packed(weight)]], lambda: [weight])
+    for damage in (
+        b"\xff",
+        b"[" * 99999,
+        b"[]",
+        b'{"a": {"tokens": 1, "seconds": {}}}',
+        b'{"a": {"tokens": 1, "seconds": null}}',
+    ):
+        empty_cache.write_bytes(damage)
+        assert gate._read() == {}
 
 
 def test_the_gate_really_measures(empty_cache: Path) -> None:
@@ -261,6 +271,67 @@ def test_runtime_sparse_keeps_the_layers_sparse(monkeypatch: pytest.MonkeyPatch,
     assert sparse_layers(made) == sparse_layers(expected)
     assert torch.equal(tiny.logits(made, tiny.ids(2)), tiny.logits(expected, tiny.ids(2)))
     assert linear_bytes(made) < 0.75 * linear_bytes(dense)  # the head is dense
+
+
+def load_sparse(folder: Path) -> Any:
+    with pytest.warns(UserWarning, match="runtime"):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", quantization_config=llmprune.SparseConfig("sparse")
+        )
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_a_tied_layer_of_a_file_that_holds_it_twice_stays_dense(tmp_path: Path) -> None:
+    made = model("llama-tied")
+    made.get_input_embeddings().weight.data.masked_fill_(torch.rand(160, 64) < 0.6, 0)
+    made.save_pretrained(tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    compress(tmp_path / "dense", tmp_path / "small")
+    found = load_sparse(tmp_path / "small")
+    assert type(found.lm_head) is nn.Linear and found.lm_head.weight is found.get_input_embeddings().weight
+    assert sparse_layers(found)
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_what_gains_too_little_is_not_kept_sparse(tmp_path: Path) -> None:
+    made = tiny.model("llama", torch.bfloat16)
+    for layer in made.model.layers:
+        layer.mlp.up_proj.weight.data.masked_fill_(torch.rand(layer.mlp.up_proj.weight.shape) < 0.09, 0)
+    made.save_pretrained(tmp_path / "dense")
+    assert compress(tmp_path / "dense", tmp_path / "small").packed == len(made.model.layers)
+    assert not sparse_layers(load_sparse(tmp_path / "small"))
+
+
+def test_a_packed_tensor_of_another_shape_does_not_become_a_sparse_layer(tmp_path: Path) -> None:
+    made = model()
+    made.save_pretrained(tmp_path / "dense")
+    compress(tmp_path / "dense", tmp_path / "small")
+    for name in ("config.json", "config.dense.json"):
+        config = json.loads((tmp_path / "small" / name).read_text())
+        (tmp_path / "small" / name).write_text(json.dumps(config | {"intermediate_size": 80}))
+    try:
+        found = load_sparse(tmp_path / "small")
+    except RuntimeError as error:  # of transformers, as for a dense file; 5.17 says nothing
+        assert "mismatch" in str(error)
+    else:
+        assert all(type(layer.mlp.up_proj) is nn.Linear for layer in found.model.layers)
+
+
+@pytest.mark.usefixtures("sparse_wins")
+def test_inputs_are_taken_as_a_linear_layer_takes_them() -> None:
+    made = model()
+    llmprune.sparsify(made)
+    layer = made.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64)
+    with pytest.raises(RuntimeError, match="columns"):
+        layer(torch.randn(3, 65).to(layer.weight.dtype))
+    with pytest.raises(RuntimeError, match="the input is"):
+        layer(x.double())
+    low = SparseLinear([packed(layer.weight.bfloat16())], None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(low(x), low(x.bfloat16()))
 
 
 def test_layers_that_stay_sparse_read_the_file_where_it_is_mapped(

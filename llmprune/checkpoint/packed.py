@@ -28,11 +28,11 @@ from torch import Tensor
 from llmprune.checkpoint.header import DTYPES
 from llmprune.errors import CheckpointError
 from llmprune_kernels.bitmask.layout import Bitmask, expand
+from llmprune_kernels.bitmask.reference import INTEGERS
 
 MAGIC = b"llmprun"
 VERSION = 1
 _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22  # elements packed at a time
 _FIXED = 32  # bytes before the dimensions
 
@@ -119,16 +119,18 @@ def matrix_of(packed: Bytes, name: str) -> tuple[Layout, Bitmask]:
         raise CheckpointError(f"{name} is packed in format {packed[7]}, this llmprune reads {VERSION}: upgrade it")
     dtype = packed[8:16].tobytes().rstrip(b"\0").decode("ascii", "replace")
     size, dimensions = struct.unpack("<QQ", packed[16:_FIXED].tobytes())
-    if size not in _INTEGERS or not 2 <= dimensions <= (len(packed) - _FIXED) // 8:
+    known = DTYPES[dtype].itemsize if dtype in DTYPES else size
+    if size not in _INTEGERS or size != known or not 2 <= dimensions <= (len(packed) - _FIXED) // 8:
         raise _damaged(name)
     shape = struct.unpack(f"<{dimensions}Q", packed[_FIXED : _FIXED + 8 * dimensions].tobytes())
     layout = Layout.of(dtype, shape, size)
-    if len(packed) < layout.values_at:
+    if 0 in shape or len(packed) < layout.values_at or len(packed) % 8:
         raise _damaged(name)
     rows, columns = rows_and_columns(layout.shape)
     masks = torch.from_numpy(packed[layout.mask_at : layout.mask_at + rows * _bytes(columns)]).view(rows, -1)
-    matrix = Bitmask.of(masks, torch.from_numpy(packed[layout.values_at :]).view(_VIEWS[size]), columns)
-    if len(packed) != layout.packed_bytes(matrix.count()):
+    matrix = Bitmask.of(masks, torch.from_numpy(packed[layout.values_at :]).view(INTEGERS[size]), columns)
+    behind = columns % 8 and bool((masks[:, -1] >> columns % 8).any())  # bits of columns that there are not
+    if behind or len(packed) != layout.packed_bytes(matrix.count()):
         raise _damaged(name)
     return layout, matrix
 

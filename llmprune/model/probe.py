@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmprune.model.collect import Collector
 from llmprune.model.experts import one_by_one
@@ -30,7 +30,13 @@ _LONG_ROUNDED = 512  # the most where weights are rounded in each forward, which
 _LONG_FLOPS = 1e11  # about what the second may cost
 _REPEATS = 3
 
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # not in torch's own table
+# Torch's own table lacks the first, and torch 2.11's knows no attention with fewer heads of keys than of queries.
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_efficient_attention,
+    torch.ops.aten._scaled_dot_product_cudnn_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -235,14 +241,16 @@ def _as_fellows(groups: Sequence[Group]) -> list[Group]:
 
 
 def _flops(lanes: Lanes, index: int, lane: int) -> int:
-    counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_ATTENTION, _attention_flops))
     with counter:
         lanes.run(index, lane)
     return int(counter.get_total_flops())
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **options: Any) -> int:
+    """Return the operations of the two products of attention, given the shapes [batch, heads, length, width]."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
 
 
 def _parabola(lengths: tuple[int, int], counts: Sequence[float]) -> tuple[float, float]:

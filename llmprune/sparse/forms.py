@@ -133,7 +133,7 @@ class Packed(Form):
 
     def linear(self, x: Tensor, kernel: str, setting: int, bias: Tensor | None) -> Tensor:
         # One operator for both kernels: it adds the bias before it rounds, and expands a part of the weight at a time.
-        product: Tensor = bitmask_linear(x, *self.tensors, bias, 0 if kernel == "expand" else NEVER)
+        product: Tensor = bitmask_linear(x, *self.tensors, self.inputs, bias, 0 if kernel == "expand" else NEVER)
         return product
 
 

@@ -40,7 +40,12 @@ class SparseLinear(nn.Module):
         return self.forms[0].expand()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., inputs] times the transposed weight, plus the bias: [..., outputs]."""
+        """Return x [..., inputs] times the transposed weight, plus the bias: [..., outputs].
+
+        Within autocast x is cast to the weight's dtype; otherwise it must have that.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.forms[0].dtype)
         tokens = x.numel() // self.in_features
         now = self.steps[0]
         for step in self.steps[1:]:

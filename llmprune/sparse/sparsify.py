@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmprune.progress import Progress
 from llmprune.sparse.experts import ExpertsChoice, densify_experts, sparsify_experts
@@ -112,10 +112,14 @@ def count_sparse(model: nn.Module) -> int:
 
 
 def hold_sparse(model: nn.Module, parameter: str, form: Form) -> bool:
-    """Put a sparse layer with this weight where the model has a linear one; say whether that was possible."""
+    """Put a sparse layer with this weight where the model has a linear one like it; say whether that was possible."""
     path, _, attribute = parameter.rpartition(".")
-    layer = model.get_submodule(path)
-    if type(layer) is not nn.Linear or attribute != "weight" or obstacle(form.dtype, form.device) is not None:
+    layer: Any = model.get_submodule(path)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    fits = type(layer) is nn.Linear and attribute == "weight" and layer.weight.shape == (form.outputs, form.inputs)
+    if not fits or parameter in {*tied, *tied.values()} or obstacle(form.dtype, form.device) is not None:
+        return False
+    if not _is_worth(form.share(), form.dtype):
         return False
     model.set_submodule(path, SparseLinear([form], layer.bias))
     return True
@@ -150,7 +154,9 @@ class _Kind:
             forms = () if found else tuple(forms_beside(form))
             return cls((form.outputs, form.inputs), form.dtype, form.device, found, forms)
         weight = layer.weight.detach()
-        found = obstacle(weight.dtype, weight.device) or ("too few zeros" if _packed_share(weight) > _WORTH else None)
+        found = obstacle(weight.dtype, weight.device)
+        if found is None and not _is_worth(int(count_values(weight).sum()) / weight.numel(), weight.dtype):
+            found = "too few zeros"
         forms = () if found else tuple(sparse_forms(weight))
         return cls((weight.shape[0], weight.shape[1]), weight.dtype, weight.device, found, forms)
 
@@ -166,9 +172,9 @@ class _Kind:
         return Choice(self.shape, str(self.dtype).removeprefix("torch."), len(names), reason=reason, **fields)
 
 
-def _packed_share(weight: Tensor) -> float:
-    """Return the bytes of the weight as a bitmask and values over those it has."""
-    return int(count_values(weight).sum()) / weight.numel() + 1 / (8 * weight.element_size())
+def _is_worth(share: float, dtype: torch.dtype) -> bool:
+    """Say whether a weight of which this share is values is enough smaller as a bitmask and values."""
+    return share + 1 / (8 * dtype.itemsize) <= _WORTH
 
 
 def _choose(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, ...], graphs: bool) -> Choice:

@@ -35,7 +35,7 @@ class SparseMatrix:
         if not isinstance(matrix, SparseMatrix) or function is not _product(matrix._transposed):
             return NotImplemented
         held, (given,) = matrix._held, [*bias, (kwargs or {}).get("bias")][:1]
-        return bitmask_linear(x, held.masks, held.values, held.starts, given, EXPAND_FROM)
+        return bitmask_linear(x, held.masks, held.values, held.starts, held.inputs, given, EXPAND_FROM)
 
 
 def _product(transposed: bool) -> Any:

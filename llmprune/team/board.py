@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmprune.team.team import Team
 
+_NAME = "llmprune"
 _TOKEN = 16  # bytes at the start of a memory that tell it from all others
 
 
@@ -24,13 +25,12 @@ class _Address(NamedTuple):
 
 
 def shared_memory(team: Team, size: int) -> list[Tensor] | None:
-    """Return a memory of each rank, of so many bytes, which all of them see; None if they are not all on one machine.
+    """Return a memory of each rank, of so many bytes, which all of them see; None if one does not see another's.
 
-    Pages that nobody has written to take no memory. It is freed with the tensors. None too where the system has no such
-    memory, or does not let processes look into each other's.
+    That is so where they are not all on one machine, the system has no such memory, or it does not let processes look
+    into each other's. All ranks must call this at the same time. Pages that nobody has written to take no memory. It is
+    freed with the tensors.
     """
-    if team.neighbours < team.size:
-        return None
     address = _made(size)
     try:
         seen = [_seen(address, size) for address in team.gather(address)]
@@ -45,7 +45,7 @@ def shared_memory(team: Team, size: int) -> list[Tensor] | None:
 def _made(size: int) -> _Address | None:
     """Make a memory that starts with a token; None where that cannot be."""
     try:
-        file = os.memfd_create("llmprune")
+        file = os.memfd_create(_NAME)
     except (AttributeError, OSError):  # not Linux, or an old one
         return None
     address = _Address(os.getpid(), file, os.urandom(_TOKEN))
@@ -62,8 +62,11 @@ def _seen(address: _Address | None, size: int) -> Tensor | None:
     """Return the memory that a process has, of `size` bytes; None if this one does not see it."""
     if address is None:
         return None
+    path = f"/proc/{address.process}/fd/{address.file}"
     try:
-        file = os.open(f"/proc/{address.process}/fd/{address.file}", os.O_RDWR)
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            return None  # something of another process, as on another machine: opening it might do something
+        file = os.open(path, os.O_RDWR)
     except OSError:
         return None
     try:

@@ -15,36 +15,36 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 
 HELD_BYTES = 16 << 20  # of all ranks, that may wait to be handed round at once; memory for so much is kept
 AHEAD = 2  # parcels of other ranks, if they are large, that one has room for: the next comes while one is read
+_MOST_SHARED = 256 << 20  # bytes of a parcel in memory that all ranks see, which keep it as long as they run
 _ALIGNMENT = 64  # bytes: tensors that lie as torch lays them are multiplied in the same way
 
 
 def most_bytes(size: int, ranks: int) -> int:
     """Return the memory that a rank's parcels and those of others take at most, if all are of `size` bytes or fewer."""
-    if size <= _most_shared(ranks):
-        return 2 * max(HELD_BYTES, ranks * size)  # where all are on one machine, and several small ones are put in one
-    return (1 + min(AHEAD, ranks - 1)) * size
-
-
-def _most_shared(ranks: int) -> int:
-    """Return the most bytes of a parcel in memory that all ranks see; more than its part, as some are larger."""
-    return 2 * HELD_BYTES // ranks // _ALIGNMENT * _ALIGNMENT
+    if size <= _MOST_SHARED:  # on one machine, where several small ones are put in one
+        return 2 * max(HELD_BYTES, ranks * size)
+    return size + size // 4 + min(AHEAD, ranks - 1) * size
 
 
 class Parcels:
     """One parcel a rank: `put` tensors into this rank's, then `swap` it with those of all others.
 
-    Small parcels of ranks on one machine lie in memory that all of them see. Others are broadcast, several at a time.
-    All ranks must make one at the same time, as they must call `swap`.
+    Parcels of ranks on one machine lie in memory that all of them see; the first ones that are larger than it show how
+    large it must be. Others are broadcast, several at a time. All ranks must make one at the same time, as they must
+    call `swap`.
 
     Args:
         team: the ranks.
         device: where the tensors are, and are to arrive.
+        shared: whether to look for memory that all ranks see.
     """
 
-    def __init__(self, team: Team, device: torch.device) -> None:
+    def __init__(self, team: Team, device: torch.device, shared: bool = True) -> None:
         self.team, self.device = team, device
-        self._most_shared = _most_shared(team.size)
-        self._shared = shared_memory(team, 2 * self._most_shared) if device.type == "cpu" else None
+        self._shared: list[Tensor] | None = None
+        self._most_shared = 0  # bytes of a parcel
+        if shared and device.type == "cpu":
+            self._share(_aligned(2 * HELD_BYTES // team.size))  # more than its part, as some are larger
         self._half = 0  # of each rank's shared memory: others may still read the one that it has filled before
         self._private = self._bytes(0)
         self._rooms = [self._bytes(0)] * max(AHEAD, team.size)  # for the parcels of others
@@ -77,6 +77,9 @@ class Parcels:
         for (theirs, kinds, size, _), parcel in zip(told, parcels, strict=True):
             yield theirs, size, _views(parcel, kinds)
         self._half = 1 - self._half
+        if self._shared is not None and self._most_shared < max(sizes) <= _MOST_SHARED:
+            self._share(_aligned(max(sizes)))
+            self._forget_private()
         self.empty()
 
     def hand(self, tensors: Sequence[Tensor], source: int) -> None:
@@ -93,7 +96,7 @@ class Parcels:
                 tensor.copy_(view)
 
     def empty(self) -> None:
-        """Take everything out of this rank's parcel; the next one is taken to be as large."""
+        """Take everything out of this rank's parcel; the next one begins where one of that size would lie."""
         shared = self._shared is not None and self._filled <= self._most_shared
         self._own = self._halves(self.team.rank) if shared else self._private
         self._kinds, self._filled = [], 0
@@ -102,8 +105,18 @@ class Parcels:
         """Empty this rank's parcel, and let go of memory of which others may have more need."""
         self.empty()
         if len(self._private) + sum(map(len, self._rooms)) > HELD_BYTES:
-            self._own = self._private = self._bytes(0)
-            self._rooms = [self._private] * len(self._rooms)
+            own_is_private = self._own is self._private
+            self._forget_private()
+            self._own = self._private if own_is_private else self._own
+
+    def _forget_private(self) -> None:
+        self._private = self._bytes(0)
+        self._rooms = [self._private] * len(self._rooms)
+
+    def _share(self, size: int) -> None:
+        """Look for memory for parcels of `size` bytes that all ranks see; they must do so at the same time."""
+        self._shared = shared_memory(self.team, 2 * size)
+        self._most_shared = size if self._shared else 0
 
     def _larger(self, begun: Tensor) -> Tensor:
         """Return this rank's own memory with room for all that it has, and what it has begun with in it."""
@@ -164,4 +177,8 @@ def _view(parcel: Tensor, start: int, kind: Kind) -> Tensor:
 def _room(kind: Kind) -> int:
     """Return the bytes from the start of a tensor to where the next one may start."""
     shape, dtype = kind
-    return -(-prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return _aligned(prod(shape) * dtype.itemsize)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

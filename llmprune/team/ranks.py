@@ -58,7 +58,7 @@ class Ranks(Team):
         data = _packed(value)
         starts = self._all(_sized(data, _SHORT))
         longest = max(map(_size, starts)) - _SHORT
-        rests = self._all(_padded(data[_SHORT:], longest)) if longest > 0 else starts
+        rests = self._all(_padded(data[_SHORT:], longest)) if longest > 0 else [data[:0]] * self.size
         return [_unpacked(start, rest) for start, rest in zip(starts, rests, strict=True)]
 
     def start(self, tensor: Tensor, source: int) -> Callable[[], None]:

@@ -108,11 +108,12 @@ int64_t ones(const uint8_t* masks, int64_t bytes, int level) {
   return ones_any(masks, bytes);
 }
 
-// Some rows, 8 or at the end fewer, and where the next value of each lies.
+// Some rows, 8 or at the end fewer, and where their values lie.
 template <typename T> struct Group {
   const uint8_t* masks;
   int64_t row_bytes, inputs, height;
-  const T* next[ROWS];
+  const T* first;       // value
+  const T* next[ROWS];  // after `find_rows`
   std::vector<T> copied;  // the last values, with room behind them: a file may end there
 
   Group(const Bitmask& matrix, int64_t number)
@@ -120,20 +121,21 @@ template <typename T> struct Group {
         height(matrix.outputs - number * ROWS < ROWS ? matrix.outputs - number * ROWS : ROWS) {
     auto values = static_cast<const T*>(matrix.values);
     const T *begin = values + matrix.starts[number], *end = values + matrix.starts[number + 1];
-    next[0] = begin;
+    first = begin;
     if (end + SLACK <= values + matrix.starts[matrix.groups()]) return;
     copied.reserve(end - begin + SLACK);
     copied.assign(begin, end);
     copied.resize(end - begin + SLACK);
-    next[0] = copied.data();
+    first = copied.data();
   }
 
   const uint8_t* mask(int64_t row) const { return masks + row * row_bytes; }
   int64_t words() const { return (inputs + COLUMNS - 1) / COLUMNS; }
   uint32_t word(int64_t row, int64_t number) const { return bits_of(mask(row), number * COLUMNS, inputs - number * COLUMNS); }
 
-  // Find where the other rows begin.
+  // Find where each row begins.
   void find_rows(int level) {
+    next[0] = first;
     for (int64_t row = 1; row < height; row++) next[row] = next[row - 1] + ones(mask(row - 1), row_bytes, level);
   }
 };
@@ -246,7 +248,7 @@ template <Type type> AVX2 void widen_panel_avx2(GroupOf<type>& group, int64_t fi
 
 // The rows of a group, one after the other, times one token: its values are one stream, as a prefetcher wants it.
 template <Type type> AVX2 void one_token_avx2(GroupOf<type>& group, const float* x, float* sums) {
-  auto values = group.next[0];
+  auto values = group.first;
   for (int64_t row = 0; row < group.height; row++) {
     __m256 now[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     for (int64_t word = 0; word < group.words(); word++) {
@@ -298,7 +300,7 @@ template <Type type> AVX512 void widen_panel_avx512(GroupOf<type>& group, int64_
 }
 
 template <Type type> AVX512 void one_token_avx512(GroupOf<type>& group, const float* x, float* sums) {
-  auto values = group.next[0];
+  auto values = group.first;
   for (int64_t row = 0; row < group.height; row++) {
     __m512 low_sum = _mm512_setzero_ps(), high_sum = _mm512_setzero_ps();
     for (int64_t word = 0; word < group.words(); word++) {
@@ -355,7 +357,7 @@ AVX512 const uint16_t* few_tokens(const Group<uint16_t>& group, int64_t row, con
     for (int64_t now = word; now < word + 4; now++) {
 #pragma GCC unroll 4
       for (int line = 0; line < LINES; line++)
-        masks[line] = bits_of(group.masks + (row + line) * group.row_bytes, now * COLUMNS, COLUMNS);
+        masks[line] = bits_of(group.mask(row + line), now * COLUMNS, COLUMNS);
       add_word<LINES, TOKENS_NOW>(masks, next, x + now * COLUMNS, x_stride, sums);
     }
   }
@@ -389,7 +391,7 @@ constexpr Few few[FEW] = {
 void times_few(const Group<uint16_t>& group, const uint16_t* x, int64_t x_stride, int64_t tokens, float* y,
                int64_t y_stride) {
   const Few& kernel = few[tokens - 1];
-  const uint16_t* values = group.next[0];
+  const uint16_t* values = group.first;
   int64_t row = 0;
   for (; row + kernel.lines <= group.height; row += kernel.lines)
     values = kernel.several(group, row, values, x, x_stride, y, y_stride);
@@ -457,7 +459,7 @@ template <Type type> struct Widened {  // the kernels that multiply in float32
   void (*multiply)(const float*, int64_t, const float*, int64_t, int64_t, float*);
   void (*one_token)(GroupOf<type>&, const float*, float*);  // may be missing
 
-  void operator()(GroupOf<type> group, const float* x, int64_t x_stride, int64_t tokens, float* y, int64_t y_stride) const {
+  void operator()(GroupOf<type>& group, const float* x, int64_t x_stride, int64_t tokens, float* y, int64_t y_stride) const {
     float panel[ROWS * PANEL * COLUMNS], sums[ROWS * TOKENS * LANES];
     if (tokens == 1 && one_token) {
       std::memset(sums, 0, sizeof(float) * ROWS * LANES);
@@ -490,9 +492,9 @@ void linear(const Bitmask& matrix, const void* x, int64_t tokens, float* y, int 
 #pragma omp parallel for schedule(static) num_threads(enough(threads, matrix.outputs * matrix.inputs * tokens))
   for (int64_t number = 0; number < matrix.groups(); number++) {
     GroupOf<type> group(matrix, number);
-    if (tokens > 1 || !kernel.one_token) group.find_rows(level);
     for (int64_t token = 0; token < tokens; token += TOKENS) {
       int64_t now = tokens - token < TOKENS ? tokens - token : TOKENS;
+      if (now > 1 || !kernel.one_token) group.find_rows(level);
       kernel(group, static_cast<const float*>(x) + token * x_stride, x_stride, now,
              y + token * matrix.outputs + number * ROWS, matrix.outputs);
     }
@@ -501,7 +503,7 @@ void linear(const Bitmask& matrix, const void* x, int64_t tokens, float* y, int 
 
 #ifdef LLMPRUNE_X86
 
-void many_tokens(Group<uint16_t> group, const uint16_t* x, int64_t x_stride, int64_t tokens, float* y,
+void many_tokens(Group<uint16_t>& group, const uint16_t* x, int64_t x_stride, int64_t tokens, float* y,
                  int64_t y_stride) {
   alignas(64) uint16_t panel[ROWS * PANEL * COLUMNS];
   alignas(64) float sums[ROWS * TOKENS * LANES];
@@ -533,9 +535,9 @@ void linear_bf16_avx512(const Bitmask& matrix, const uint16_t* x, int64_t tokens
       }
       continue;
     }
-    group.find_rows(2);
     for (int64_t token = 0; token < tokens; token += TOKENS) {
       int64_t now = tokens - token < TOKENS ? tokens - token : TOKENS;
+      group.find_rows(2);
       many_tokens(group, x + token * x_stride, x_stride, now, to + token * matrix.outputs, matrix.outputs);
     }
   }
@@ -546,7 +548,7 @@ void linear_bf16_avx512(const Bitmask& matrix, const uint16_t* x, int64_t tokens
 // ---- layouts -------------------------------------------------------------------------------------------------------
 
 template <typename T> void expand_group(const Group<T>& group, T* out) {
-  const T* values = group.next[0];
+  const T* values = group.first;
   for (int64_t row = 0; row < group.height; row++, out += group.inputs)
     for (int64_t column = 0; column < group.inputs; column += COLUMNS) {
       int64_t count = group.inputs - column < COLUMNS ? group.inputs - column : COLUMNS;
@@ -559,7 +561,7 @@ template <typename T> void expand_group(const Group<T>& group, T* out) {
 
 // Where rows begin at whole cache lines they are written past the cache, which need not read them first then.
 AVX512 void expand_group_avx512(const Group<uint16_t>& group, uint16_t* out) {
-  const uint16_t* values = group.next[0];
+  const uint16_t* values = group.first;
   bool whole_lines = group.inputs % COLUMNS == 0 && uintptr_t(out) % 64 == 0;
   for (int64_t row = 0; row < group.height; row++, out += group.inputs)
     for (int64_t column = 0; column < group.inputs; column += COLUMNS) {
