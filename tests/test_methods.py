@@ -119,9 +119,10 @@ def uncollected() -> Iterator[None]:
 
 @pytest.mark.parametrize("method", [*map(methods.get, methods.names()), SparseGPT(arithmetic="fast")], ids=repr)
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=repr)
-def test_what_a_method_works_on_is_freed_with_its_solution(method: Method, pattern: Pattern, uncollected: None) -> None:
-    weight_OI = weights()
-    pattern = patterns.in_group(pattern, method.comparison_group)
+def test_what_a_method_works_on_is_freed_with_its_solution(
+    method: Method, pattern: Unstructured | NM, uncollected: None
+) -> None:
+    weight_OI, pattern = weights(), patterns.in_group(pattern, method.comparison_group)
     statistic = statistic_for(method, correlated(400, INPUTS), weight_OI)
     with LiveBytes() as live:
         checked_solution("a site", method, weight_OI, statistic, pattern, torch.Generator().manual_seed(0))

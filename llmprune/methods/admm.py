@@ -109,6 +109,7 @@ def _lower(hessian_II: Tensor, rho: float) -> Tensor:
     """Return L with L Lᵀ = H + rho."""
     regularised_II = hessian_II.clone()
     regularised_II.diagonal().add_(rho)
+    lower_II: Tensor
     lower_II, failed = torch.linalg.cholesky_ex(regularised_II)
     if failed.item():
         raise NumericalError(
