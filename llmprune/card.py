@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmprune.cardheader import read_metadata
 from llmprune.checkpoint.compressed import is_compressed
 from llmprune.checkpoint.source import read_fields
 from llmprune.errors import CheckpointError
@@ -17,7 +18,7 @@ CARD, BASE_CARD = "README.md", "BASE_README.md"
 NOBODY = "none"  # what a user gives as the base model where that is on no Hub
 GENERATED = "<!-- Written by llmprune push. Delete this line and edit the card: it is then uploaded as it stands. -->"
 _WRITTEN = "card"  # the field of llmprune.json that tells llmprune's README.md from the base model's
-_UNFILLED = re.compile(r"\[More Information Needed\]|\bTODO\b|\bTBD\b")
+_UNFILLED = re.compile(r"\[[^\]\n]*\b(?i:needed)\](?!\()|\b(?:TODO|TBD|FIXME|XXX)\b|<(?i:your)\b[^<>\n]*>")
 _INHERITED = ("license", "license_name", "license_link", "language")
 # Of the relations that the Hub knows (adapter, merge, quantized, finetune) the one for changed weights.
 _RELATION = "finetune"
@@ -27,7 +28,10 @@ _DATA_SETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "pt
 def base_metadata(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata of the base model's card that lies in an output folder; none where there is no card."""
     path = folder / (BASE_CARD if run.get(_WRITTEN) else CARD)
-    return _metadata_of(path.read_text("utf-8")) if path.is_file() else {}
+    try:
+        return read_metadata(path) if path.is_file() else {}
+    except CheckpointError:  # not the user's to mend: as good as none, so that the licence is asked for
+        return {}
 
 
 def write_card(folder: Path, run: dict[str, Any], repo: str, base: str | None, inherited: dict[str, Any]) -> None:
@@ -40,17 +44,17 @@ def write_card(folder: Path, run: dict[str, Any], repo: str, base: str | None, i
         inherited: metadata of the base model's card; its licence and languages are carried over.
 
     Raises:
-        CheckpointError: the card has unfilled fields.
+        CheckpointError: the card has unfilled fields, or its header is malformed.
     """
     path = folder / CARD
     if not run.get(_WRITTEN):
         _set_aside(folder)
-    if not run.get(_WRITTEN) or not path.is_file() or GENERATED in path.read_text("utf-8"):
+    if not run.get(_WRITTEN) or not path.is_file() or GENERATED.encode() in path.read_bytes():
         path.write_text(card_text(folder, run, repo, base, inherited), "utf-8")
         update_run(folder, **{_WRITTEN: True})
-    text = path.read_text("utf-8")
-    found = _UNFILLED.search(text)
-    if gap := found[0] if found else "" if _metadata_of(text).get("license") else "license":
+    metadata = read_metadata(path)
+    found = _UNFILLED.search(path.read_text("utf-8"))
+    if gap := found[0] if found else "" if metadata.get("license") else "license":
         raise CheckpointError(f"{path} holds an unfilled field ('{gap}'): fill it in, then push again")
 
 
@@ -58,19 +62,9 @@ def _set_aside(folder: Path) -> None:
     """Keep the base model's card, and before it those that it kept itself."""
     cards = [folder / name for name in (CARD, BASE_CARD) if (folder / name).is_file()]
     if (folder / CARD).is_file():
-        text = "\n\n".join(path.read_text("utf-8") for path in cards)
+        text = b"\n\n".join(path.read_bytes() for path in cards)
         (folder / CARD).unlink()
-        (folder / BASE_CARD).write_text(text, "utf-8")
-
-
-def _metadata_of(text: str) -> dict[str, Any]:
-    from huggingface_hub import ModelCard
-
-    try:
-        metadata: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except ValueError:  # the header is not YAML: as good as none
-        return {}
-    return metadata
+        (folder / BASE_CARD).write_bytes(text)
 
 
 def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, inherited: dict[str, Any]) -> str:

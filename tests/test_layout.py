@@ -27,7 +27,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.recipefiles", "llmprune.planning", "llmprune.retrying"},
     {"llmprune.solving"},
     {"llmprune.budget", "llmprune.tuning"},
-    {"llmprune.inspection", "llmprune.runs", "llmprune.uploading", "llmprune.batching"},
+    {"llmprune.inspection", "llmprune.runs", "llmprune.uploading", "llmprune.batching", "llmprune.cardheader"},
     {"llmprune.card", "llmprune.page"},
     {"llmprune.publishing"},
     {"llmprune.report"},

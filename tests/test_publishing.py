@@ -1,6 +1,7 @@
 """Publishing: the real client against a Hub on the loopback, and one line for every way in which it can fail."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -207,6 +208,10 @@ def test_a_card_that_the_user_has_edited_is_uploaded_as_it_stands(hub: FakeHub, 
     [
         ("---\nlicense: mit\n---\n[More Information Needed]\n", "[More Information Needed]"),
         ("---\nlicense: mit\n---\nTODO: say more\n", "TODO"),
+        ("---\nlicense: mit\n---\nFIXME\n", "FIXME"),
+        ("---\nlicense: mit\n---\nContact: XXX\n", "XXX"),
+        ("---\nlicense: mit\n---\nBy <your name here>.\n", "<your name here>"),
+        ("---\nlicense: mit\n---\n[Citation needed]\n", "[Citation needed]"),
         ("---\nlanguage: en\n---\nwords\n", "license"),
         ("words\n", "license"),
     ],
@@ -215,6 +220,50 @@ def test_a_card_with_a_gap_is_refused(hub: FakeHub, out: Path, card: str, gap: s
     publish(out)
     (out / "README.md").write_text(card, "utf-8")
     refused(out, CheckpointError, f"README.md holds an unfilled field ('{gap}')")
+
+
+def test_a_full_card_has_no_gap(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    words = "[What is needed](https://x.y), all needed, <yourself@x.y>, todo lists, XXXL\n"
+    (out / "README.md").write_text(f"---\nlicense: mit\n---\n{words}", "utf-8")
+    assert publish(out).repo == "tester/pruned"
+
+
+@pytest.mark.parametrize(
+    ("card", "cause"),
+    [
+        (b"---\nlicense: mit\ntags: [a\nlanguage: en\n---\nwords\n", "README.md, line 4: no valid YAML"),
+        (b"\n---\nlicense: mit: x\n---\n", "README.md, line 3: no valid YAML"),
+        (b"---\nlicense: mit\ndate: 2024-13-45\n---\n", "README.md, line 2: no valid YAML"),
+        (b"---\nlicense: mit\nname: a\x07\n---\n", "README.md, line 3: no valid YAML"),
+        (b"---\n- mit\n---\n", "README.md, line 2: its header maps no names"),
+        (b"---\nlicense: \xff\n---\n", "README.md is not UTF-8 text"),
+    ],
+)
+def test_a_card_whose_header_cannot_be_read(
+    hub: FakeHub, out: Path, tmp_path: Path, card: bytes, cause: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of the user's card it is refused; of the base model's it is as good as none, and the card stays."""
+    published, fresh = out, Path(shutil.copytree(out, tmp_path / "fresh"))
+    publish(published)
+    (published / "README.md").write_bytes(card)
+    refused(published, CheckpointError, cause, "then push again")
+    (fresh / "README.md").write_bytes(card)
+    hub.repos[BASE].files.clear()
+    refused(fresh, RecipeError, "the licence of the base model is not known")
+    publish(fresh, "tester/fresh", license="mit")
+    assert metadata_of(fresh / "README.md").license == "mit" and (fresh / "BASE_README.md").read_bytes() == card
+    assert "Repo card metadata" not in capfd.readouterr().err
+
+
+def test_a_card_without_a_header_is_refused_in_our_words_alone(
+    hub: FakeHub, out: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    publish(out)
+    (out / "README.md").write_text("words\n", "utf-8")
+    refused(out, CheckpointError, "unfilled field ('license')")
+    assert "Repo card metadata" not in caplog.text
 
 
 def test_a_card_edited_where_the_base_had_none_is_kept(hub: FakeHub, out: Path) -> None:
