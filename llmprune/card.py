@@ -38,7 +38,7 @@ def write_card(folder: Path, run: dict[str, Any], repo: str, base: str | None, i
     """Write README.md anew, unless it is one that the user has edited.
 
     Args:
-        run: what `llmprune.json` holds; it takes note of the card.
+        run: what `llmprune.json` holds, as far as it may be told; that file takes note of the card.
         repo: where the model will be published, as `organisation/name`.
         base: the base model's id on the Hub, None where it is on no Hub.
         inherited: metadata of the base model's card; its licence and languages are carried over.
@@ -103,7 +103,7 @@ def _metadata(run: dict[str, Any], name: str, base: str | None, inherited: dict[
 
 def _results(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the Hub's `model-index` for one measurement."""
-    data = _data_name(evaluation)
+    data = evaluation["data"]
     place = {
         "task_type": "text-generation",
         "dataset_type": _DATA_SETS.get(data, data),
@@ -117,12 +117,6 @@ def _results(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         for key, name in names.items()
         if evaluation.get(key) is not None
     ]
-
-
-def _data_name(evaluation: dict[str, Any]) -> str:
-    """Return what was measured on; of a file the name alone, as where it lay is nobody's business."""
-    data = str(evaluation["data"])
-    return Path(data).name if Path(data).is_absolute() or data.startswith((".", "~")) else data
 
 
 def _summary(run: dict[str, Any], base: str | None) -> str:
@@ -167,7 +161,7 @@ def _cost(run: dict[str, Any]) -> str:
         return "It was not evaluated before it was published."
     header = "| data | window | dtype | perplexity | KL divergence | top-1 agreement |\n|---|---|---|---|---|---|"
     lines = [f"| {' | '.join(_cells(evaluation))} |" for evaluation in evaluations]
-    notes = sorted({f"{_data_name(evaluation)}: {evaluation['convention']}." for evaluation in evaluations})
+    notes = sorted({f"{evaluation['data']}: {evaluation['convention']}." for evaluation in evaluations})
     return "\n".join([header, *lines, "", "KL divergence (nats a token) and agreement are to the dense model.", *notes])
 
 
@@ -175,7 +169,7 @@ def _cells(evaluation: dict[str, Any]) -> list[str]:
     kl, agreement, dense = (evaluation.get(key) for key in ("kl_divergence", "top1_agreement", "dense_perplexity"))
     perplexity = f"{evaluation['perplexity']:.4f}" + (f" (dense {dense:.4f})" if dense else "")
     finer = ["" if kl is None else f"{kl:.4f}", "" if agreement is None else f"{agreement:.2%}"]
-    return [_data_name(evaluation), str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
+    return [evaluation["data"], str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
 
 
 def _size_and_speed(run: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 A repository that exists is taken if nothing but .gitattributes is in it, or a former output of llmprune; any other is
 left alone unless `overwrite` is given. Files of a former output that the new one does not have are deleted in the
-same upload, and stay in the repository's history.
+same upload, and stay in the repository's history. What is uploaded does not tell where files lay on this machine.
 """
 
 from pathlib import Path
@@ -13,7 +13,9 @@ from llmprune.checkpoint.sink import REPORT
 from llmprune.errors import CheckpointError, HubError, RecipeError
 from llmprune.inspection import inspect
 from llmprune.locate import DEMO
-from llmprune.runs import read_run
+from llmprune.page.run import PAGE
+from llmprune.privacy import page_without_paths, private_names, without_paths
+from llmprune.runs import json_text, read_run
 from llmprune.uploading import Client, Published
 
 
@@ -56,9 +58,20 @@ def push(
     inherited = _inherited(folder, run, base_info, license)
     _require_free(client.look_up(repo), repo, private, overwrite)
     _require_promises_kept(folder)
-    card.write_card(folder, run, repo, base, inherited)
+    names = private_names(run, base)
+    card.write_card(folder, without_paths(run, names), repo, base, inherited)
     recipe = run["recipe"]
-    return client.upload(folder, repo, private, f"llmprune: {recipe['method']} {recipe['pattern']}")
+    return client.upload(
+        folder, repo, private, f"llmprune: {recipe['method']} {recipe['pattern']}", _told(folder, names)
+    )
+
+
+def _told(folder: Path, names: dict[str, str]) -> dict[str, bytes]:
+    """Return the files that are not uploaded as they stand, with what is uploaded: names in place of local paths."""
+    told = {REPORT: json_text(without_paths(read_run(folder), names))}
+    if (page := folder / PAGE).is_file():
+        told[PAGE] = page_without_paths(page.read_text("utf-8"), names)
+    return {name: text.encode() for name, text in told.items()}
 
 
 def _complete_run(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import hub_server
 import llmprune
 import tiny
 from hub_server import FakeHub, Repo
-from llmprune import runs
+from llmprune import privacy, runs
 from llmprune.errors import CheckpointError, HubError, LlmpruneError, RecipeError
 from llmprune.locate import demo_folder
 from llmprune.page import write_page
@@ -94,6 +94,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_all_files_arrive_as_they_are(hub: FakeHub, out: Path) -> None:
+    runs.update_run(out, model=BASE)
     published = publish(out)
     repo = hub.repos["tester/pruned"]
     assert repo.files == files_of(out) | {".gitattributes": b""}
@@ -284,11 +285,46 @@ def test_pruning_a_published_model_again_keeps_all_cards(hub: FakeHub, out: Path
     assert metadata_of(tmp_path / "again" / "README.md").license == "llama3.2"
 
 
-def test_a_card_does_not_tell_where_a_file_lay(hub: FakeHub, out: Path) -> None:
-    runs.add_evaluations(out, [EVALUATION | {"data": "/home/me/secret/text.txt"}])
-    publish(out)
-    text = (out / "README.md").read_text("utf-8")
-    assert "| text.txt | 512 |" in text and "secret" not in text
+def test_nothing_published_tells_where_a_file_lay(hub: FakeHub, tmp_path: Path) -> None:
+    home = tmp_path / "my secret & home"
+    dense = tiny.save(tiny.model("llama"), home / "dense")
+    (home / "tokens.jsonl").write_text(json.dumps({"input_ids": [3] * 40}) + "\n", "utf-8")
+    calibration = {"calibration": str(home / "tokens.jsonl"), "method": "wanda", "pattern": "2:4"}
+    llmprune.prune(dense, home / "out", **calibration)
+    runs.add_evaluations(home / "out", [
+        EVALUATION | {"model": str(home / "out"), "data": str(home / "text.txt"), "dense": str(dense)}
+    ])  # fmt: skip
+    runs.update_run(home / "out", notes=["/srv/secret/disk was slow", "a/b is no path, nor is https://a.b/secret"])
+    write_page(home / "out")
+    before = files_of(home / "out")
+    publish(home / "out", license="mit")
+    files = hub.repos["tester/pruned"].files
+    told = {name: files[name].decode() for name in ("README.md", "llmprune.json", "report.html")}
+    for text in told.values():
+        assert "secret" not in text.replace("https://a.b/secret", "") and str(tmp_path) not in text
+        assert (
+            "tokens.jsonl" in text and "text.txt" in text and "disk was slow" in text and "https://a.b/secret" in text
+        )
+    assert "--calibration tokens.jsonl" in told["README.md"] and "| text.txt | 512 |" in told["README.md"]
+    run = json.loads(told["llmprune.json"])
+    assert (run["model"], run["recipe"]["calibration"]) == ("dense", "tokens.jsonl")
+    evaluation = run["evaluations"][0]
+    assert [evaluation[name] for name in ("model", "data", "dense")] == ["out", "text.txt", "dense"]
+    after = files_of(home / "out")
+    assert after["report.html"] == before["report.html"]
+    assert json.loads(after["llmprune.json"]) == json.loads(before["llmprune.json"]) | {"card": True}
+
+
+def test_names_and_hub_ids_are_told_as_they_are(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(out.parent)
+    data = ["wikitext2", "org/data", "org/data:config:test", "texts/a.txt", "texts/a.jsonl.gz", "a/b/c", "./d", "~/e"]
+    found = [EVALUATION | {"model": "out", "data": name, "dense": BASE} for name in data]
+    run = runs.read_run(out) | {"model": BASE, "evaluations": found}
+    names = privacy.private_names(run, BASE)
+    assert names == {"texts/a.txt": "a.txt", "texts/a.jsonl.gz": "a.jsonl.gz", "a/b/c": "c", "./d": "d", "~/e": "e"}
+    assert privacy.without_paths(["in ./d", "end./d", "texts/a.txt"], names) == ["in d", "end./d", "a.txt"]
+    assert privacy.private_names(run | {"model": "models/llama"}, BASE)["models/llama"] == "llama"
+    assert "models/llama" not in privacy.private_names(run | {"model": "models/llama"}, "models/llama")
 
 
 def test_the_licence_is_taken_from_the_hub_or_given(hub: FakeHub, out: Path) -> None:
@@ -319,7 +355,7 @@ def test_a_gated_base_is_not_opened_by_accident(hub: FakeHub, out: Path) -> None
 def test_an_existing_repository_of_llmprune_is_replaced(hub: FakeHub, out: Path) -> None:
     hub.repos["tester/pruned"] = Repo(files={"llmprune.json": b"{}", "old.safetensors": b"", ".gitattributes": b"x"})
     publish(out)
-    assert hub.repos["tester/pruned"].files == files_of(out) | {".gitattributes": b"x"}
+    assert hub.repos["tester/pruned"].files.keys() == files_of(out).keys() | {".gitattributes"}
 
 
 def test_an_existing_repository_with_something_else_is_left_alone(hub: FakeHub, out: Path) -> None:
