@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.cardheader import read_metadata
-from llmprune.checkpoint.compressed import is_compressed
+from llmprune.checkpoint.compressed import is_compressed, size_in_bytes
 from llmprune.checkpoint.source import read_fields
 from llmprune.errors import CheckpointError
 from llmprune.runs import command_of, update_run
@@ -76,7 +76,7 @@ def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, in
         f"# {name}\n\n{_summary(run, base)}",
         f"## How it was made\n\n{_making(run, repo, base)}",
         f"## What it cost\n\n{_cost(run)}",
-        *([f"## Size and speed\n\n{measured}"] if (measured := _size_and_speed(run)) else []),
+        *([f"## Size and speed\n\n{measured}"] if (measured := _size_and_speed(folder, run)) else []),
         f"## How to load it\n\n{_loading(folder, repo)}",
         f"## Limits\n\n{_limits(folder, run, inherited)}",
     ]
@@ -172,10 +172,12 @@ def _cells(evaluation: dict[str, Any]) -> list[str]:
     return [evaluation["data"], str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
 
 
-def _size_and_speed(run: dict[str, Any]) -> str:
+def _size_and_speed(folder: Path, run: dict[str, Any]) -> str:
     """Return what was measured of either, with the machine that it was measured on."""
-    lines = []
-    if size := run.get("size"):
+    lines, size = [], run.get("size")
+    if _is_compressed(folder):  # it says so itself, whoever compressed it
+        size = dict(zip(("dense_bytes", "compressed_bytes"), size_in_bytes(folder), strict=True))
+    if size:
         both = f"{size['compressed_bytes'] / 1e6:,.1f} MB instead of {size['dense_bytes'] / 1e6:,.1f} MB"
         lines.append(f"- `llmprune compress` stores the weights in {both}.")
     if (speed := run.get("speed")) and speed["sparse"]:  # else no layer was sparse there
@@ -192,18 +194,28 @@ def _size_and_speed(run: dict[str, Any]) -> str:
 
 def _loading(folder: Path, repo: str) -> str:
     how, first = "It loads as any model of its architecture; the zeros are stored as ordinary weights.", ""
+    sparse = (
+        "To run those layers sparse that are measured to be faster so, on a CPU or a GPU, with "
+        "[llmprune](https://pypi.org/project/llmprune) installed (`pip install llmprune`):\n\n"
+        "```python\nimport llmprune\n\nllmprune.sparsify(model)\n```"
+    )
     if _is_compressed(folder):
         how = (
-            "It is stored without its zeros. With [llmprune](https://pypi.org/project/llmprune) installed and imported it "
-            f"loads as any model of its architecture; `llmprune decompress {repo} OUT` makes it one that needs no llmprune."
+            "It is stored without its zeros. With [llmprune](https://pypi.org/project/llmprune) installed "
+            "(`pip install llmprune`) and imported it loads as any model of its architecture; "
+            f"`llmprune decompress {repo} OUT` makes it one that needs no llmprune."
         )
         first = "import llmprune  # teaches transformers the format\n"
+        sparse = (
+            "That makes it dense in memory. To keep those layers sparse that are measured to be faster so, on a CPU or a "
+            "GPU:\n\n```python\nmodel = AutoModelForCausalLM.from_pretrained(\n"
+            f'    "{repo}", dtype="auto", quantization_config=llmprune.SparseConfig("sparse")\n)\n```'
+        )
     return (
         f"{how}\n\n```python\n{first}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
-        "`llmprune.sparsify(model)` then runs the layers sparse that are faster without their zeros, on the CPU.\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n{sparse}\n\n'
         f"`llmprune inspect {repo}` counts the zeros of every tensor and checks them against `llmprune.json`."
     )
 
@@ -211,7 +223,7 @@ def _loading(folder: Path, repo: str) -> str:
 def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     zeros = (
-        "Loaded as it stands, it is dense in memory and no faster: `llmprune.sparsify(model)` keeps it sparse."
+        "Loaded as it stands, it is dense in memory and no faster, unless `SparseConfig` keeps it sparse."
         if _is_compressed(folder)
         else "Stored as ordinary weights, zeros make a model neither smaller nor faster: that needs software that makes "
         "use of them."

@@ -82,6 +82,11 @@ class Client:
             except (RepositoryNotFoundError, HFValidationError):
                 return None
 
+    def read(self, repo: str, name: str) -> bytes:
+        """Return the bytes of a file in a model repository."""
+        with _quiet_in_pipes(), _refusals(f"read {name} of '{repo}'"), TemporaryDirectory(prefix="llmprune-") as folder:
+            return Path(self._api.hf_hub_download(repo, name, local_dir=folder)).read_bytes()
+
     def upload(self, folder: Path, repo: str, private: bool, message: str, told: dict[str, bytes]) -> Published:
         """Create the repository where it is missing, and upload the folder; what is there already is not sent again.
 

@@ -15,12 +15,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hub_server
 import llmprune
 import tiny
 from hub_server import FakeHub, Repo
 from llmprune import privacy, runs
+from llmprune.checkpoint.compressed import compress
 from llmprune.errors import CheckpointError, HubError, LlmpruneError, RecipeError
 from llmprune.locate import demo_folder
 from llmprune.page import write_page
@@ -55,6 +57,8 @@ def out(finished: Path, tmp_path: Path) -> Path:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A Hub that the client in this process uses, with a base model, and no waiting between retries."""
     with hub_server.serve() as served:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, served.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", served.address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -169,6 +173,32 @@ def test_the_card_tells_size_and_speed_where_they_were_measured(hub: FakeHub, ou
     runs.update_run(out, speed=speed)
     publish(out)
     assert "measured side by side on A GPU by" in (out / "README.md").read_text("utf-8")
+
+
+def test_the_card_of_a_compressed_output_tells_its_size_and_how_to_keep_it_sparse(
+    hub: FakeHub, out: Path, tmp_path: Path
+) -> None:
+    sizes = compress(out, tmp_path / "small")
+    publish(tmp_path / "small")
+    text = (tmp_path / "small" / "README.md").read_text("utf-8")
+    dense, stored = (
+        sum(value.nbytes for path in folder.glob("*.safetensors") for value in load_file(path).values())
+        for folder in (out, tmp_path / "small")
+    )
+    assert dense - stored == sizes.tensor_bytes[0] - sizes.tensor_bytes[1] > 0
+    assert f"stores the weights in {stored / 1e6:,.1f} MB instead of {dense / 1e6:,.1f} MB" in text
+    block = text.split("To keep those layers sparse", 1)[1].split("```python\n", 1)[1].split("```")[0]
+    here = block.replace("tester/pruned", str(tmp_path / "small"))
+    scope = {"AutoModelForCausalLM": AutoModelForCausalLM, "llmprune": llmprune}
+    exec(here, scope)
+    assert isinstance(scope["model"], LlamaForCausalLM)
+
+
+def test_the_card_of_a_dense_output_tells_how_to_run_it_sparse(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    text = (out / "README.md").read_text("utf-8")
+    assert "pip install llmprune" in text and "on a CPU or a GPU" in text
+    assert "```python\nimport llmprune\n\nllmprune.sparsify(model)\n```" in text
 
 
 def test_what_a_newer_llmprune_has_added_is_no_obstacle(hub: FakeHub, out: Path) -> None:
@@ -352,10 +382,45 @@ def test_a_gated_base_is_not_opened_by_accident(hub: FakeHub, out: Path) -> None
     assert not publish(out, "tester/open", allow_gated=True).private
 
 
-def test_an_existing_repository_of_llmprune_is_replaced(hub: FakeHub, out: Path) -> None:
-    hub.repos["tester/pruned"] = Repo(files={"llmprune.json": b"{}", "old.safetensors": b"", ".gitattributes": b"x"})
+def test_an_earlier_push_of_the_same_kind_is_replaced(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    hub.repos["tester/pruned"].files |= {"old.safetensors": b"", ".gitattributes": b"x"}
     publish(out)
     assert hub.repos["tester/pruned"].files.keys() == files_of(out).keys() | {".gitattributes"}
+    assert hub.repos["tester/pruned"].files[".gitattributes"] == b"x"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"recipe": {"method": "wanda", "pattern": "2:4"}}, "(wanda 2:4 of dense)"),
+        ({"recipe": {"method": "magnitude", "pattern": "50%"}}, "(magnitude 50% of dense)"),
+        ({"model": "/home/me/other"}, "(magnitude 2:4 of other)"),
+        ({"recipe": None}, "(its llmprune.json cannot be read)"),
+    ],
+)
+def test_another_pruned_model_is_not_replaced_by_accident(
+    hub: FakeHub, out: Path, change: dict[str, Any], told: str
+) -> None:
+    publish(out)
+    files = hub.repos["tester/pruned"].files
+    there = files["llmprune.json"] = json.dumps(json.loads(files["llmprune.json"]) | change).encode()
+    message = refused(out, HubError, "'tester/pruned' holds another pruned model", told, "--overwrite")
+    assert "/home" not in message and files["llmprune.json"] == there
+    publish(out, overwrite=True)
+    assert hub.repos["tester/pruned"].files["llmprune.json"] != there
+
+
+def test_an_output_that_lacks_files_of_its_base_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    llmprune.prune("demo", tmp_path / "out", method="magnitude", pattern="2:4")
+    assert {"tokenizer.json", "config.json", "README.md"} <= set(runs.read_run(tmp_path / "out")["companions"])
+    whole = shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "out" / name).unlink()
+    refused(tmp_path / "out", CheckpointError, "lacks tokenizer.json, tokenizer_config.json", "copy them")
+    assert hub.requests("repos/create") == []
+    (whole / "README.md").unlink()  # ours takes its place
+    assert publish(whole).repo == "tester/pruned"
 
 
 def test_an_existing_repository_with_something_else_is_left_alone(hub: FakeHub, out: Path) -> None:
@@ -488,7 +553,7 @@ def script(name: str, *arguments: object, **variables: str) -> str:
 
 PULL = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 pulled, kept = (AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval() for name in sys.argv[1:])
 ids = torch.arange(40)[None]
 with torch.no_grad():
