@@ -37,7 +37,7 @@ def without_paths(value: Any, names: dict[str, str]) -> Any:
     if isinstance(value, str):
         for path, name in names.items():
             start = "" if path.startswith(("/", "~")) else r"(?<![\w./~-])"  # `m/` is no part of `llm/`
-            value = re.sub(start + re.escape(path), lambda found, name=name: name, value)
+            value = name.join(re.split(start + re.escape(path), value))
     return value
 
 

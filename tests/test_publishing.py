@@ -309,7 +309,7 @@ def test_a_card_edited_where_the_base_had_none_is_kept(hub: FakeHub, out: Path) 
 def test_pruning_a_published_model_again_keeps_all_cards(hub: FakeHub, out: Path, tmp_path: Path) -> None:
     publish(out)
     llmprune.prune(out, tmp_path / "again", method="magnitude", pattern="2:4", exclude="*.0.mlp.*")
-    publish(tmp_path / "again", base_model="tester/pruned")
+    publish(tmp_path / "again", "tester/again", base_model="tester/pruned")
     kept = (tmp_path / "again" / "BASE_README.md").read_text("utf-8")
     assert kept.index("# pruned") < kept.index("Built with care.")
     assert metadata_of(tmp_path / "again" / "README.md").license == "llama3.2"
@@ -319,8 +319,7 @@ def test_nothing_published_tells_where_a_file_lay(hub: FakeHub, tmp_path: Path) 
     home = tmp_path / "my secret & home"
     dense = tiny.save(tiny.model("llama"), home / "dense")
     (home / "tokens.jsonl").write_text(json.dumps({"input_ids": [3] * 40}) + "\n", "utf-8")
-    calibration = {"calibration": str(home / "tokens.jsonl"), "method": "wanda", "pattern": "2:4"}
-    llmprune.prune(dense, home / "out", **calibration)
+    llmprune.prune(dense, home / "out", method="wanda", pattern="2:4", calibration=str(home / "tokens.jsonl"))
     runs.add_evaluations(home / "out", [
         EVALUATION | {"model": str(home / "out"), "data": str(home / "text.txt"), "dense": str(dense)}
     ])  # fmt: skip
