@@ -28,6 +28,7 @@ from llmprune.forecast.yardstick import SolvingTime, copied_bytes, solving_bytes
 from llmprune.methods import get
 from llmprune.model import Lanes, Outline, Streamed
 from llmprune.model.collect import Collector
+from llmprune.model.gradients import Tape
 from llmprune.model.groups import Group, find_groups
 from llmprune.model.live import LiveBytes, bytes_of
 from llmprune.model.outline import zeros
@@ -612,3 +613,27 @@ def test_batches_held_within_a_block_take_what_is_foretold(saved: Callable[[str]
                 group.statistic = None
     foretold = 6 * tiny.CONTEXT * trials[host.blocks[0].name].held_bytes
     assert foretold == pytest.approx(max(held), rel=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("labels", "options"), [("sampled", {"allocation": "fisher"}), ("text", {"method": "taylor"})])
+def test_setting_out_backward_takes_what_is_foretold(
+    tmp_path: Path, dtype: torch.dtype, labels: Any, options: dict[str, Any]
+) -> None:
+    """Of a model whose vocabulary is all that counts, as it is of a small model and a long sequence."""
+    length = 2 * tiny.CONTEXT
+    model = tiny.model("llama", dtype, vocab_size=8000, max_position_embeddings=length)
+    folder = tiny.save(model, tmp_path / "model")
+    foretold = by_name(llmprune.plan(folder, samples=2, length=length, device="cpu", **options).memory)
+    host = Streamed(Source.open(folder), CPU)
+    host.open(CPU)
+    stages, last = [*host.blocks, host.head], len(host.blocks) - 1
+    with Lanes(host.model, stages, [tiny.ids(1, length)], CPU, host.device_of) as lanes:
+        tape = Tape(lanes, of_weights=False, labels=labels)
+        for index in range(last):
+            host.load(host.blocks[index])
+            tape.forward(index)
+        with LiveBytes() as live:
+            next(tape.backward(host, last, {}))
+    assert foretold["predictions"] == pytest.approx(live.peak, rel=0.1)
+    assert foretold["head"] == 8000 * 64 * dtype.itemsize

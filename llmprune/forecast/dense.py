@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import torch
+
 from llmprune.budget.curves import SAMPLED_ROWS, cut_short
 from llmprune.budget.dense import MOST_FOLLOWED, MOST_SEQUENCES, POINTS
 from llmprune.forecast.parts import Part, Workload
@@ -60,12 +62,33 @@ def _solving(groups: Sequence[Group], times: SolvingTime, ranks: int) -> float:
     return max(load)
 
 
+def follows_gradients(recipe: Recipe) -> bool:
+    """Say whether a run goes backward through the dense model."""
+    return recipe.allocation == "fisher" or recipe.needs is Gradient
+
+
 def kept_memory(host: Outline, recipe: Recipe, workload: Workload) -> list[Part]:
     """Return what the hidden states before every block take, which gradients need; a run takes fewer if they do not fit."""
-    if recipe.allocation != "fisher" and recipe.needs is not Gradient:
+    if not follows_gradients(recipe):
         return []
     sequences = workload.sequences if recipe.needs is Gradient else min(MOST_FOLLOWED, workload.sequences)
     hidden = getattr(host.config.get_text_config(), "hidden_size", 0)
     mine = math.ceil(sequences / workload.ranks)
     amount = len(host.blocks) * mine * workload.length * hidden * host.dtype.itemsize
     return [Part("hidden states of all blocks", amount, f"for gradients, {mine} sequences at most")]
+
+
+def backward_memory(host: Outline, recipe: Recipe, workload: Workload, on: str) -> list[Part]:
+    """Return what it takes to set out backward: the last block, the head, and what comes of a sequence's logits.
+
+    These are there in the model's dtype, and in fp32 as probabilities, beside which are first the logits in fp32, if
+    they were not, and then the sums from which labels are drawn, if they are.
+    """
+    vocabulary = getattr(host.config.get_text_config(), "vocab_size", 0)
+    copies = 2 if recipe.allocation == "fisher" or host.dtype != torch.float32 else 1
+    amount = workload.length * vocabulary * (host.dtype.itemsize + copies * torch.float32.itemsize)
+    return [
+        Part("one block", host.bytes_of(host.blocks[-1]), f"parameters of {host.blocks[-1].name}", on),
+        Part("head", host.bytes_of(host.head), f"parameters of {host.head.name}", on),
+        Part("predictions", amount, f"of {workload.length} tokens, of {vocabulary} labels each", on),
+    ]

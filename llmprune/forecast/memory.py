@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from llmprune.forecast.dense import collected, kept_memory
+from llmprune.forecast.dense import backward_memory, collected, follows_gradients, kept_memory
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import handed_memory, seen
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
@@ -41,6 +41,8 @@ def _steps(
     """Yield what each step of the run adds on the device: for one block of each kind load, collect and solve."""
     on = "device" if host.place.type == "cuda" else "host"
     merged = merged_on_load(host.model)
+    if workload and follows_gradients(recipe):
+        yield backward_memory(host, recipe, workload, on)
     for stage, sites in _different(host, plan):
         weights, trial = stage_memory(host, stage, on), trials.get(stage.name)
         yield [weights, loading_memory(stage, merged, on)]

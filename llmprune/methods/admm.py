@@ -84,6 +84,7 @@ class ADMM:
                 keep_OI = pattern.keep(dual_OI.abs())
                 sparse_OI = dual_OI * keep_OI
                 dual_OI.sub_(sparse_OI)
+            del divided  # before the next one takes its memory
             before = rho
         return sparse_OI, keep_OI
 
@@ -97,17 +98,24 @@ class ADMM:
 
 def _division(hessian_II: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
     """Return X -> X (H + rho)⁻¹, to be called for so many rows in all."""
+    lower_II = _lower(hessian_II, rho)
+    if hessian_II.device.type == "cpu" and rows < _ROWS_FOR_INVERSE * len(hessian_II):
+        return partial(_divided, lower_II=lower_II)
+    inverse_II = torch.cholesky_inverse(lower_II)
+    return lambda x_OI: x_OI @ inverse_II
+
+
+def _lower(hessian_II: Tensor, rho: float) -> Tensor:
+    """Return L with L Lᵀ = H + rho."""
     regularised_II = hessian_II.clone()
     regularised_II.diagonal().add_(rho)
+    lower_II: Tensor
     lower_II, failed = torch.linalg.cholesky_ex(regularised_II)
     if failed.item():
         raise NumericalError(
             f"admm: the Hessian is not positive definite at rho {rho:g}: raise damp, or use more calibration"
         )
-    if hessian_II.device.type == "cpu" and rows < _ROWS_FOR_INVERSE * len(hessian_II):
-        return partial(_divided, lower_II=lower_II)
-    inverse_II = torch.cholesky_inverse(lower_II)
-    return lambda x_OI: x_OI @ inverse_II
+    return lower_II
 
 
 def _divided(x_OI: Tensor, lower_II: Tensor) -> Tensor:

@@ -84,33 +84,51 @@ def _paper_sweep(weight_IO: Tensor, upper_II: Tensor, pattern: Pattern, blocks: 
 
 def _fast_sweep(weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: list[Block]) -> Tensor:
     """As `_paper_sweep`, from R: the left half of the blocks is pruned, then its changes are carried to the right."""
-    keep_IO = torch.empty_like(weight_IO, dtype=torch.bool)
-    change_IO, carried_IO = torch.empty_like(weight_IO), torch.zeros_like(weight_IO)
-    inverses = _inverse_blocks(root_II, blocks)
+    sweep = _FastSweep(
+        weight_IO,
+        root_II,
+        pattern,
+        _inverse_blocks(root_II, blocks),
+        keep_IO=torch.empty_like(weight_IO, dtype=torch.bool),
+        change_IO=torch.empty_like(weight_IO),
+        carried_IO=torch.zeros_like(weight_IO),
+    )
+    sweep.prune(blocks)
+    return sweep.keep_IO
 
-    def prune(start: int, stop: int) -> None:
-        upper_BB = inverses[start]
-        block_BO = torch.addmm(weight_IO[start:stop], upper_BB.T, carried_IO[start:stop])
-        if isinstance(pattern, NM):
-            keep_IO[start:stop] = kernels.prune_nm(block_BO, upper_BB, pattern.n, pattern.m)
-        else:
-            keep_IO[start:stop] = _keep_block(block_BO, upper_BB, pattern, start)
-            kernels.prune_masked(block_BO, upper_BB, keep_IO[start:stop])
-        torch.sub(weight_IO[start:stop], block_BO, out=change_IO[start:stop])
-        weight_IO[start:stop] = block_BO
 
-    def sweep(blocks: list[Block]) -> None:
+@dataclass(frozen=True)
+class _FastSweep:
+    """What `_fast_sweep` works on; no nested functions, as one that calls itself would keep all of it from being freed."""
+
+    weight_IO: Tensor
+    root_II: Tensor
+    pattern: Pattern
+    inverses: dict[int, Tensor]
+    keep_IO: Tensor
+    change_IO: Tensor
+    carried_IO: Tensor
+
+    def prune(self, blocks: list[Block]) -> None:
         if len(blocks) == 1:
-            prune(*blocks[0])
+            self._prune_block(*blocks[0])
             return
         left, right = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
         start, middle, stop = left[0][0], right[0][0], right[-1][1]
-        sweep(left)
-        carried_IO[middle:stop].addmm_(root_II[start:middle, middle:stop].T, change_IO[start:middle])
-        sweep(right)
+        self.prune(left)
+        self.carried_IO[middle:stop].addmm_(self.root_II[start:middle, middle:stop].T, self.change_IO[start:middle])
+        self.prune(right)
 
-    sweep(blocks)
-    return keep_IO
+    def _prune_block(self, start: int, stop: int) -> None:
+        upper_BB, pattern = self.inverses[start], self.pattern
+        block_BO = torch.addmm(self.weight_IO[start:stop], upper_BB.T, self.carried_IO[start:stop])
+        if isinstance(pattern, NM):
+            self.keep_IO[start:stop] = kernels.prune_nm(block_BO, upper_BB, pattern.n, pattern.m)
+        else:
+            self.keep_IO[start:stop] = _keep_block(block_BO, upper_BB, pattern, start)
+            kernels.prune_masked(block_BO, upper_BB, self.keep_IO[start:stop])
+        torch.sub(self.weight_IO[start:stop], block_BO, out=self.change_IO[start:stop])
+        self.weight_IO[start:stop] = block_BO
 
 
 def _keep_block(block_BO: Tensor, upper_BB: Tensor, pattern: Pattern, start: int) -> Tensor:
