@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llmprune import cli
+from llmprune.commands import evaluate as command
 from llmprune.errors import DataError, RecipeError
 from llmprune_eval.zeroshot import evaluate_tasks
 
@@ -113,6 +114,23 @@ def test_without_the_harness_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 def test_an_option_that_means_nothing_for_tasks_is_one_line() -> None:
     with pytest.raises(RecipeError, match="--save means nothing for --tasks: give --data too"):
         cli.cli.main(["eval", "demo", "--tasks", "arc_easy", "--save"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_tasks_that_are_stopped_say_whether_the_figures_on_the_text_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], save: bool
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_require_known", lambda *_: None)
+    monkeypatch.setattr(command, "_perplexities", lambda *_: None)
+    monkeypatch.setattr(command, "_task_scores", stopped)
+    monkeypatch.setattr(sys, "argv", ["llmprune", "eval", "demo", "--data", "demo", "--tasks", "a"] + ["--save"] * save)
+    with pytest.raises(SystemExit):
+        cli.main()
+    kept = "figures on the text were added to llmprune.json" if save else "nothing was written"
+    assert capsys.readouterr().err.strip() == f"llmprune: interrupted, {kept}"
 
 
 def test_an_option_of_tasks_without_tasks_is_one_line() -> None:
