@@ -232,6 +232,12 @@ def test_a_comparison_keeps_errors_of_different_norms_apart(outs: list[Path], tm
         "Perplexity on wikitext2", "Output error, against that of magnitude pruning",
     }  # fmt: skip
     assert all(f"<td>{out.name}</td>" in page for out in outs)
+    for out, norm in zip(outs, ("gram", "column norm", "weights"), strict=True):
+        error = facts.mean_error(runs.read_run(out)["sites"])
+        assert f"<td>{error:.4g}</td><td>{norm}</td>" in page
+    assert "by different norms are not to be compared" in page
+    alike = comparison.comparison_page({name: runs.read_run(outs[0]) for name in ("a", "b")})
+    assert "<td>gram</td>" in alike and "by different norms" not in alike
     texts = [str(text.text) for text in found["Perplexity on wikitext2"].iter("text")]
     assert texts == ["dense", "10.00", "sparsegpt", "12.50"]
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
 import llmprune
 import tiny
-from llmprune import runs
+from llmprune import cli, runs
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import compress
 from llmprune.errors import CheckpointError, DataError, Interrupted, PatternError, RecipeError
@@ -118,6 +119,17 @@ def test_sensitivity_as_text_as_json_and_as_a_page(folder: Path, tmp_path: Path)
     assert json.loads((tmp_path / "out" / room.RESULT).read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
     page = (tmp_path / "out" / room.PAGE).read_text("utf-8")
     assert page.count("<svg") == 2 and page.count("<circle") == len(found.cells)
+
+
+def test_sparsities_may_be_percentages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(room, "sensitivity", lambda model, sparsities: asked.append(sparsities))
+    for text in ("0.3,0.5", "30%, 50%", "30%,0.5"):
+        cli.cli.main(["sensitivity", "demo", "--sparsities", text], standalone_mode=False)
+    assert asked == [(0.3, 0.5)] * 3
+    for text in ("half", "50%%", "%", "0.5,"):
+        with pytest.raises(click.BadParameter, match=r"must read like 0\.3,0\.5 or 30%,50%"):
+            cli.cli.main(["sensitivity", "demo", "--sparsities", text], standalone_mode=False)
 
 
 def test_fused_experts_are_kinds_and_are_put_back(tmp_path: Path) -> None:

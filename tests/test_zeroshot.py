@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from llmprune_eval.zeroshot import evaluate_tasks
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
+ROOT = Path(__file__).parent.parent
 QUESTIONS = [
     {"question": "The capital of", "choices": [" the", " zzz qqq"], "answer": 0},
     {"question": "He was born in", "choices": [" the", " xqj", " 1 9"], "answer": 1},
@@ -98,10 +100,14 @@ def test_an_unknown_task_is_named_before_any_text_or_model_is_read(
 
 
 @installed
-def test_the_json_of_tasks_is_alone_on_stdout(tasks: Path) -> None:
+def test_the_json_of_tasks_is_alone_on_stdout(tasks: Path, tmp_path: Path) -> None:
     arguments = ["eval", "demo", "--tasks", "local_choice", "--include-path", str(tasks), "--json"]
-    done = subprocess.run([sys.executable, "-m", "llmprune", *arguments], capture_output=True, text=True)
+    rooms = [str(ROOT / room) for room in (".", "kernels", "eval")]
+    no_git = {"PYTHONPATH": os.pathsep.join(rooms), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    words = [sys.executable, "-m", "llmprune", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=os.environ | no_git)
     assert done.returncode == 0, done.stderr
+    assert "fatal" not in done.stderr
     assert [row["task"] for row in json.loads(done.stdout)["tasks"]] == ["local_choice"]
 
 
