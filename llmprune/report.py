@@ -114,7 +114,10 @@ class Clock:
 
 @dataclass
 class Report:
-    """The whole run; `to_json` is what `llmprune.json` holds. Times are in seconds."""
+    """The whole run; `to_json` is what `llmprune.json` holds.
+
+    Times are in seconds, of several ranks those of the first; but solving several results in one pass is summed over all.
+    """
 
     model: str
     recipe: dict[str, Any]

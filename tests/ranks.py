@@ -14,11 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 import llmprune
 from llmprune import cli
+from llmprune.team import parcels
+from llmprune.team.board import shared_memory
 from llmprune.team.joining import joined
 
 Job = tuple[tuple[Any, ...], dict[str, Any]]  # arguments and options of `llmprune.prune`
@@ -96,6 +99,20 @@ def prune_all(jobs: Sequence[Job]) -> None:
     with joined():
         for arguments, options in jobs:
             llmprune.prune(*arguments, **options)
+
+
+def prune_all_apart(jobs: Sequence[Job]) -> None:
+    """As `prune_all`, where ranks see no memory of each other's, as on two machines."""
+    with mock.patch.object(parcels, "shared_memory", return_value=None):
+        prune_all(jobs)
+
+
+def tell_sharing(told: Path) -> None:
+    """Write down whether the ranks see memory of each other's."""
+    with joined() as team:
+        found = shared_memory(team, 4096)
+        if team.leads:
+            told.write_text(json.dumps(found is not None))
 
 
 def measure_all(source: Path, out: Path, ids: list[list[int]], told: Path) -> None:

@@ -143,7 +143,13 @@ def test_shared_memory_becomes_as_large_as_what_is_handed_round(monkeypatch: pyt
 
     def work(team: Team) -> int:
         post = Parcels(team, CPU)
-        monkeypatch.setattr(post, "_start", lambda *which, start=post._start: sent.append(team.rank) or start(*which))
+        start = team.start
+
+        def noted(tensor: Tensor, source: int) -> Callable[[], None]:
+            sent.append(source)
+            return start(tensor, source)
+
+        monkeypatch.setattr(team, "start", noted)
         for _ in range(3):
             post.put(torch.full((200, 64), 1.0 + team.rank))
             found = [(rank, float(tensor.mean())) for rank, _, (tensor,) in post.swap(team.rank)]

@@ -304,7 +304,7 @@ def test_what_gains_too_little_is_not_kept_sparse(tmp_path: Path) -> None:
     assert not sparse_layers(load_sparse(tmp_path / "small"))
 
 
-def test_a_packed_tensor_of_another_shape_does_not_become_a_layer(tmp_path: Path) -> None:
+def test_a_packed_tensor_of_another_shape_does_not_become_a_sparse_layer(tmp_path: Path) -> None:
     made = model()
     made.save_pretrained(tmp_path / "dense")
     compress(tmp_path / "dense", tmp_path / "small")
@@ -313,10 +313,10 @@ def test_a_packed_tensor_of_another_shape_does_not_become_a_layer(tmp_path: Path
         (tmp_path / "small" / name).write_text(json.dumps(config | {"intermediate_size": 80}))
     try:
         found = load_sparse(tmp_path / "small")
-    except RuntimeError as error:  # of transformers, as for a dense file; some versions report it and go on
+    except RuntimeError as error:  # of transformers, as for a dense file; 5.17 says nothing
         assert "mismatch" in str(error)
     else:
-        assert all(layer.mlp.up_proj.weight.shape == (80, 64) for layer in found.model.layers)
+        assert all(type(layer.mlp.up_proj) is nn.Linear for layer in found.model.layers)
 
 
 @pytest.mark.usefixtures("sparse_wins")

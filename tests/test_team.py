@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from llmprune.errors import RankError
 from llmprune.team.launch import launch, patience
 from llmprune.team.team import Team, deal, in_turn
 from llmprune.team.watch import Watch
-from ranks import Job, Ranks, command, measure_all, prune_all, two_hosts
+from ranks import Job, Ranks, command, measure_all, prune_all, prune_all_apart, tell_sharing, two_hosts
 
 IDS = tiny.ids(5, 16).tolist()
 FAMILIES = ("llama", "gemma2", "gpt2", "qwen3-moe")
@@ -88,6 +89,14 @@ def test_ranks_prune_as_one_process_does(size: int, sources: dict[str, Path], al
     assert ranks.codes() == [0] * size, [ranks.said(rank) for rank in range(size)]
     for name in CHOSEN[size]:
         assert contents(tmp_path / name) == contents(alone / name), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is shared through /proc")
+@pytest.mark.parametrize("said_of_machine", ["2", "1"])
+def test_ranks_of_one_machine_share_memory_whatever_the_launcher_says(said_of_machine: str, tmp_path: Path) -> None:
+    ranks = Ranks(2, tmp_path / "said", tell_sharing, tmp_path / "told", LOCAL_WORLD_SIZE=said_of_machine)
+    assert ranks.codes() == [0, 0], [ranks.said(rank) for rank in range(2)]
+    assert json.loads((tmp_path / "told").read_text()) is True
 
 
 def test_ranks_measure_as_one_process_does(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -192,7 +201,7 @@ def test_two_hosts_prune_as_one_process_does_and_stop_when_the_link_is_cut(
     names = [f"{family}, {name}" for family in FAMILIES for name in RECIPES]
     wanted = jobs(sources, tmp_path, names)
     with two_hosts() as hosts:
-        ranks = Ranks(2, tmp_path / "said", prune_all, wanted, **hosts)
+        ranks = Ranks(2, tmp_path / "said", prune_all_apart, wanted, **hosts)
         assert ranks.codes() == [0, 0], [ranks.said(rank) for rank in range(2)]
         strike = {"rank": 1, "stage": "model.layers.1", "load": PRUNED_AT, "how": "is cut off"}
         ranks = struck(2, sources["llama"], tmp_path, strike, **hosts)
