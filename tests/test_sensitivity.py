@@ -281,6 +281,9 @@ def test_a_narrower_sweep_keeps_the_rows_of_earlier_ones(swept: tuple[Any, Path]
     assert json.loads((out / "sweep.json").read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
     assert f"<td>{rows[0][2]:.2f}</td>" in (out / "sweep.html").read_text("utf-8")
     (out / "sweep.json").write_text("{", "utf-8")
+    with pytest.raises(CheckpointError, match="is damaged: delete it"):
+        llmprune.sweep(folder, out, **SWEEP)
+    (out / "sweep.json").unlink()
     assert len(llmprune.sweep(folder, out, **SWEEP).rows) == len(swept[0].rows)
 
 

@@ -1,6 +1,7 @@
 """Prune a model with several methods to several patterns, and measure each: a table, and the best for their size."""
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +13,7 @@ import torch
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import size_in_bytes
 from llmprune.checkpoint.sink import difference
-from llmprune.errors import RecipeError, saying_what_is_kept
+from llmprune.errors import CheckpointError, RecipeError, saying_what_is_kept
 from llmprune.locate import locate, require_folder
 from llmprune.model import Outline
 from llmprune.model.streamed import stored_dtype
@@ -201,18 +202,17 @@ def sweep(
             str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, marked, settings
         )
         if team.leads:
-            (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            fresh = Path(out) / f"{RESULT}.new"
+            fresh.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            os.replace(fresh, Path(out) / RESULT)
             html.write(Path(out) / PAGE, sweep_page(result))
         return result
 
 
 def _kept(out: Path) -> str:
     """Return what a sweep that is stopped leaves, in words; nothing where nothing is there."""
-    return f"what is done is kept in {out}: run the same command again to go on" if _holds_something(out) else ""
-
-
-def _holds_something(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+    there = out.is_dir() and any(out.iterdir())
+    return f"what is done is kept in {out}: run the same command again to go on" if there else ""
 
 
 def _settings(model: str | Path, base: Evaluation, separate: bool, options: dict[str, Any]) -> dict[str, Any]:
@@ -229,13 +229,14 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         RecipeError: its rows cannot stand in one table with new ones.
+        CheckpointError: it cannot be read.
     """
     if not path.exists():
         return {}
     try:
         found = dict(json.loads(path.read_text("utf-8")))
-    except ValueError:  # a crash while it was written
-        return {}
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{path} is damaged: delete it, the pruned models beside it stay") from None
     if cause := difference(found.get("settings", {}), settings):
         raise RecipeError(f"{path} is of other settings: {cause}; choose another folder for the sweep, or delete it")
     return found
