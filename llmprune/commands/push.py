@@ -15,9 +15,7 @@ from llmprune.commands.shared import given, json_option, show
 @click.option("--base-model", metavar="ID", help="The base model on the Hub, where MODEL was a folder; or none.")
 @click.option("--license", metavar="ID", help="Its licence, where its model card names none.")
 @click.option("--allow-gated", is_flag=True, help="Publish openly though the base model is gated.")
-@click.option(
-    "--overwrite", is_flag=True, help="Replace a repository that holds something else, such as another pruned model."
-)
+@click.option("--overwrite", is_flag=True, help="Replace a repository that holds something else.")
 @json_option
 def push(out: Path, repo: str, as_json: bool, **options: Any) -> None:
     """Publish the output OUT on the Hugging Face Hub as REPO, with a model card.
