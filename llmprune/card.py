@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmprune.checkpoint.compressed import is_compressed
+from llmprune.cardheader import read_metadata
+from llmprune.checkpoint.compressed import is_compressed, size_in_bytes
 from llmprune.checkpoint.source import read_fields
 from llmprune.errors import CheckpointError
 from llmprune.runs import command_of, update_run
@@ -17,7 +18,7 @@ CARD, BASE_CARD = "README.md", "BASE_README.md"
 NOBODY = "none"  # what a user gives as the base model where that is on no Hub
 GENERATED = "<!-- Written by llmprune push. Delete this line and edit the card: it is then uploaded as it stands. -->"
 _WRITTEN = "card"  # the field of llmprune.json that tells llmprune's README.md from the base model's
-_UNFILLED = re.compile(r"\[More Information Needed\]|\bTODO\b|\bTBD\b")
+_UNFILLED = re.compile(r"\[[^\]\n]*\b(?i:needed)\](?!\()|\b(?:TODO|TBD|FIXME|XXX)\b|<(?i:your)\b[^<>\n]*>")
 _INHERITED = ("license", "license_name", "license_link", "language")
 # Of the relations that the Hub knows (adapter, merge, quantized, finetune) the one for changed weights.
 _RELATION = "finetune"
@@ -27,30 +28,33 @@ _DATA_SETS = {"wikitext2": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "pt
 def base_metadata(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata of the base model's card that lies in an output folder; none where there is no card."""
     path = folder / (BASE_CARD if run.get(_WRITTEN) else CARD)
-    return _metadata_of(path.read_text("utf-8")) if path.is_file() else {}
+    try:
+        return read_metadata(path) if path.is_file() else {}
+    except CheckpointError:  # not the user's to mend: as good as none, so that the licence is asked for
+        return {}
 
 
 def write_card(folder: Path, run: dict[str, Any], repo: str, base: str | None, inherited: dict[str, Any]) -> None:
     """Write README.md anew, unless it is one that the user has edited.
 
     Args:
-        run: what `llmprune.json` holds; it takes note of the card.
+        run: what `llmprune.json` holds, as far as it may be told; that file takes note of the card.
         repo: where the model will be published, as `organisation/name`.
         base: the base model's id on the Hub, None where it is on no Hub.
         inherited: metadata of the base model's card; its licence and languages are carried over.
 
     Raises:
-        CheckpointError: the card has unfilled fields.
+        CheckpointError: the card has unfilled fields, or its header is malformed.
     """
     path = folder / CARD
     if not run.get(_WRITTEN):
         _set_aside(folder)
-    if not run.get(_WRITTEN) or not path.is_file() or GENERATED in path.read_text("utf-8"):
+    if not run.get(_WRITTEN) or not path.is_file() or GENERATED.encode() in path.read_bytes():
         path.write_text(card_text(folder, run, repo, base, inherited), "utf-8")
         update_run(folder, **{_WRITTEN: True})
-    text = path.read_text("utf-8")
-    found = _UNFILLED.search(text)
-    if gap := found[0] if found else "" if _metadata_of(text).get("license") else "license":
+    metadata = read_metadata(path)
+    found = _UNFILLED.search(path.read_text("utf-8"))
+    if gap := found[0] if found else "" if metadata.get("license") else "license":
         raise CheckpointError(f"{path} holds an unfilled field ('{gap}'): fill it in, then push again")
 
 
@@ -58,19 +62,9 @@ def _set_aside(folder: Path) -> None:
     """Keep the base model's card, and before it those that it kept itself."""
     cards = [folder / name for name in (CARD, BASE_CARD) if (folder / name).is_file()]
     if (folder / CARD).is_file():
-        text = "\n\n".join(path.read_text("utf-8") for path in cards)
+        text = b"\n\n".join(path.read_bytes() for path in cards)
         (folder / CARD).unlink()
-        (folder / BASE_CARD).write_text(text, "utf-8")
-
-
-def _metadata_of(text: str) -> dict[str, Any]:
-    from huggingface_hub import ModelCard
-
-    try:
-        metadata: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except ValueError:  # the header is not YAML: as good as none
-        return {}
-    return metadata
+        (folder / BASE_CARD).write_bytes(text)
 
 
 def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, inherited: dict[str, Any]) -> str:
@@ -82,7 +76,7 @@ def card_text(folder: Path, run: dict[str, Any], repo: str, base: str | None, in
         f"# {name}\n\n{_summary(run, base)}",
         f"## How it was made\n\n{_making(run, repo, base)}",
         f"## What it cost\n\n{_cost(run)}",
-        *([f"## Size and speed\n\n{measured}"] if (measured := _size_and_speed(run)) else []),
+        *([f"## Size and speed\n\n{measured}"] if (measured := _size_and_speed(folder, run)) else []),
         f"## How to load it\n\n{_loading(folder, repo)}",
         f"## Limits\n\n{_limits(folder, run, inherited)}",
     ]
@@ -109,7 +103,7 @@ def _metadata(run: dict[str, Any], name: str, base: str | None, inherited: dict[
 
 def _results(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the fields of the Hub's `model-index` for one measurement."""
-    data = _data_name(evaluation)
+    data = evaluation["data"]
     place = {
         "task_type": "text-generation",
         "dataset_type": _DATA_SETS.get(data, data),
@@ -123,12 +117,6 @@ def _results(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         for key, name in names.items()
         if evaluation.get(key) is not None
     ]
-
-
-def _data_name(evaluation: dict[str, Any]) -> str:
-    """Return what was measured on; of a file the name alone, as where it lay is nobody's business."""
-    data = str(evaluation["data"])
-    return Path(data).name if Path(data).is_absolute() or data.startswith((".", "~")) else data
 
 
 def _summary(run: dict[str, Any], base: str | None) -> str:
@@ -173,7 +161,7 @@ def _cost(run: dict[str, Any]) -> str:
         return "It was not evaluated before it was published."
     header = "| data | window | dtype | perplexity | KL divergence | top-1 agreement |\n|---|---|---|---|---|---|"
     lines = [f"| {' | '.join(_cells(evaluation))} |" for evaluation in evaluations]
-    notes = sorted({f"{_data_name(evaluation)}: {evaluation['convention']}." for evaluation in evaluations})
+    notes = sorted({f"{evaluation['data']}: {evaluation['convention']}." for evaluation in evaluations})
     return "\n".join([header, *lines, "", "KL divergence (nats a token) and agreement are to the dense model.", *notes])
 
 
@@ -181,13 +169,15 @@ def _cells(evaluation: dict[str, Any]) -> list[str]:
     kl, agreement, dense = (evaluation.get(key) for key in ("kl_divergence", "top1_agreement", "dense_perplexity"))
     perplexity = f"{evaluation['perplexity']:.4f}" + (f" (dense {dense:.4f})" if dense else "")
     finer = ["" if kl is None else f"{kl:.4f}", "" if agreement is None else f"{agreement:.2%}"]
-    return [_data_name(evaluation), str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
+    return [evaluation["data"], str(evaluation["length"]), evaluation["dtype"], perplexity, *finer]
 
 
-def _size_and_speed(run: dict[str, Any]) -> str:
+def _size_and_speed(folder: Path, run: dict[str, Any]) -> str:
     """Return what was measured of either, with the machine that it was measured on."""
-    lines = []
-    if size := run.get("size"):
+    lines, size = [], run.get("size")
+    if _is_compressed(folder):  # it says so itself, whoever compressed it
+        size = dict(zip(("dense_bytes", "compressed_bytes"), size_in_bytes(folder), strict=True))
+    if size:
         both = f"{size['compressed_bytes'] / 1e6:,.1f} MB instead of {size['dense_bytes'] / 1e6:,.1f} MB"
         lines.append(f"- `llmprune compress` stores the weights in {both}.")
     if (speed := run.get("speed")) and speed["sparse"]:  # else no layer was sparse there
@@ -204,18 +194,28 @@ def _size_and_speed(run: dict[str, Any]) -> str:
 
 def _loading(folder: Path, repo: str) -> str:
     how, first = "It loads as any model of its architecture; the zeros are stored as ordinary weights.", ""
+    sparse = (
+        "To run those layers sparse that are measured to be faster so, on a CPU or a GPU, with "
+        "[llmprune](https://pypi.org/project/llmprune) installed (`pip install llmprune`):\n\n"
+        "```python\nimport llmprune\n\nllmprune.sparsify(model)\n```"
+    )
     if _is_compressed(folder):
         how = (
-            "It is stored without its zeros. With [llmprune](https://pypi.org/project/llmprune) installed and imported it "
-            f"loads as any model of its architecture; `llmprune decompress {repo} OUT` makes it one that needs no llmprune."
+            "It is stored without its zeros. With [llmprune](https://pypi.org/project/llmprune) installed "
+            "(`pip install llmprune`) and imported it loads as any model of its architecture; "
+            f"`llmprune decompress {repo} OUT` makes it one that needs no llmprune."
         )
         first = "import llmprune  # teaches transformers the format\n"
+        sparse = (
+            "That makes it dense in memory. To keep those layers sparse that are measured to be faster so, on a CPU or a "
+            "GPU:\n\n```python\nmodel = AutoModelForCausalLM.from_pretrained(\n"
+            f'    "{repo}", dtype="auto", quantization_config=llmprune.SparseConfig("sparse")\n)\n```'
+        )
     return (
         f"{how}\n\n```python\n{first}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
-        "`llmprune.sparsify(model)` then runs the layers sparse that are faster without their zeros, on the CPU.\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n{sparse}\n\n'
         f"`llmprune inspect {repo}` counts the zeros of every tensor and checks them against `llmprune.json`."
     )
 
@@ -223,7 +223,7 @@ def _loading(folder: Path, repo: str) -> str:
 def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     zeros = (
-        "Loaded as it stands, it is dense in memory and no faster: `llmprune.sparsify(model)` keeps it sparse."
+        "Loaded as it stands, it is dense in memory and no faster, unless `SparseConfig` keeps it sparse."
         if _is_compressed(folder)
         else "Stored as ordinary weights, zeros make a model neither smaller nor faster: that needs software that makes "
         "use of them."

@@ -5,7 +5,8 @@ with status 2; anything that is not an `LlmpruneError` is a bug of llmprune.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 _SHOWN = 20  # names in one message
@@ -61,6 +62,22 @@ class RankError(LlmpruneError):
 
 class Interrupted(KeyboardInterrupt):
     """The user or the system stopped a run of which a part is kept; the first argument says how to continue it."""
+
+
+@contextmanager
+def saying_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Have an interruption of the block say what `kept` returns; where that is empty, the interruption stays as it is.
+
+    Raises:
+        Interrupted: the block was interrupted, and something is kept.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not (words := kept()):
+            raise
+        cause = error.args[1:] if isinstance(error, Interrupted) else error.args
+        raise Interrupted(words, *cause) from None
 
 
 def one_line(text: str) -> str:

@@ -1,10 +1,12 @@
 """Publish a pruned model on the Hugging Face Hub, or refuse in one line before anything is uploaded.
 
-A repository that exists is taken if nothing but .gitattributes is in it, or a former output of llmprune; any other is
-left alone unless `overwrite` is given. Files of a former output that the new one does not have are deleted in the
-same upload, and stay in the repository's history.
+A repository that exists is taken if nothing but .gitattributes is in it, or a model pruned from the same one by the
+same method to the same pattern; any other is left alone unless `overwrite` is given. Files of a former output that the
+new one does not have are deleted in the same upload, and stay in the repository's history. What is uploaded does not
+tell where files lay on this machine.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from llmprune.checkpoint.sink import REPORT
 from llmprune.errors import CheckpointError, HubError, RecipeError
 from llmprune.inspection import inspect
 from llmprune.locate import DEMO
-from llmprune.runs import read_run
+from llmprune.page.run import PAGE
+from llmprune.privacy import page_without_paths, private_names, without_paths
+from llmprune.runs import json_text, read_run
 from llmprune.uploading import Client, Published
 
 
@@ -36,7 +40,7 @@ def push(
         base_model: the base model's id on the Hub where the run was given a local folder; `none` if it is on no Hub.
         license: the licence where the base model's card names none.
         allow_gated: publish openly although the base model is gated.
-        overwrite: replace a repository that holds something else.
+        overwrite: replace a repository that holds something else, such as another pruned model.
 
     Raises:
         CheckpointError: the folder is no complete output, does not keep its promises, or its card is not filled in.
@@ -54,17 +58,33 @@ def push(
     if base:
         _require_open(base_info, base, private, allow_gated)
     inherited = _inherited(folder, run, base_info, license)
-    _require_free(client.look_up(repo), repo, private, overwrite)
+    names = private_names(run, base)
+    _require_free(client, repo, without_paths(run, names), base, private, overwrite)
     _require_promises_kept(folder)
-    card.write_card(folder, run, repo, base, inherited)
+    card.write_card(folder, without_paths(run, names), repo, base, inherited)
     recipe = run["recipe"]
-    return client.upload(folder, repo, private, f"llmprune: {recipe['method']} {recipe['pattern']}")
+    return client.upload(
+        folder, repo, private, f"llmprune: {recipe['method']} {recipe['pattern']}", _told(folder, names)
+    )
+
+
+def _told(folder: Path, names: dict[str, str]) -> dict[str, bytes]:
+    """Return the files that are not uploaded as they stand, with what is uploaded: names in place of local paths."""
+    told = {REPORT: json_text(without_paths(read_run(folder), names))}
+    if (page := folder / PAGE).is_file():
+        told[PAGE] = page_without_paths(page.read_text("utf-8"), names)
+    return {name: text.encode() for name, text in told.items()}
 
 
 def _complete_run(folder: Path) -> dict[str, Any]:
     if folder.name.endswith(".partial") or any(folder.glob("*.partial")):
         raise CheckpointError(f"{folder} is the unfinished output of a run that is going on or was killed: prune again")
-    return read_run(folder)
+    run = read_run(folder)
+    # The card of the base model may have become BASE_README.md.
+    missing = [name for name in run.get("companions", []) if name != card.CARD and not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)} of the base model: copy them there, or prune again")
+    return run
 
 
 def _require_promises_kept(folder: Path) -> None:
@@ -86,15 +106,40 @@ def _base_id(run: dict[str, Any], given: str | None) -> str | None:
     raise RecipeError(f"the base model was a folder ({model}): give its Hub id as --base-model ID, or 'none'")
 
 
-def _require_free(info: Any, repo: str, private: bool, overwrite: bool) -> None:
-    """Refuse a repository that holds something else, or that is open where a private one is wanted."""
+def _require_free(
+    client: Client, repo: str, run: dict[str, Any], base: str | None, private: bool, overwrite: bool
+) -> None:
+    """Refuse a repository that holds something else, or that is open where a private one is wanted.
+
+    Args:
+        run: what `llmprune.json` holds, without local paths.
+    """
+    info = client.look_up(repo)
     if info is None:
         return
     names = {sibling.rfilename for sibling in info.siblings or []}
-    if not (names <= {".gitattributes"} or REPORT in names or overwrite):
-        raise HubError(f"the repository '{repo}' holds something else: choose another name, or pass --overwrite")
+    if not (overwrite or names <= {".gitattributes"}):
+        if REPORT not in names:
+            raise HubError(f"the repository '{repo}' holds something else: choose another name, or pass --overwrite")
+        if (other := _told_of(client.read(repo, REPORT), base)) != _title(run):
+            raise HubError(
+                f"the repository '{repo}' holds another pruned model ({other}): choose another name, or pass --overwrite"
+            )
     if private and not info.private:
         raise HubError(f"the repository '{repo}' exists and is public: make it private on the Hub first")
+
+
+def _told_of(report: bytes, base: str | None) -> str:
+    """Return which pruned model the `llmprune.json` of a repository tells of."""
+    try:
+        run = json.loads(report)
+        return _title(without_paths(run, private_names(run, base)))
+    except (ValueError, KeyError, TypeError):
+        return f"its {REPORT} cannot be read"
+
+
+def _title(run: dict[str, Any]) -> str:
+    return f"{run['recipe']['method']} {run['recipe']['pattern']} of {run['model']}"
 
 
 def _require_open(info: Any, base: str, private: bool, allow_gated: bool) -> None:

@@ -72,10 +72,14 @@ def update_run(folder: str | Path, **fields: Any) -> None:
     Raises:
         CheckpointError: as `read_run`.
     """
-    text = json.dumps(read_run(folder) | fields, indent=2, ensure_ascii=False, allow_nan=False)
     temporary = Path(folder) / f"{REPORT}.new"
-    temporary.write_text(text + "\n", "utf-8")
+    temporary.write_text(json_text(read_run(folder) | fields), "utf-8")
     os.replace(temporary, Path(folder) / REPORT)
+
+
+def json_text(run: dict[str, Any]) -> str:
+    """Return what `llmprune.json` holds as the text of that file."""
+    return json.dumps(run, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def command_of(run: dict[str, Any], model: str | None = None, out: str = "OUT") -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmprune import hub
@@ -81,18 +82,42 @@ class Client:
             except (RepositoryNotFoundError, HFValidationError):
                 return None
 
-    def upload(self, folder: Path, repo: str, private: bool, message: str) -> Published:
-        """Create the repository where it is missing, and upload the folder; what is there already is not sent again."""
-        with _quiet_in_pipes(), _refusals(f"publish '{repo}'"):
+    def read(self, repo: str, name: str) -> bytes:
+        """Return the bytes of a file in a model repository."""
+        with _quiet_in_pipes(), _refusals(f"read {name} of '{repo}'"), TemporaryDirectory(prefix="llmprune-") as folder:
+            return Path(self._api.hf_hub_download(repo, name, local_dir=folder)).read_bytes()
+
+    def upload(self, folder: Path, repo: str, private: bool, message: str, told: dict[str, bytes]) -> Published:
+        """Create the repository where it is missing, and upload the folder; what is there already is not sent again.
+
+        Args:
+            told: contents of files, by name, that take the place of what the folder has under that name.
+        """
+        with _quiet_in_pipes(), _refusals(f"publish '{repo}'"), _shown(folder, told) as shown:
             url = self._api.create_repo(repo, private=private, exist_ok=True)
             commit = self._api.upload_folder(
                 repo_id=repo,
-                folder_path=folder,
+                folder_path=shown,
                 commit_message=message,
                 ignore_patterns=list(_NOT_UPLOADED),
                 delete_patterns=["*"],
             )
             return Published(repo, str(url), commit.oid, bool(self._api.model_info(repo).private))
+
+
+@contextmanager
+def _shown(folder: Path, told: dict[str, bytes]) -> Iterator[Path]:
+    """Yield a folder of links to the files of another, with some contents exchanged; the files themselves stay."""
+    with TemporaryDirectory(prefix="llmprune-") as temporary:
+        for path in filter(Path.is_file, folder.rglob("*")):
+            name = path.relative_to(folder)
+            target = Path(temporary) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (content := told.get(name.as_posix())) is not None:
+                target.write_bytes(content)
+            else:
+                target.symlink_to(path.resolve())
+        yield Path(temporary)
 
 
 @contextmanager

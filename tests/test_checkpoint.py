@@ -402,7 +402,8 @@ def test_what_belongs_to_a_model_is_copied_and_other_weights_are_not(tmp_path: P
         sink.copy_source()
         sink.commit({"zeros": 3})
     assert everything(out) == everything(folder) - {"pytorch_model.bin", "model.gguf"} | {REPORT}
-    assert json.loads((out / REPORT).read_text()) == {"zeros": 3}
+    copied = ["LICENSE.txt", "README.md", "config.json", "modeling_x.py", "tokenizer.json"]
+    assert json.loads((out / REPORT).read_text()) == {"zeros": 3, "companions": copied}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import llmprune
 import tiny
 from llmprune import runs
-from llmprune.errors import CheckpointError, DataError, RecipeError
+from llmprune.errors import CheckpointError, DataError, Interrupted, RecipeError
 from llmprune.locate import demo_folder
-from llmprune_eval import subjects
+from llmprune_eval import comparison, perplexity, subjects
 from llmprune_eval.scores import score
 
 FAMILIES = ("llama", "qwen3", "gpt2", "opt", "gemma2", "qwen3-moe", "llama-tied")
@@ -144,6 +145,28 @@ def test_results_are_kept_for_the_card(folders: dict[str, Path], pruned: Path) -
     assert runs.read_run(pruned)["evaluations"] == [table.evaluations[1].to_json()]
     with pytest.raises(CheckpointError, match="is not an output of llmprune"):
         llmprune.evaluate(folders["llama"], tiny.ids(), save=True)
+
+
+def test_a_stopped_comparison_says_which_figures_are_kept(
+    folders: dict[str, Path], pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(pruned, tmp_path / "out"))
+    before = len(runs.read_run(out).get("evaluations", []))
+    real, calls = perplexity.measure, list[int]()
+
+    def stopped(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(comparison, "measure", stopped)
+    with pytest.raises(Interrupted, match=f"figures were added to {out}"):
+        llmprune.compare([folders["llama"], out, pruned], [tiny.ids(2, 9)], save=True)
+    assert len(runs.read_run(out)["evaluations"]) == before + 1
+    with pytest.raises(KeyboardInterrupt) as nothing:
+        llmprune.compare([folders["llama"], out], [tiny.ids(2, 9)], save=True)
+    assert not isinstance(nothing.value, Interrupted)
 
 
 def test_a_quick_look_says_how_little_it_saw(folders: dict[str, Path]) -> None:

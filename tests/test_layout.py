@@ -28,6 +28,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.solving"},
     {"llmprune.budget", "llmprune.tuning"},
     {"llmprune.inspection", "llmprune.runs", "llmprune.uploading", "llmprune.batching"},
+    {"llmprune.cardheader", "llmprune.privacy"},
     {"llmprune.card", "llmprune.page"},
     {"llmprune.publishing"},
     {"llmprune.report"},

@@ -1,5 +1,6 @@
 """The report page: every figure is there and right, nothing is fetched, and a real browser draws it all."""
 
+import base64
 import copy
 import importlib.util
 import json
@@ -119,6 +120,15 @@ def test_the_memory_of_every_stage_is_a_point(page: str, outs: list[Path]) -> No
     assert all(used["host"] <= found["peak_memory_bytes"]["host"] for used in found["memory_bytes"].values())
 
 
+def test_no_point_lies_on_the_upper_edge(outs: list[Path]) -> None:
+    found = copy.deepcopy(runs.read_run(outs[0]))
+    for block, used in enumerate(found["memory_bytes"].values()):
+        used["host"] = (1 << 30) + block * 1000  # about the same all along, far above zero
+    heights = [float(mark.get("cy", 0)) for mark in circles(pictures(run.run_page(found, []))["Memory over the run"])]
+    assert heights and all(12 + 8 < height < svg.HEIGHT / 2 for height in heights)
+    assert svg.Axis.around("x", [0.0], svg.plain, zero=True).high > 0
+
+
 def test_a_page_of_an_older_or_a_newer_llmprune(outs: list[Path]) -> None:
     found = copy.deepcopy(runs.read_run(outs[0]))
     found.pop("memory_bytes"), found.pop("one_pass")
@@ -232,6 +242,12 @@ def test_a_comparison_keeps_errors_of_different_norms_apart(outs: list[Path], tm
         "Perplexity on wikitext2", "Output error, against that of magnitude pruning",
     }  # fmt: skip
     assert all(f"<td>{out.name}</td>" in page for out in outs)
+    for out, norm in zip(outs, ("gram", "column norm", "weights"), strict=True):
+        error = facts.mean_error(runs.read_run(out)["sites"])
+        assert f"<td>{error:.4g}</td><td>{norm}</td>" in page
+    assert "by different norms are not to be compared" in page
+    alike = comparison.comparison_page({name: runs.read_run(outs[0]) for name in ("a", "b")})
+    assert "<td>gram</td>" in alike and "by different norms" not in alike
     texts = [str(text.text) for text in found["Perplexity on wikitext2"].iter("text")]
     assert texts == ["dense", "10.00", "sparsegpt", "12.50"]
 
@@ -322,6 +338,55 @@ def test_a_browser_draws_every_figure_and_fetches_nothing(
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
     context.close()
+
+
+@browser_here
+def test_paper_shows_every_matrix(browser: Any, outs: list[Path], tmp_path: Path) -> None:
+    page = browser.new_page()
+    page.goto(write_page(outs[0], tmp_path / "report.html").as_uri())
+    tables, sites = page.locator("details .wide"), runs.read_run(outs[0])["sites"]
+    assert tables.count() == 2 and not tables.nth(0).is_visible() and not tables.nth(1).is_visible()
+    page.emulate_media(media="print")
+    for place, row in ((0, "model.layers.0.mlp.up_proj.weight"), (1, sites[-1]["name"])):
+        cell = tables.nth(place).get_by_text(row, exact=True)
+        assert cell.is_visible() and cell.bounding_box()["height"] > 5
+    page.close()
+
+
+@browser_here
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_where_a_table_goes_on(browser: Any, outs: list[Path], tmp_path: Path, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": 375, "height": 800}, color_scheme=scheme)
+    page.goto(write_comparison(outs, tmp_path / "comparison.html").as_uri())
+    table = page.locator(".wide").first
+    beyond = table.evaluate("part => part.scrollWidth - part.clientWidth")
+    assert beyond > 100
+    paper = 255 if scheme == "light" else 20
+    for place, shaded in ((0, [False, True]), (beyond // 2, [True, True]), (beyond, [True, False])):
+        table.evaluate("(part, place) => { part.scrollLeft = place }", place)
+        assert [abs(edge - paper) > 30 for edge in edges(browser, table.screenshot())] == shaded, place
+    page.close()
+
+
+EDGES = """async data => {
+  const picture = new Image();
+  picture.src = 'data:image/png;base64,' + data;
+  await picture.decode();
+  const canvas = new OffscreenCanvas(picture.width, picture.height), context = canvas.getContext('2d');
+  context.drawImage(picture, 0, 0);
+  return [1, picture.width - 2].map(column => {
+    const pixels = context.getImageData(column, 0, 1, picture.height).data;
+    return [...pixels].filter((_, place) => place % 4 === 0).sort((a, b) => a - b)[picture.height >> 1];
+  });
+}"""
+
+
+def edges(browser: Any, data: bytes) -> list[float]:
+    """Return the median red of the leftmost and of the rightmost pixels of a PNG picture."""
+    page = browser.new_page()
+    found: list[float] = page.evaluate(EDGES, base64.b64encode(data).decode())
+    page.close()
+    return found
 
 
 def test_the_page_reads_nothing_from_elsewhere(page: str) -> None:

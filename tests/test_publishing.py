@@ -1,6 +1,7 @@
 """Publishing: the real client against a Hub on the loopback, and one line for every way in which it can fail."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,12 +15,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import hub_server
 import llmprune
 import tiny
 from hub_server import FakeHub, Repo
-from llmprune import runs
+from llmprune import privacy, runs
+from llmprune.checkpoint.compressed import compress
 from llmprune.errors import CheckpointError, HubError, LlmpruneError, RecipeError
 from llmprune.locate import demo_folder
 from llmprune.page import write_page
@@ -54,6 +57,8 @@ def out(finished: Path, tmp_path: Path) -> Path:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A Hub that the client in this process uses, with a base model, and no waiting between retries."""
     with hub_server.serve() as served:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, served.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", served.address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -93,6 +98,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_all_files_arrive_as_they_are(hub: FakeHub, out: Path) -> None:
+    runs.update_run(out, model=BASE)
     published = publish(out)
     repo = hub.repos["tester/pruned"]
     assert repo.files == files_of(out) | {".gitattributes": b""}
@@ -169,6 +175,32 @@ def test_the_card_tells_size_and_speed_where_they_were_measured(hub: FakeHub, ou
     assert "measured side by side on A GPU by" in (out / "README.md").read_text("utf-8")
 
 
+def test_the_card_of_a_compressed_output_tells_its_size_and_how_to_keep_it_sparse(
+    hub: FakeHub, out: Path, tmp_path: Path
+) -> None:
+    sizes = compress(out, tmp_path / "small")
+    publish(tmp_path / "small")
+    text = (tmp_path / "small" / "README.md").read_text("utf-8")
+    dense, stored = (
+        sum(value.nbytes for path in folder.glob("*.safetensors") for value in load_file(path).values())
+        for folder in (out, tmp_path / "small")
+    )
+    assert dense - stored == sizes.tensor_bytes[0] - sizes.tensor_bytes[1] > 0
+    assert f"stores the weights in {stored / 1e6:,.1f} MB instead of {dense / 1e6:,.1f} MB" in text
+    block = text.split("To keep those layers sparse", 1)[1].split("```python\n", 1)[1].split("```")[0]
+    here = block.replace("tester/pruned", str(tmp_path / "small"))
+    scope = {"AutoModelForCausalLM": AutoModelForCausalLM, "llmprune": llmprune}
+    exec(here, scope)
+    assert isinstance(scope["model"], LlamaForCausalLM)
+
+
+def test_the_card_of_a_dense_output_tells_how_to_run_it_sparse(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    text = (out / "README.md").read_text("utf-8")
+    assert "pip install llmprune" in text and "on a CPU or a GPU" in text
+    assert "```python\nimport llmprune\n\nllmprune.sparsify(model)\n```" in text
+
+
 def test_what_a_newer_llmprune_has_added_is_no_obstacle(hub: FakeHub, out: Path) -> None:
     recipe = runs.read_run(out)["recipe"]
     runs.update_run(out, allocation={"kind": "owl", "curve": [0.1]}, tuning=[{"kept": True, "new": 3}], recipe=recipe | {
@@ -207,6 +239,10 @@ def test_a_card_that_the_user_has_edited_is_uploaded_as_it_stands(hub: FakeHub, 
     [
         ("---\nlicense: mit\n---\n[More Information Needed]\n", "[More Information Needed]"),
         ("---\nlicense: mit\n---\nTODO: say more\n", "TODO"),
+        ("---\nlicense: mit\n---\nFIXME\n", "FIXME"),
+        ("---\nlicense: mit\n---\nContact: XXX\n", "XXX"),
+        ("---\nlicense: mit\n---\nBy <your name here>.\n", "<your name here>"),
+        ("---\nlicense: mit\n---\n[Citation needed]\n", "[Citation needed]"),
         ("---\nlanguage: en\n---\nwords\n", "license"),
         ("words\n", "license"),
     ],
@@ -215,6 +251,50 @@ def test_a_card_with_a_gap_is_refused(hub: FakeHub, out: Path, card: str, gap: s
     publish(out)
     (out / "README.md").write_text(card, "utf-8")
     refused(out, CheckpointError, f"README.md holds an unfilled field ('{gap}')")
+
+
+def test_a_full_card_has_no_gap(hub: FakeHub, out: Path) -> None:
+    publish(out)
+    words = "[What is needed](https://x.y), all needed, <yourself@x.y>, todo lists, XXXL\n"
+    (out / "README.md").write_text(f"---\nlicense: mit\n---\n{words}", "utf-8")
+    assert publish(out).repo == "tester/pruned"
+
+
+@pytest.mark.parametrize(
+    ("card", "cause"),
+    [
+        (b"---\nlicense: mit\ntags: [a\nlanguage: en\n---\nwords\n", "README.md, line 4: no valid YAML"),
+        (b"\n---\nlicense: mit: x\n---\n", "README.md, line 3: no valid YAML"),
+        (b"---\nlicense: mit\ndate: 2024-13-45\n---\n", "README.md, line 2: no valid YAML"),
+        (b"---\nlicense: mit\nname: a\x07\n---\n", "README.md, line 3: no valid YAML"),
+        (b"---\n- mit\n---\n", "README.md, line 2: its header maps no names"),
+        (b"---\nlicense: \xff\n---\n", "README.md is not UTF-8 text"),
+    ],
+)
+def test_a_card_whose_header_cannot_be_read(
+    hub: FakeHub, out: Path, tmp_path: Path, card: bytes, cause: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of the user's card it is refused; of the base model's it is as good as none, and the card stays."""
+    published, fresh = out, Path(shutil.copytree(out, tmp_path / "fresh"))
+    publish(published)
+    (published / "README.md").write_bytes(card)
+    refused(published, CheckpointError, cause, "then push again")
+    (fresh / "README.md").write_bytes(card)
+    hub.repos[BASE].files.clear()
+    refused(fresh, RecipeError, "the licence of the base model is not known")
+    publish(fresh, "tester/fresh", license="mit")
+    assert metadata_of(fresh / "README.md").license == "mit" and (fresh / "BASE_README.md").read_bytes() == card
+    assert "Repo card metadata" not in capfd.readouterr().err
+
+
+def test_a_card_without_a_header_is_refused_in_our_words_alone(
+    hub: FakeHub, out: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    publish(out)
+    (out / "README.md").write_text("words\n", "utf-8")
+    refused(out, CheckpointError, "unfilled field ('license')")
+    assert "Repo card metadata" not in caplog.text
 
 
 def test_a_card_edited_where_the_base_had_none_is_kept(hub: FakeHub, out: Path) -> None:
@@ -229,17 +309,51 @@ def test_a_card_edited_where_the_base_had_none_is_kept(hub: FakeHub, out: Path) 
 def test_pruning_a_published_model_again_keeps_all_cards(hub: FakeHub, out: Path, tmp_path: Path) -> None:
     publish(out)
     llmprune.prune(out, tmp_path / "again", method="magnitude", pattern="2:4", exclude="*.0.mlp.*")
-    publish(tmp_path / "again", base_model="tester/pruned")
+    publish(tmp_path / "again", "tester/again", base_model="tester/pruned")
     kept = (tmp_path / "again" / "BASE_README.md").read_text("utf-8")
     assert kept.index("# pruned") < kept.index("Built with care.")
     assert metadata_of(tmp_path / "again" / "README.md").license == "llama3.2"
 
 
-def test_a_card_does_not_tell_where_a_file_lay(hub: FakeHub, out: Path) -> None:
-    runs.add_evaluations(out, [EVALUATION | {"data": "/home/me/secret/text.txt"}])
-    publish(out)
-    text = (out / "README.md").read_text("utf-8")
-    assert "| text.txt | 512 |" in text and "secret" not in text
+def test_nothing_published_tells_where_a_file_lay(hub: FakeHub, tmp_path: Path) -> None:
+    home = tmp_path / "my secret & home"
+    dense = tiny.save(tiny.model("llama"), home / "dense")
+    (home / "tokens.jsonl").write_text(json.dumps({"input_ids": [3] * 40}) + "\n", "utf-8")
+    llmprune.prune(dense, home / "out", method="wanda", pattern="2:4", calibration=str(home / "tokens.jsonl"))
+    runs.add_evaluations(home / "out", [
+        EVALUATION | {"model": str(home / "out"), "data": str(home / "text.txt"), "dense": str(dense)}
+    ])  # fmt: skip
+    runs.update_run(home / "out", notes=["/srv/secret/disk was slow", "a/b is no path, nor is https://a.b/secret"])
+    write_page(home / "out")
+    before = files_of(home / "out")
+    publish(home / "out", license="mit")
+    files = hub.repos["tester/pruned"].files
+    told = {name: files[name].decode() for name in ("README.md", "llmprune.json", "report.html")}
+    for text in told.values():
+        assert "secret" not in text.replace("https://a.b/secret", "") and str(tmp_path) not in text
+        assert (
+            "tokens.jsonl" in text and "text.txt" in text and "disk was slow" in text and "https://a.b/secret" in text
+        )
+    assert "--calibration tokens.jsonl" in told["README.md"] and "| text.txt | 512 |" in told["README.md"]
+    run = json.loads(told["llmprune.json"])
+    assert (run["model"], run["recipe"]["calibration"]) == ("dense", "tokens.jsonl")
+    evaluation = run["evaluations"][0]
+    assert [evaluation[name] for name in ("model", "data", "dense")] == ["out", "text.txt", "dense"]
+    after = files_of(home / "out")
+    assert after["report.html"] == before["report.html"]
+    assert json.loads(after["llmprune.json"]) == json.loads(before["llmprune.json"]) | {"card": True}
+
+
+def test_names_and_hub_ids_are_told_as_they_are(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(out.parent)
+    data = ["wikitext2", "org/data", "org/data:config:test", "texts/a.txt", "texts/a.jsonl.gz", "a/b/c", "./d", "~/e"]
+    found = [EVALUATION | {"model": "out", "data": name, "dense": BASE} for name in data]
+    run = runs.read_run(out) | {"model": BASE, "evaluations": found}
+    names = privacy.private_names(run, BASE)
+    assert names == {"texts/a.txt": "a.txt", "texts/a.jsonl.gz": "a.jsonl.gz", "a/b/c": "c", "./d": "d", "~/e": "e"}
+    assert privacy.without_paths(["in ./d", "end./d", "texts/a.txt"], names) == ["in d", "end./d", "a.txt"]
+    assert privacy.private_names(run | {"model": "models/llama"}, BASE)["models/llama"] == "llama"
+    assert "models/llama" not in privacy.private_names(run | {"model": "models/llama"}, "models/llama")
 
 
 def test_the_licence_is_taken_from_the_hub_or_given(hub: FakeHub, out: Path) -> None:
@@ -267,10 +381,45 @@ def test_a_gated_base_is_not_opened_by_accident(hub: FakeHub, out: Path) -> None
     assert not publish(out, "tester/open", allow_gated=True).private
 
 
-def test_an_existing_repository_of_llmprune_is_replaced(hub: FakeHub, out: Path) -> None:
-    hub.repos["tester/pruned"] = Repo(files={"llmprune.json": b"{}", "old.safetensors": b"", ".gitattributes": b"x"})
+def test_an_earlier_push_of_the_same_kind_is_replaced(hub: FakeHub, out: Path) -> None:
     publish(out)
-    assert hub.repos["tester/pruned"].files == files_of(out) | {".gitattributes": b"x"}
+    hub.repos["tester/pruned"].files |= {"old.safetensors": b"", ".gitattributes": b"x"}
+    publish(out)
+    assert hub.repos["tester/pruned"].files.keys() == files_of(out).keys() | {".gitattributes"}
+    assert hub.repos["tester/pruned"].files[".gitattributes"] == b"x"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"recipe": {"method": "wanda", "pattern": "2:4"}}, "(wanda 2:4 of dense)"),
+        ({"recipe": {"method": "magnitude", "pattern": "50%"}}, "(magnitude 50% of dense)"),
+        ({"model": "/home/me/other"}, "(magnitude 2:4 of other)"),
+        ({"recipe": None}, "(its llmprune.json cannot be read)"),
+    ],
+)
+def test_another_pruned_model_is_not_replaced_by_accident(
+    hub: FakeHub, out: Path, change: dict[str, Any], told: str
+) -> None:
+    publish(out)
+    files = hub.repos["tester/pruned"].files
+    there = files["llmprune.json"] = json.dumps(json.loads(files["llmprune.json"]) | change).encode()
+    message = refused(out, HubError, "'tester/pruned' holds another pruned model", told, "--overwrite")
+    assert "/home" not in message and files["llmprune.json"] == there
+    publish(out, overwrite=True)
+    assert hub.repos["tester/pruned"].files["llmprune.json"] != there
+
+
+def test_an_output_that_lacks_files_of_its_base_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    llmprune.prune("demo", tmp_path / "out", method="magnitude", pattern="2:4")
+    assert {"tokenizer.json", "config.json", "README.md"} <= set(runs.read_run(tmp_path / "out")["companions"])
+    whole = shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "out" / name).unlink()
+    refused(tmp_path / "out", CheckpointError, "lacks tokenizer.json, tokenizer_config.json", "copy them")
+    assert hub.requests("repos/create") == []
+    (whole / "README.md").unlink()  # ours takes its place
+    assert publish(whole).repo == "tester/pruned"
 
 
 def test_an_existing_repository_with_something_else_is_left_alone(hub: FakeHub, out: Path) -> None:
@@ -403,7 +552,7 @@ def script(name: str, *arguments: object, **variables: str) -> str:
 
 PULL = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 pulled, kept = (AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval() for name in sys.argv[1:])
 ids = torch.arange(40)[None]
 with torch.no_grad():

@@ -1,23 +1,28 @@
 """Sensitivity and sweep: each figure is that of a model pruned by hand, and a stopped run goes on."""
 
+import importlib
 import json
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
 import llmprune
 import tiny
-from llmprune import runs
+from llmprune import cli, runs
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import compress
-from llmprune.errors import CheckpointError, DataError, PatternError, RecipeError
+from llmprune.errors import CheckpointError, DataError, Interrupted, PatternError, RecipeError
 from llmprune.report import SiteReport
 from llmprune.run import Run
 from llmprune.storing import OnDisk
 from llmprune_eval import sensitivity as room
+from llmprune_eval import sweep as sweep_room
 
 DATA = [row.tolist() for row in tiny.ids(5, 20)]
 
@@ -78,6 +83,35 @@ def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest
         llmprune.sensitivity(folder, tmp_path / "stopped", **options | {"method": "random"})
 
 
+def stopping(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
+    """Have Ctrl-C come when a function is called once more than `after` times."""
+    module, _, attribute = name.rpartition(".")
+    real, calls = getattr(importlib.import_module(module), attribute), list[int]()
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt(signal.SIGTERM)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(name, called)
+
+
+@pytest.mark.parametrize(("after", "words"), [(0, "0 figures"), (1, "1 figure"), (3, "3 figures")])
+def test_a_stopped_run_says_what_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, words: str
+) -> None:
+    stopping(monkeypatch, "llmprune_eval.sensitivity.prune", after)
+    with pytest.raises(Interrupted) as stopped:
+        llmprune.sensitivity(folder, tmp_path / "out", sparsities=(0.5,), data=DATA)
+    kept = f"{words} kept in {tmp_path / 'out'}: run the same command again to go on"
+    assert stopped.value.args == (kept, signal.SIGTERM)
+    assert len((tmp_path / "out" / room.JOURNAL).read_text("utf-8").splitlines()) == 1 + after
+    with pytest.raises(KeyboardInterrupt) as without_a_folder:
+        llmprune.sensitivity(folder, sparsities=(0.5,), data=DATA)
+    assert not isinstance(without_a_folder.value, Interrupted)
+
+
 def test_sensitivity_as_text_as_json_and_as_a_page(folder: Path, tmp_path: Path) -> None:
     found = llmprune.sensitivity(folder, tmp_path / "out", sparsities=(0.5, 0.8), data=DATA)
     lines = str(found).splitlines()
@@ -85,6 +119,17 @@ def test_sensitivity_as_text_as_json_and_as_a_page(folder: Path, tmp_path: Path)
     assert json.loads((tmp_path / "out" / room.RESULT).read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
     page = (tmp_path / "out" / room.PAGE).read_text("utf-8")
     assert page.count("<svg") == 2 and page.count("<circle") == len(found.cells)
+
+
+def test_sparsities_may_be_percentages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = list[Any]()
+    monkeypatch.setattr(room, "sensitivity", lambda model, sparsities: asked.append(sparsities))
+    for text in ("0.3,0.5", "30%, 50%", "30%,0.5"):
+        cli.cli.main(["sensitivity", "demo", "--sparsities", text], standalone_mode=False)
+    assert asked == [(0.3, 0.5)] * 3
+    for text in ("half", "50%%", "%", "0.5,"):
+        with pytest.raises(click.BadParameter, match=r"must read like 0\.3,0\.5 or 30%,50%"):
+            cli.cli.main(["sensitivity", "demo", "--sparsities", text], standalone_mode=False)
 
 
 def test_fused_experts_are_kinds_and_are_put_back(tmp_path: Path) -> None:
@@ -153,6 +198,10 @@ def test_the_size_is_that_of_the_compressed_tensors(swept: tuple[Any, Path], tmp
 
 def test_the_best_rows_are_those_that_no_other_beats(swept: tuple[Any, Path]) -> None:
     rows = swept[0].rows
+    row = sweep_room.Row("wanda", "50%", 0.5, 90, 20.0, 0.1, 0.9, 0.1, 1.0, "out", decode=95.0)
+    slow, fast, small = row, replace(row, decode=101.0), replace(row, size=110, decode=None)
+    marked = sweep_room._marked([slow, fast, small], dense=10.0, size=100, decode=100.0)
+    assert [(row.smallest, row.fastest) for row in marked] == [(True, False), (True, True), (False, False)]
     for row in rows:
         beaten = any(other.size <= row.size and other.perplexity < row.perplexity for other in rows)
         assert row.smallest is not beaten and row.fastest is False
@@ -174,7 +223,8 @@ def test_a_sweep_measures_how_fast_each_decodes(folder: Path, tmp_path: Path) ->
         ran = saved["sparse"] or saved["dense"]  # on a busy machine dense may have measured faster in every layer
         assert row.layers == ("sparse" if saved["sparse"] else "dense") and saved["device"] == "cpu"
         assert row.decode is not None and row.decode == ran["decode"]["median"] > 0
-        faster = any((other.decode or 0) >= row.decode and other.perplexity < row.perplexity for other in found.rows)
+        rivals = [(found.dense_decode, found.dense), *((other.decode, other.perplexity) for other in found.rows)]
+        faster = any((decode or 0) >= row.decode and perplexity < row.perplexity for decode, perplexity in rivals)
         assert row.fastest is not faster
     assert found.dense_decode and "tokens/s: decoding on the CPU" in str(found)
     page = (tmp_path / "sweep.html").read_text("utf-8")
@@ -189,6 +239,9 @@ def test_separate_runs_are_those_of_prune(folder: Path, tmp_path: Path) -> None:
     alone, swept_one = tiny.tensors(tmp_path / "alone"), tiny.tensors(tmp_path / "out" / "wanda-2of4")
     assert all(tiny.same_bytes(alone[name], swept_one[name]) for name in alone)
     assert llmprune.sweep(folder, tmp_path / "out", separate=True, **one).rows == found.rows
+    with pytest.raises(RecipeError, match=r"sweep\.json is of other settings: separate"):
+        llmprune.sweep(folder, tmp_path / "out", **one)
+    (tmp_path / "out" / "sweep.json").unlink()
     with pytest.raises(RecipeError, match="is of another recipe"):
         llmprune.sweep(folder, tmp_path / "out", **one)
 
@@ -209,8 +262,29 @@ def test_a_sweep_goes_on_where_it_was(
     found = llmprune.sweep(folder, out, **SWEEP)
     assert solved == ["2:4"] * tiny.BLOCKS * 7
     assert [row.perplexity for row in found.rows] == [row.perplexity for row in swept[0].rows]
+    (out / "sweep.json").unlink()
     with pytest.raises(RecipeError, match="is of another recipe"):
         llmprune.sweep(folder, out, **SWEEP | {"seed": 7})
+
+
+def test_a_narrower_sweep_keeps_the_rows_of_earlier_ones(swept: tuple[Any, Path], folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(swept[1], tmp_path / "sweep"))
+    before = (out / "sweep.json").read_bytes()
+    for change in ({"seed": 7}, {"data": DATA[:3]}, {"windows": 2}, {"separate": True}):
+        with pytest.raises(RecipeError, match=r"sweep\.json is of other settings: .*now.*; choose another folder"):
+            llmprune.sweep(folder, out, **SWEEP | {"methods": ["random"], "patterns": ["2:4"]} | change)
+        assert (out / "sweep.json").read_bytes() == before and not (out / "random-2of4").exists()
+    found = llmprune.sweep(folder, out, **SWEEP | {"methods": ["random", "wanda"], "patterns": ["2:4"]})
+    rows = [(row.method, row.pattern, row.perplexity) for row in found.rows]
+    assert rows[:-1] == [(row.method, row.pattern, row.perplexity) for row in swept[0].rows]
+    assert rows[-1][:2] == ("random", "2:4")
+    assert json.loads((out / "sweep.json").read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
+    assert f"<td>{rows[0][2]:.2f}</td>" in (out / "sweep.html").read_text("utf-8")
+    (out / "sweep.json").write_text("{", "utf-8")
+    with pytest.raises(CheckpointError, match="is damaged: delete it"):
+        llmprune.sweep(folder, out, **SWEEP)
+    (out / "sweep.json").unlink()
+    assert len(llmprune.sweep(folder, out, **SWEEP).rows) == len(swept[0].rows)
 
 
 def test_a_sweep_that_was_stopped_within_its_pass_goes_on_there(
@@ -225,11 +299,18 @@ def test_a_sweep_that_was_stopped_within_its_pass_goes_on_there(
         if len(stages) == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    kept = f"what is done is kept in {tmp_path / 'out'}: run the same command again"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=kept):
         patch.setattr(OnDisk, "_finish", stop)
         llmprune.sweep(folder, tmp_path / "out", **one)
     assert (tmp_path / "out" / "wanda-2of4.partial").exists()
     assert len(llmprune.sweep(folder, tmp_path / "out", **one).rows) == 1
+    stopping(monkeypatch, "llmprune_eval.sweep.measure", 0)
+    with pytest.raises(Interrupted, match=kept):
+        llmprune.sweep(folder, tmp_path / "out", **one)
+    with pytest.raises(KeyboardInterrupt) as before_work:
+        llmprune.sweep(folder, tmp_path / "other", **one)
+    assert not isinstance(before_work.value, Interrupted) and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

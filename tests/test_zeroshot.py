@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from llmprune import cli
+from llmprune.commands import evaluate as command
 from llmprune.errors import DataError, RecipeError
 from llmprune_eval.zeroshot import evaluate_tasks
 
 installed = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
+ROOT = Path(__file__).parent.parent
 QUESTIONS = [
     {"question": "The capital of", "choices": [" the", " zzz qqq"], "answer": 0},
     {"question": "He was born in", "choices": [" the", " xqj", " 1 9"], "answer": 1},
@@ -97,10 +100,14 @@ def test_an_unknown_task_is_named_before_any_text_or_model_is_read(
 
 
 @installed
-def test_the_json_of_tasks_is_alone_on_stdout(tasks: Path) -> None:
+def test_the_json_of_tasks_is_alone_on_stdout(tasks: Path, tmp_path: Path) -> None:
     arguments = ["eval", "demo", "--tasks", "local_choice", "--include-path", str(tasks), "--json"]
-    done = subprocess.run([sys.executable, "-m", "llmprune", *arguments], capture_output=True, text=True)
+    rooms = [str(ROOT / room) for room in (".", "kernels", "eval")]
+    no_git = {"PYTHONPATH": os.pathsep.join(rooms), "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    words = [sys.executable, "-m", "llmprune", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=os.environ | no_git)
     assert done.returncode == 0, done.stderr
+    assert "fatal" not in done.stderr
     assert [row["task"] for row in json.loads(done.stdout)["tasks"]] == ["local_choice"]
 
 
@@ -113,6 +120,23 @@ def test_without_the_harness_there_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 def test_an_option_that_means_nothing_for_tasks_is_one_line() -> None:
     with pytest.raises(RecipeError, match="--save means nothing for --tasks: give --data too"):
         cli.cli.main(["eval", "demo", "--tasks", "arc_easy", "--save"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_tasks_that_are_stopped_say_whether_the_figures_on_the_text_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], save: bool
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_require_known", lambda *_: None)
+    monkeypatch.setattr(command, "_perplexities", lambda *_: None)
+    monkeypatch.setattr(command, "_task_scores", stopped)
+    monkeypatch.setattr(sys, "argv", ["llmprune", "eval", "demo", "--data", "demo", "--tasks", "a"] + ["--save"] * save)
+    with pytest.raises(SystemExit):
+        cli.main()
+    kept = "figures on the text were added to llmprune.json" if save else "nothing was written"
+    assert capsys.readouterr().err.strip() == f"llmprune: interrupted, {kept}"
 
 
 def test_an_option_of_tasks_without_tasks_is_one_line() -> None:

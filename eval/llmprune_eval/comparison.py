@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune.errors import RecipeError
+from llmprune.errors import RecipeError, saying_what_is_kept
 from llmprune.runs import add_evaluations
 from llmprune.team.launch import launch
 from llmprune_eval.perplexity import Evaluation, measure, read_text
@@ -74,13 +74,16 @@ def compare(
         else Subject(dense, replace(place, sparse=False), tokenizer)
     )
     found: list[Evaluation] = []
-    while subjects:  # each is let go of once it is measured
-        subject = subjects.pop(0)
-        other = None if subject is reference else reference
-        measured = [measure(subject, text, other, amount) for text in texts]
-        if save and launch().rank == 0 and (subject is not reference or len(models) == 1):
-            add_evaluations(subject.folder, [evaluation.to_json() for evaluation in measured])
-        found += measured
+    saved: list[str] = []
+    with saying_what_is_kept(lambda: f"figures were added to {', '.join(saved)}" if saved else ""):
+        while subjects:  # each is let go of once it is measured
+            subject = subjects.pop(0)
+            other = None if subject is reference else reference
+            measured = [measure(subject, text, other, amount) for text in texts]
+            if save and launch().rank == 0 and (subject is not reference or len(models) == 1):
+                add_evaluations(subject.folder, [evaluation.to_json() for evaluation in measured])
+                saved.append(subject.name)
+            found += measured
     return Comparison(found)
 
 

@@ -16,7 +16,7 @@ from llmprune import data as data_room
 from llmprune import methods
 from llmprune.allocation import kind_of
 from llmprune.calibration import batches, sample
-from llmprune.errors import RecipeError
+from llmprune.errors import RecipeError, saying_what_is_kept
 from llmprune.locate import DEMO, require_folder
 from llmprune.model import Resident
 from llmprune.model.sites import Site, is_router, sites_of
@@ -134,12 +134,14 @@ def sensitivity(
     recipe = {"method": method, "calibration": _drawn(dense, recipe), "seed": seed}
     settings |= {"sparsities": list(sparsities), "dtype": str(dense.dtype).removeprefix("torch.")}
     folder = None if out is None else Path(out)
-    cells = _measured(dense, pruned, batches_BL, sparsities, recipe, _Journal(folder, settings))
-    loss = score(batches_BL, dense.logits(batches_BL)).loss
-    result = Sensitivity(settings, perplexity_of(str(model), loss), cells)
-    if folder is not None:
-        (folder / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-        html.write(folder / PAGE, sensitivity_page(result))
+    journal = _Journal(folder, settings)
+    with saying_what_is_kept(journal.kept):
+        cells = _measured(dense, pruned, batches_BL, sparsities, recipe, journal)
+        loss = score(batches_BL, dense.logits(batches_BL)).loss
+        result = Sensitivity(settings, perplexity_of(str(model), loss), cells)
+        if folder is not None:
+            (folder / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            html.write(folder / PAGE, sensitivity_page(result))
     return result
 
 
@@ -192,6 +194,13 @@ class _Journal:
             raise RecipeError(f"{self._path} is of other settings: choose another folder, or delete it")
         self._path.write_text(whole, "utf-8")
         self.cells = [Cell(**json.loads(line)) for line in rest]
+
+    def kept(self) -> str:
+        """Return what a run that is stopped leaves in the file, and how to go on, in words; nothing without a file."""
+        if self._path is None:
+            return ""
+        figures = f"{len(self.cells)} figure{'' if len(self.cells) == 1 else 's'}"
+        return f"{figures} kept in {self._path.parent}: run the same command again to go on"
 
     def holds(self, axis: str, part: str, sparsity: float) -> bool:
         """Say whether a cell is done."""

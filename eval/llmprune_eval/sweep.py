@@ -1,9 +1,10 @@
 """Prune a model with several methods to several patterns, and measure each: a table, and the best for their size."""
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import size_in_bytes
-from llmprune.errors import RecipeError
+from llmprune.checkpoint.sink import difference
+from llmprune.errors import CheckpointError, RecipeError, saying_what_is_kept
 from llmprune.locate import locate, require_folder
 from llmprune.model import Outline
 from llmprune.model.streamed import stored_dtype
@@ -36,6 +38,7 @@ _SETTING: dict[str, Any] = {
     "rounds": 3,
     "device": "cpu",
 }  # of the benchmark: fits into every context
+_OF_ROW = ("method", "method_options", "pattern", "comparison_group")  # what differs between rows
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Row:
         decode: tokens a second with one sequence on the CPU, None where it was not measured.
         layers: what `decode` was measured with: `sparse` linear layers, or `dense` ones where those are faster.
         seconds: of solving, or of the whole run where each has one of its own.
-        smallest: no other row is as small and has a lower perplexity.
-        fastest: no other row decodes as fast and has a lower perplexity.
+        smallest: no other row, nor the dense model, is as small and has a lower perplexity.
+        fastest: no other row, nor the dense model, decodes as fast and has a lower perplexity.
     """
 
     method: str
@@ -74,8 +77,10 @@ class Sweep:
 
     Attributes:
         dense_size: bytes of all tensors of the dense model.
-        dense_decode: tokens a second of the dense model, the median over the rows, each measured beside it.
+        dense_decode: tokens a second of the dense model, the median over the last measured rows, each beside it.
         one_pass: whether all were solved from one calibration pass, through the dense model.
+        rows: of this sweep, and of earlier ones into the same folder with the same settings.
+        settings: what the rows have in common: the model, what they were measured on, and the recipe.
     """
 
     model: str
@@ -86,6 +91,7 @@ class Sweep:
     dense_decode: float | None
     one_pass: bool
     rows: list[Row]
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as plain values."""
@@ -113,7 +119,7 @@ class Sweep:
         return [
             f"each from {passes}; {self.data}: {self.convention}",
             f"size: as `llmprune compress` stores it; {decoding}",
-            "best: no other has a lower perplexity and is as small (size), or as fast (speed)",
+            "best: none, the dense model included, has a lower perplexity and is as small (size), or as fast (speed)",
         ]
 
 
@@ -142,7 +148,8 @@ def sweep(
     """Prune a model by every method to every pattern from one calibration pass, and measure each.
 
     Args:
-        out: a folder: every pruned model stays in one below it, and a sweep that was stopped goes on there.
+        out: a folder: every pruned model stays in one below it, and a sweep that was stopped goes on there,
+            and one of other methods or patterns adds to the table.
         methods, patterns: as in `llmprune.Recipe`.
         data, length, windows, streamed: as in `llmprune.evaluate`.
         separate: give each a calibration pass of its own, in which its blocks see what its pruned ones put out. One
@@ -164,13 +171,15 @@ def sweep(
     if len(recipes) < len(methods) * len(patterns):
         raise RecipeError(f"a method or a pattern is there more than once: {', '.join([*methods, *patterns])}")
     _require_feasible(model, [options | recipe for recipe in recipes.values()], separate)
-    with joined() as team:
+    with saying_what_is_kept(lambda: _kept(Path(out))), joined() as team:
         if team.size > 1 and speed:
             raise RecipeError("several ranks at once measure no speed: --no-speed")
         trusted = bool(options.get("trust_remote_code", False))
         place = Place.of(options.get("device", "auto"), options.get("dtype", "auto"), streamed, trusted)
         text, dense = read_text(model, data), Subject(model, place, revision=options.get("revision"))
         base = measure(dense, text, None, amount)
+        settings = _settings(model, base, separate, options | next(iter(recipes.values())))
+        earlier = team.tell(_earlier(Path(out) / RESULT, settings) if team.leads else {})
         if separate:
             for folder, recipe in recipes.items():
                 _prune_once(model, folder, options | recipe, there=team.tell(folder.exists()))
@@ -185,15 +194,52 @@ def sweep(
             rows += team.tell([_row(folder, found, benchmark, separate)] if team.leads else [])
             beside += [benchmark.dense.decode.median] if benchmark else []
         size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
-        dense_decode = statistics.median(beside) if beside else None
-        found_all = _marked(rows)
+        dense_decode = statistics.median(beside) if beside else earlier.get("dense_decode")
+        of_earlier = {(old["method"], old["pattern"]): Row(**old) for old in earlier.get("rows", [])}
+        every = of_earlier | {(row.method, row.pattern): row for row in rows}
+        marked = _marked(list(every.values()), base.perplexity, size, dense_decode)
         result = Sweep(
-            str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, found_all
+            str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, marked, settings
         )
         if team.leads:
-            (Path(out) / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            fresh = Path(out) / f"{RESULT}.new"
+            fresh.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            os.replace(fresh, Path(out) / RESULT)
             html.write(Path(out) / PAGE, sweep_page(result))
         return result
+
+
+def _kept(out: Path) -> str:
+    """Return what a sweep that is stopped leaves, in words; nothing where nothing is there."""
+    there = out.is_dir() and any(out.iterdir())
+    return f"what is done is kept in {out}: run the same command again to go on" if there else ""
+
+
+def _settings(model: str | Path, base: Evaluation, separate: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what all rows of a table must have in common, so that they can be compared."""
+    recipe = Recipe.of(options).for_model(model).to_json()
+    common = {name: value for name, value in recipe.items() if name not in _OF_ROW}
+    measured = {name: getattr(base, name) for name in ("data", "convention", "length", "windows", "tokens")}
+    settings = {"model": str(model), "separate": separate, **measured, "dense": f"{base.perplexity:.4g}"}
+    return dict(json.loads(json.dumps(settings | {"recipe": common})))
+
+
+def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the table that an earlier sweep has left, whose rows stay in it; empty where there is none.
+
+    Raises:
+        RecipeError: its rows cannot stand in one table with new ones.
+        CheckpointError: it cannot be read.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{path} is damaged: delete it, the pruned models beside it stay") from None
+    if cause := difference(found.get("settings", {}), settings):
+        raise RecipeError(f"{path} is of other settings: {cause}; choose another folder for the sweep, or delete it")
+    return found
 
 
 def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]], separate: bool) -> None:
@@ -244,12 +290,13 @@ def _row(folder: Path, found: Evaluation, benchmark: Benchmark | None, separate:
     )
 
 
-def _marked(rows: list[Row]) -> list[Row]:
-    """Return the rows, those marked that no other row beats."""
+def _marked(rows: list[Row], dense: float, size: int, decode: float | None) -> list[Row]:
+    """Return the rows, those marked that no other row beats, nor the dense model by these figures of its own."""
+    rivals = [(dense, size, decode), *((row.perplexity, row.size, row.decode) for row in rows)]
     found = []
     for row in rows:
-        better = [other for other in rows if other.perplexity < row.perplexity]
-        smallest = not any(other.size <= row.size for other in better)
-        fastest = row.decode is not None and not any((other.decode or 0.0) >= row.decode for other in better)
+        better = [rival for rival in rivals if rival[0] < row.perplexity]
+        smallest = not any(other <= row.size for _, other, _ in better)
+        fastest = row.decode is not None and not any((other or 0.0) >= row.decode for _, _, other in better)
         found.append(replace(row, smallest=smallest, fastest=fastest))
     return found

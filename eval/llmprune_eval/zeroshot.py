@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from llmprune.errors import DataError, RecipeError, did_you_mean
 from llmprune.hub import one_line
@@ -84,9 +85,10 @@ def evaluate_tasks(
     require_dtype(dtype)
     manager = known_tasks(tasks, include_path)
     import lm_eval
+    import lm_eval.evaluator
 
     place = resolve_device(device)
-    with _quietly():
+    with _quietly(), _without_git(lm_eval.evaluator):
         scores: list[TaskScore] = []
         for model in models:
             arguments = {"pretrained": str(locate(model)), "dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -128,6 +130,13 @@ def _scores(model: str, found: dict[str, Any]) -> Iterator[TaskScore]:
                 error = figures.get(f"{name}_stderr,{kind}")
                 shots = int(found["n-shot"].get(task, 0))
                 yield TaskScore(model, task, metric, float(value), error if isinstance(error, float) else None, shots)
+
+
+@contextmanager
+def _without_git(evaluator: Any) -> Iterator[None]:
+    """Keep the harness from asking git for the commit of the working folder: outside of git that complains on stderr."""
+    with patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True):
+        yield
 
 
 @contextmanager

@@ -111,14 +111,18 @@ def least_sparsity(size: int) -> float:
 
 
 def size_in_bytes(folder: Path) -> tuple[int, int]:
-    """Return the bytes of a pruned checkpoint's tensors, and those that `compress` would leave, writing nothing.
+    """Return the bytes of a pruned checkpoint's dense tensors, and those that `compress` leaves, writing nothing.
+
+    Of a compressed checkpoint the headers say both; a dense one is read.
 
     Raises:
-        CheckpointError: the folder is no readable checkpoint, or is compressed or quantized already.
+        CheckpointError: the folder is no readable checkpoint, or is quantized.
     """
     source = Source.open(folder)
-    _require_dense(source)
     entries = source.entries.values()
+    if is_compressed(source.config):
+        return sum(map(_dense_bytes, source.shards)), sum(entry.size for entry in entries)
+    _require_dense(source)
     return sum(entry.size for entry in entries), sum(min(entry.size, _packed_size(entry)) for entry in entries)
 
 
@@ -254,6 +258,12 @@ def dense_header(shard: Path) -> str:
     if _HEADER not in metadata:
         raise CheckpointError(f"{shard} lacks the header of its dense twin: compress the checkpoint again")
     return str(metadata[_HEADER])
+
+
+def _dense_bytes(shard: Path) -> int:
+    """Return the bytes of the tensors of the dense file that a compressed one was made of."""
+    fields = json.loads(dense_header(shard))
+    return max((entry["data_offsets"][1] for name, entry in fields.items() if name != "__metadata__"), default=0)
 
 
 def _metadata(shard: Path) -> dict[str, str]:

@@ -197,9 +197,10 @@ class Sink:
             self.copy.checksums.update(copied | record.get("written", {}))
 
     def _complete(self, report: dict[str, Any]) -> None:
-        """Add what makes the folder a model."""
+        """Add what makes the folder a model; the report takes note of the files that go with it."""
         self._source.require_unchanged()
-        text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+        names = [path.name for path in self._source.companions() if path.name != REPORT]
+        text = json.dumps(report | {"companions": names}, indent=2, ensure_ascii=False, allow_nan=False)
         model, config = self.place.model, self._source.folder / CONFIG
         with _writing(model):
             durable.write_text(model / REPORT, text + "\n")

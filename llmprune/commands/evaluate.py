@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from llmprune.commands.shared import given, json_option, of_model, print_json, show, where
-from llmprune.errors import RecipeError
+from llmprune.errors import RecipeError, saying_what_is_kept
 
 _NOBODY = "none"
 _OF_TEXT = ("dense", "length", "windows", "streamed", "sparse", "save", "revision")
@@ -45,7 +45,9 @@ def evaluate(models: tuple[str, ...], data: str | None, tasks: str | None, as_js
         results.append(_perplexities(models, specs(data), given(options)))
     if tasks is not None:
         for_tasks = {name: value for name, value in options.items() if name not in _OF_TEXT}
-        results.append(_task_scores(models, tasks, given(for_tasks | task_options)))
+        saved = "figures on the text were added to llmprune.json" if options["save"] else ""
+        with saying_what_is_kept(lambda: saved):
+            results.append(_task_scores(models, tasks, given(for_tasks | task_options)))
     if as_json:
         print_json({name: value for result in results for name, value in result.to_json().items()})
     else:

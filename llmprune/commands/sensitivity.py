@@ -33,6 +33,10 @@ def sensitivity(model: str, sparsities: str | None, as_json: bool, **options: An
 
 def _shares(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(_share(part.strip()) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"'{text}' must read like 0.3,0.5", param_hint="--sparsities") from None
+        raise click.BadParameter(f"'{text}' must read like 0.3,0.5 or 30%,50%", param_hint="--sparsities") from None
+
+
+def _share(text: str) -> float:
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)

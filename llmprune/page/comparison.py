@@ -55,15 +55,18 @@ def _table(runs: dict[str, dict[str, Any]]) -> str:
             percent(run["sparsity"]["sites"]),
             percent(run["sparsity"]["all_parameters"]),
             f"{facts.mean_error(run['sites']):.4g}",
+            facts.norms_of(run["sites"]),
             _or_empty(facts.mean_share(run["sites"]), ".3f"),
             f"{sum(run['timings'].values()):.1f} s",
             f"{run['peak_memory_bytes']['host'] / 2**30:.2f} GiB",
         ]
         for name, run in runs.items()
     ]
-    header = ["run", "method", "zeros in matrices", "in all parameters", "mean output error", "of magnitude's", "time",
-              "peak memory"]  # fmt: skip
-    return f"<h2>Runs</h2>\n{html.table(header, rows)}"
+    header = ["run", "method", "zeros in matrices", "in all parameters", "mean output error", "measured by",
+              "of magnitude's", "time", "peak memory"]  # fmt: skip
+    note = "<p class=soft>Errors measured by different norms are not to be compared.</p>"
+    differ = len({facts.norms_of(run["sites"]) for run in runs.values()}) > 1
+    return f"<h2>Runs</h2>\n{html.table(header, rows)}{note * differ}"
 
 
 def _evaluations(runs: dict[str, dict[str, Any]]) -> str:

@@ -66,6 +66,11 @@ def mean_error(sites: Iterable[Site]) -> float:
     return float(sum(errors) / max(len(errors), 1))
 
 
+def norms_of(sites: Iterable[Site]) -> str:
+    """Return what the sites' output errors were measured with, in words."""
+    return ", ".join(sorted({str(site["error_norm"]) for site in sites})).replace("_", " ")
+
+
 def share_of_magnitude(site: Site) -> float | None:
     """Return the site's error over that of magnitude pruning; None where that one is zero or was not measured."""
     yardstick = site.get("magnitude_error")

@@ -112,13 +112,12 @@ def _errors(run: dict[str, Any]) -> str:
     if not series:
         return ""
     y = Axis.around("relative output error", [b for entry in series for _, b in entry.points], plain, zero=True)
-    norms = {site["error_norm"] for site in sites}
     title = "Output error of each matrix"
     return html.figure(
         title,
         svg.chart(title, _depth(sites), y, series),
         "Squared change of the outputs over the squared outputs on the calibration tokens, inputs from the "
-        f"{blocks} blocks before; measured with {', '.join(sorted(norms)).replace('_', ' ')}.",
+        f"{blocks} blocks before; measured with {facts.norms_of(sites)}.",
         svg.legend(series),
     )
 

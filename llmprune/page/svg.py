@@ -52,7 +52,7 @@ class Axis:
         low, high = min(values), max(values)
         if log:
             return cls(label, low / 1.15, high * 1.15, format, log=True)
-        margin = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+        margin = 0.06 * (high - (0.0 if zero else low)) or 0.5 * abs(high) or 0.5
         return cls(label, 0.0 if zero else low - margin, high + margin, format, whole=whole)
 
     def place(self, value: float) -> float:
