@@ -20,6 +20,8 @@ from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.refit import refit
 from llmprune.solving import energies
 from llmprune.statistics import CrossGram, Factor, Gram
+
+pytest.importorskip("triton")
 from llmprune_kernels.obs import triton as fused
 
 SIZE = 1024

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llmprune
@@ -266,7 +266,8 @@ def test_a_folder_that_is_no_output_is_refused(tmp_path: Path) -> None:
         write_comparison([tmp_path], tmp_path / "x.html")
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.booleans())
+@example(low=1e-9, span=1e-6, whole=True)
+@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-6, 1e6), whole=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_ticks_are_few_and_on_the_axis(low: float, span: float, whole: bool) -> None:
     axis = svg.Axis("x", low, low + span, svg.plain, whole=whole)

@@ -67,8 +67,9 @@ class Axis:
             return _log_ticks(self.low, self.high)
         step = _round_step((self.high - self.low) / 5)
         step = max(step, 1.0) if self.whole else step
-        first = math.ceil(self.low / step - 1e-9)
-        return [index * step for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        slack = 1e-9 * (self.high - self.low) / step  # for what is at an end but for rounding
+        first = math.ceil(self.low / step - slack)
+        return [index * step for index in range(first, math.floor(self.high / step + slack) + 1)]
 
 
 def chart(title: str, x: Axis, y: Axis, series: Sequence[Series], names: bool = False) -> str:
