@@ -72,9 +72,14 @@ def update_run(folder: str | Path, **fields: Any) -> None:
     Raises:
         CheckpointError: as `read_run`.
     """
-    temporary = Path(folder) / f"{REPORT}.new"
-    temporary.write_text(json_text(read_run(folder) | fields), "utf-8")
-    os.replace(temporary, Path(folder) / REPORT)
+    replace_text(Path(folder) / REPORT, json_text(read_run(folder) | fields))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, all at once or not at all."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
 
 
 def json_text(run: dict[str, Any]) -> str:

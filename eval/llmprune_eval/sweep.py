@@ -1,7 +1,6 @@
 """Prune a model with several methods to several patterns, and measure each: a table, and the best for their size."""
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from llmprune.patterns import folder_name, parse
 from llmprune.planning import make_plan
 from llmprune.pruning import prune
 from llmprune.recipe import Recipe
-from llmprune.runs import add_evaluations, add_speed, read_run, update_run
+from llmprune.runs import add_evaluations, add_speed, read_run, replace_text, update_run
 from llmprune.several import prune_together, require_shared_inputs
 from llmprune.sparse.bench import Benchmark, bench
 from llmprune.team.joining import joined
@@ -202,9 +201,7 @@ def sweep(
             str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, marked, settings
         )
         if team.leads:
-            fresh = Path(out) / f"{RESULT}.new"
-            fresh.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
-            os.replace(fresh, Path(out) / RESULT)
+            replace_text(Path(out) / RESULT, json.dumps(result.to_json(), indent=2) + "\n")
             html.write(Path(out) / PAGE, sweep_page(result))
         return result
 

@@ -103,11 +103,9 @@ class Parcels:
 
     def let_go(self) -> None:
         """Empty this rank's parcel, and let go of memory of which others may have more need."""
-        self.empty()
         if len(self._private) + sum(map(len, self._rooms)) > HELD_BYTES:
-            own_is_private = self._own is self._private
             self._forget_private()
-            self._own = self._private if own_is_private else self._own
+        self.empty()
 
     def _forget_private(self) -> None:
         self._private = self._bytes(0)

@@ -31,6 +31,9 @@ constexpr int64_t LITTLE = 1 << 16;  // weights, or bytes of masks, that are not
 
 enum Type { F32 = 0, BF16 = 1, F16 = 2 };
 
+// Words of the bitmask that a row takes; the last one may be short.
+inline int64_t words_of(int64_t inputs) { return (inputs + COLUMNS - 1) / COLUMNS; }
+
 struct Bitmask {
   const uint8_t* masks;    // [outputs][row_bytes]
   const void* values;      // row by row
@@ -38,7 +41,7 @@ struct Bitmask {
   int64_t outputs, inputs;
 
   int64_t row_bytes() const { return (inputs + 7) / 8; }
-  int64_t words() const { return (inputs + COLUMNS - 1) / COLUMNS; }
+  int64_t words() const { return words_of(inputs); }
   int64_t groups() const { return (outputs + ROWS - 1) / ROWS; }
 };
 
@@ -130,7 +133,7 @@ template <typename T> struct Group {
   }
 
   const uint8_t* mask(int64_t row) const { return masks + row * row_bytes; }
-  int64_t words() const { return (inputs + COLUMNS - 1) / COLUMNS; }
+  int64_t words() const { return words_of(inputs); }
   uint32_t word(int64_t row, int64_t number) const { return bits_of(mask(row), number * COLUMNS, inputs - number * COLUMNS); }
 
   // Find where each row begins.
