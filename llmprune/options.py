@@ -15,6 +15,11 @@ def require_whole(name: str, value: Any, least: int) -> None:
         raise RecipeError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
+def is_number(value: Any) -> bool:
+    """Say whether an option is a number; `true`, which Python counts as 1, is not meant as one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def require_dtype(name: Any) -> None:
     """Raise RecipeError unless `name` is `auto` or one of `DTYPES`."""
     if name not in ("auto", *DTYPES):

@@ -56,6 +56,9 @@ def require_valid(recipe: _Recipe, overrides: Overrides, sparsities: Mapping[str
     for name, table in (("sparsities", sparsities), ("overrides", overrides)):
         if not isinstance(table, Mapping):
             raise RecipeError(f"{name} must map globs to values, not {table!r}")
+        for glob in table:
+            if not isinstance(glob, str):
+                raise RecipeError(f"{name}: a glob must be text, not {glob!r}")
     for glob, value in sparsities.items():
         with _naming("sparsities", glob):
             if isinstance(patterns.parse(value), NM):

@@ -41,7 +41,7 @@ def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
     name = given.pop("preset", None)
     if name is None:
         return given
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise RecipeError(f"unknown preset '{name}': {did_you_mean(str(name), PRESETS)}")
     preset = _preset(name, of_groups=":" in str(given.get("pattern", "")))
     method = given.get("method", preset["method"])

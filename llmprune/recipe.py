@@ -13,7 +13,7 @@ from llmprune import methods, overrides, patterns
 from llmprune.errors import RecipeError, did_you_mean
 from llmprune.locate import DEMO
 from llmprune.methods import Method
-from llmprune.options import DTYPES, as_globs, require_dtype, require_whole, resolve_device
+from llmprune.options import DTYPES, as_globs, is_number, require_dtype, require_whole, resolve_device
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
 from llmprune.presets import expanded
 from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
@@ -124,13 +124,13 @@ class Recipe:
         return bool(self.dense_target or self.tune_epochs)
 
     def _require_tuning(self) -> None:
-        if not isinstance(self.tune_rate, int | float) or not 0 < self.tune_rate < math.inf:
+        if not is_number(self.tune_rate) or not 0 < self.tune_rate < math.inf:
             raise RecipeError(f"tune_rate must be a number above 0, not {self.tune_rate!r}")
         if self.tune_epochs and self.solver().needs is None:
             raise RecipeError(f"{methods.name_of(self.solver())} needs no calibration: leave out tune_epochs")
 
     def _require_dense_target(self) -> None:
-        if not isinstance(self.dense_target, int | float) or not 0 <= self.dense_target <= 1:
+        if not is_number(self.dense_target) or not 0 <= self.dense_target <= 1:
             raise RecipeError(f"dense_target must be a number from 0 to 1, not {self.dense_target!r}")
         if self.dense_target and self.solver().needs is not Gram:
             raise RecipeError(f"{methods.name_of(self.solver())} fits no outputs: leave out dense_target")
@@ -141,7 +141,7 @@ class Recipe:
         if self.allocation not in ALLOCATIONS and not self.allocation_file:
             hint = did_you_mean(str(self.allocation), ALLOCATIONS)
             raise RecipeError(f"unknown allocation '{self.allocation}': {hint}")
-        if not isinstance(self.allocation_range, int | float) or not 0 < self.allocation_range < 1:
+        if not is_number(self.allocation_range) or not 0 < self.allocation_range < 1:
             raise RecipeError(f"allocation_range must be a number between 0 and 1, not {self.allocation_range!r}")
         if self.needs is Gradient:
             self._require_gradients()

@@ -82,7 +82,7 @@ def get(name: str, options: dict[str, Any] | None = None) -> Method:
     values = {}
     for option, value in (options or {}).items():
         if option not in fields:
-            raise RecipeError(f"method '{name}' has no option '{option}': {_options_hint(option, list(fields))}")
+            raise RecipeError(f"method '{name}' has no option '{option}': {_options_hint(str(option), list(fields))}")
         values[option] = _convert(name, option, value, fields[option].default)
     method: Method = method_class(**values)
     return method

@@ -1,8 +1,12 @@
 """ADMM search of mask and weights together (Meng et al., ALPS, NeurIPS 2024, arXiv:2406.07831).
 
-Minimises tr((W - W₀) H (W - W₀)ᵀ) over the matrices W of the pattern. W is split into a dense X, which follows the
-objective, and a sparse Z, which obeys the pattern; a penalty rho pulls them together. Inputs are scaled to a Hessian
-of unit diagonal first, so that the projection on the pattern compares what removals cost.
+Minimises tr((W - W₀) H (W - W₀)ᵀ) over the matrices W of the pattern (eq. 1, damped). W is split into a dense X, which
+follows the objective, and a sparse Z, which obeys the pattern; a penalty rho pulls them together (eq. 4):
+
+    X ← (W₀ H + rho (Z - U)) (H + rho)⁻¹,   Z ← largest of X + U,   U ← X + U - Z
+
+In the end the weights are fitted on the mask that is found (eq. 6, algorithm 2). Inputs are scaled to a Hessian of unit
+diagonal first, so that the projection on the pattern compares what removals cost.
 
 Two things differ from the paper: rho climbs a fixed geometric ladder, so each rung takes one Cholesky factorisation
 and no eigendecomposition is needed; and the start is the largest scaled weights.

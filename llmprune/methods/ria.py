@@ -1,4 +1,6 @@
-"""RIA, relative importance and activations (Zhang et al., Plug-and-Play, ICLR 2024)."""
+"""RIA, relative importance and activations (Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for
+Large Language Models, ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF).
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +15,7 @@ from llmprune.statistics import ColumnNorm
 
 @dataclass(frozen=True)
 class RIA:
-    """Keep the largest (|w| / sum of its row + |w| / sum of its column) · ‖x‖₂^power."""
+    """Keep the largest (|w| / sum of its row's + |w| / sum of its column's magnitudes) · ‖x‖₂^power; 0.5 is the paper's."""
 
     power: float = 0.5
     needs: ClassVar[type[ColumnNorm]] = ColumnNorm
