@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from llmprune.errors import UnsupportedModelError
+from llmprune.model.precision import multiplying_in
 from llmprune.model.sites import Stage
 
 
@@ -126,9 +127,7 @@ class Lanes:
         if self._autocast is None:
             return nullcontext()
         device = self.home if index is None else self.device_of(self._stages[index])
-        # Without a cache, as weights change while it is on.
-        context: AbstractContextManager[None] = torch.autocast(device.type, self._autocast, cache_enabled=False)
-        return context
+        return multiplying_in(self._autocast, device)
 
     def as_multiplied(self, x: Tensor) -> Tensor:
         """Return what a site is fed in the precision in which the forward multiplies it."""
