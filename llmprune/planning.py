@@ -178,7 +178,9 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
     reader = None if documents.kind == "input_ids" else tokenizer()
     tokens = calibration.sample(documents, reader, samples=recipe.samples, length=length, seed=recipe.seed)
     if recipe.tune_epochs and len(calibration.batches(tokens, recipe.batch_size or 1)) < 2:
-        raise RecipeError("tune_epochs holds out a tenth of the batches: ask for more samples or a smaller batch_size")
+        raise RecipeError(
+            "tune_epochs holds out a tenth of the batches: ask for more samples, a smaller batch_size, or tune_epochs 0"
+        )
     calibration.check(tokens, vocabulary=host.embedding.module.get_parameter("weight").shape[0], context=context)
     return tokens
 

@@ -389,13 +389,14 @@ def shifted(tokens: int, inputs: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("pattern", "group"), [(Unstructured(0.5, "row"), 8), (NM(2, 4), 4)], ids=repr)
+@pytest.mark.parametrize("threshold", [0.1, 0.6])
 @pytest.mark.parametrize("seed", range(4))
-def test_dsnot_makes_the_papers_exchanges(seed: int, pattern: Pattern, group: int) -> None:
+def test_dsnot_makes_the_papers_exchanges(seed: int, threshold: float, pattern: Pattern, group: int) -> None:
     weight_OI, x_TI = weights(outputs=16, inputs=8, seed=seed), shifted(64, 8, seed)
     before_OI = solved(methods.get("wanda"), weight_OI, x_TI, pattern).keep_OI
-    solution = solved(methods.get("dsnot"), weight_OI, x_TI, pattern)
+    solution = solved(methods.get("dsnot", {"threshold": threshold}), weight_OI, x_TI, pattern)
     expected = [
-        oracle.dsnot(row, x_TI.double(), keep, group, 50, 0.1)
+        oracle.dsnot(row, x_TI.double(), keep, group, 50, threshold)
         for row, keep in zip(weight_OI.double(), before_OI, strict=True)
     ]
     assert solution.keep_OI.tolist() == [keep.tolist() for keep in expected]
@@ -432,8 +433,10 @@ def test_obd_removes_the_least_increases_of_a_diagonal_hessian() -> None:
     assert solution.keep_OI.flatten().tolist() == [not gone for gone in oracle.remove_lowest(increase, 24)]
 
 
-def test_l2_normalised_magnitude_is_blind_to_the_scale_of_outputs() -> None:
-    weight_OI, x_TI, pattern = weights(outputs=6, inputs=8), correlated(40, 8), Unstructured(0.5, "layer")
+@pytest.mark.parametrize("seed", range(4))
+def test_l2_normalised_magnitude_is_blind_to_the_scale_of_outputs(seed: int) -> None:
+    weight_OI = weights(outputs=6, inputs=8, seed=seed) ** 3  # rows with few large weights: no norm is like another
+    x_TI, pattern = correlated(40, 8), Unstructured(0.5, "layer")
     score = (weight_OI.double().abs() / weight_OI.double().norm(dim=1, keepdim=True)).flatten().tolist()
     solution = solved(methods.get("magnitude_l2"), weight_OI, x_TI, pattern)
     assert solution.keep_OI.flatten().tolist() == [not gone for gone in oracle.remove_lowest(score, 24)]

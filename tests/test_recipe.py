@@ -15,7 +15,7 @@ from llmprune.methods.magnitude import Magnitude
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.methods.wanda import Wanda
 from llmprune.options import resolve_device
-from llmprune.patterns import NM, Unstructured
+from llmprune.patterns import NM, ComparisonGroup, Unstructured
 from llmprune.presets import PRESETS, as_yaml
 from llmprune.recipe import Recipe
 from llmprune.recipefiles import read_recipe
@@ -159,6 +159,13 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_the_comparison_group_is_the_methods_own_unless_asked_for(options: dict[str, Any], target: Any) -> None:
     assert Recipe.of(options).target() == target
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_weights_compete_as_in_the_methods_paper(method: str) -> None:
+    per_row, per_block = ("wanda", "ria", "dsnot", "sparseswaps"), ("sparsegpt",)
+    group: ComparisonGroup = "row" if method in per_row else "block" if method in per_block else "layer"
+    assert Recipe.of({"method": method}).target() == Unstructured(0.5, group)
 
 
 def test_a_method_object_is_taken_as_it_is() -> None:
