@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 import llmprune
 import tiny
 from llmprune.errors import RecipeError
+from llmprune.model.function import BlockFunction
 from llmprune.model.sites import Site, Stage
 from llmprune.report import Report
 from llmprune.storing import InMemory
@@ -67,6 +69,25 @@ def test_the_report_tells_the_error_on_the_tenth_that_was_held_out(tmp_path: Pat
         change, whole = (output - target).square().sum((1, 2)), target.square().sum((1, 2))
         errors = [(change[[a, b]].sum() / whole[[a, b]].sum()) for a, b in itertools.combinations(range(len(IDS)), 2)]
         assert min(abs(float(error) - told) for error in errors) < 1e-5 * told
+
+
+def test_no_step_sees_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped, judged = dict[BlockFunction, set[int]](), dict[BlockFunction, set[int]]()
+    gradients, change = BlockFunction.gradients, BlockFunction.change
+
+    def step(block: BlockFunction, batches: Sequence[int], *rest: Any) -> Any:
+        stepped.setdefault(block, set()).update(batches)
+        return gradients(block, batches, *rest)
+
+    def judge(block: BlockFunction, batches: Sequence[int], *rest: Any) -> Any:
+        judged.setdefault(block, set(batches))  # the first look is at what is held out, with the weights from before
+        return change(block, batches, *rest)
+
+    monkeypatch.setattr(BlockFunction, "gradients", step)
+    monkeypatch.setattr(BlockFunction, "change", judge)
+    llmprune.prune(tiny.model("llama"), **TUNED, batch_size=1)
+    assert len(judged) == tiny.BLOCKS and all(len(held_out) == 2 for held_out in judged.values())
+    assert all(stepped[block] == set(range(len(IDS))) - held_out for block, held_out in judged.items())
 
 
 def test_old_weights_stay_where_nothing_is_gained(tmp_path: Path) -> None:
