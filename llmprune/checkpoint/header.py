@@ -91,7 +91,7 @@ def read(entry: TensorEntry) -> tuple[Tensor, int]:
         CheckpointError: they cannot be read, or their dtype is none that pruning handles.
     """
     dtype, stored = entry.torch_dtype, torch.empty(entry.size, dtype=torch.uint8)
-    seen = _read_into(memoryview(stored.numpy()), entry)
+    seen = _read_into(stored.numpy().data, entry)
     return stored.view(dtype).view(entry.shape), seen
 
 
