@@ -141,3 +141,28 @@ def dsnot(weight_I: Tensor, x_TI: Tensor, keep_I: Tensor, group: int, cycles: in
         if abs(lost) <= enough:
             break
     return torch.tensor(keep)
+
+
+def admm(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    keep: Callable[[Tensor], Tensor],
+    rhos: list[float],
+    iterations: int,
+    damp: float = 0.01,
+) -> Tensor:
+    """ADMM as in equation 4 of arXiv:2406.07831, V not scaled by rho, so many iterations at each rho; then equation 6.
+
+    `keep` chooses a mask from the scores of the whole matrix; inputs are scaled to a Hessian of unit diagonal.
+    """
+    identity = torch.eye(len(hessian_II), dtype=torch.float64)
+    hessian = hessian_II.double() + damp * hessian_II.double().diagonal().mean() * identity
+    scale = hessian.diagonal().sqrt()
+    hessian, dense = hessian / scale / scale[:, None], weight_OI.double() * scale
+    d, v = dense * keep(dense.abs()), torch.zeros_like(dense)
+    for rho in rhos:
+        for _ in range(iterations):
+            w = torch.linalg.solve(hessian + rho * identity, (dense @ hessian - v + rho * d).T).T
+            d = (w + v / rho) * keep((w + v / rho).abs())
+            v = v + rho * (w - d)
+    return torch.stack([best_fit(row, hessian, kept != 0) for row, kept in zip(dense, d, strict=True)]) / scale

@@ -306,6 +306,17 @@ def test_admm_is_near_the_best_of_all_refitted_subsets(seed: int, remove: int) -
     assert best * 0.999 <= found <= min(best * 1.25, greedy * 1.001)
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(0.6, "layer"), Unstructured(0.5, "row"), NM(2, 4)], ids=repr)
+@pytest.mark.parametrize("seed", range(4))
+def test_admm_makes_the_papers_iterations(seed: int, pattern: Pattern) -> None:
+    weight_OI, x_TI = weights(outputs=16, inputs=8, seed=seed), correlated(64, 8, seed) @ correlated(8, 8, 2)
+    options = {"iterations": 12, "stages": 3, "first_rho": 0.01, "last_rho": 1, "refit": 16}
+    expected_OI = oracle.admm(weight_OI, gram_of(x_TI).hessian_II, pattern.keep, [0.01, 0.1, 1.0], 4)
+    solution = solved(methods.get("admm", options), weight_OI, x_TI, pattern)
+    assert torch.equal(solution.weight_OI != 0, expected_OI != 0)
+    torch.testing.assert_close(solution.weight_OI.double(), expected_OI, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.6, "layer"), Unstructured(0.6, "row"), NM(2, 4)], ids=repr)
 def test_admm_beats_sparsegpt_on_correlated_inputs(pattern: Pattern) -> None:
     weight_OI, x_TI = weights(), correlated(400, INPUTS) @ correlated(INPUTS, INPUTS, 2)
