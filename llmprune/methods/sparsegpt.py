@@ -93,7 +93,8 @@ def _fast_sweep(weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: li
         change_IO=torch.empty_like(weight_IO),
         carried_IO=torch.zeros_like(weight_IO),
     )
-    sweep.prune(blocks)
+    with kernels.tf32(weight_IO.device):
+        sweep.prune(blocks)
     return sweep.keep_IO
 
 
