@@ -67,8 +67,8 @@ class OnGpu(Tensor):
     _at_work = False  # on an operation, which is to see tensors as they are
 
     @property
-    def device(self) -> torch.device:
-        return Tensor.device.__get__(self) if OnGpu._at_work else GPU  # type: ignore[attr-defined]
+    def device(self) -> torch.device:  # type: ignore[override]
+        return Tensor.device.__get__(self) if OnGpu._at_work else GPU
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
@@ -92,7 +92,7 @@ class OnGpu(Tensor):
 
     def data_ptr(self) -> int:
         place: int = self.untyped_storage()._cdata * 1024
-        return place + self.storage_offset() * self.element_size() + 1
+        return place + int(self.storage_offset()) * self.element_size() + 1
 
     def numpy(self, **options: Any) -> Any:
         raise DeviceError("numpy reads the host's memory only")
