@@ -298,6 +298,8 @@ class _Calls(TorchFunctionMode):
             made = func(*args, **kwargs)
             self.gpu.pinned.add(made.untyped_storage()._cdata)
             return made
+        if func is Tensor.is_pinned:
+            return args[0].untyped_storage()._cdata in self.gpu.pinned
         if func is Tensor.to or func is Tensor.cpu or func is Tensor.cuda:
             return self._moved(func, args, kwargs)
         if func is Tensor.tolist and isinstance(args[0], OnGpu):
