@@ -1,5 +1,6 @@
 """Whole runs on a GPU that is the host: nothing meets what lies on another device, and the result is the CPU's."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 import llmprune
 import tiny
 from llmprune.checkpoint import Source
-from llmprune.model import Streamed, memory
+from llmprune.forecast.dense import kept_blocks
+from llmprune.model import Outline, Streamed, memory
 from llmprune.model.skeleton import Loader
+from llmprune.recipe import Recipe
 from pretended_gpu import pretended_gpu
 
 IDS = tiny.ids(4, 24)
@@ -20,7 +23,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "balanced": {"preset": "balanced"},
     "balanced 2:4": {"preset": "balanced", "pattern": "2:4"},
     "best": {"preset": "best", "tune_epochs": 1, "method_options": {"iterations": 4, "stages": 2, "refit": 1}},
-    **{method: {"method": method} for method in ("wanda", "sparsegpt", "dsnot", "taylor", "ria", "sparseswaps", "obd")},
+    **{method: {"method": method} for method in ("wanda", "sparsegpt", "dsnot", "taylor", "sparseswaps")},
     "rows": {"method": "wanda", "comparison_group": "row", "pattern": "60%"},
     "one after another": {"method": "sparsegpt", "true_sequential": True},
     "owl": {"method": "wanda", "allocation": "owl"},
@@ -47,7 +50,7 @@ def test_a_run_gives_what_the_cpu_gives(run: str, llama: Path, tmp_path: Path) -
     assert llmprune.inspect(tmp_path / "gpu").verified
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3-moe", "gpt2"])
 def test_other_architectures_run(family: str, tmp_path: Path) -> None:
     source = tiny.save(tiny.model(family, torch.bfloat16), tmp_path / "model")
     with pretended_gpu():
@@ -87,6 +90,16 @@ def test_blocks_that_an_allocation_has_seen_are_read_once_where_they_fit(
         llmprune.prune(llama, tmp_path / "out", device="cuda", **options)
     assert loaded.count("model.layers.0.mlp.up_proj.weight") == (1 if room else 3)
     assert llmprune.inspect(tmp_path / "out").verified
+
+
+@pytest.mark.parametrize(("room", "kept"), [(100.0, 1.0), (5.0, 0.5), (0.0, 0.0)])  # room for so many blocks
+def test_a_plan_knows_of_blocks_that_are_kept(room: float, kept: float, llama: Path) -> None:
+    blocks = sum(tensor.nbytes for name, tensor in tiny.tensors(llama).items() if ".layers." in name)
+    with pretended_gpu("meta", gibibytes=room * blocks / 2**30):
+        host = Outline(llama, json.loads((llama / "config.json").read_text()), torch.device("cuda"), torch.bfloat16)
+        recipe = Recipe.of({"preset": "balanced"})
+        assert sum(part.amount for part in kept_blocks(host, recipe)) == pytest.approx(kept * blocks, abs=16)
+        assert kept_blocks(host, Recipe.of({"preset": "fast"})) == []
 
 
 def test_pruned_blocks_are_not_kept(llama: Path) -> None:
