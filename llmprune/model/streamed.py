@@ -15,7 +15,7 @@ from llmprune.errors import CheckpointError, one_line
 from llmprune.model.blocks import find_stages
 from llmprune.model.configuration import read_config, require_not_quantized, unknown_fields
 from llmprune.model.lanes import Lanes
-from llmprune.model.memory import give_back_freed_memory, room_for_blocks
+from llmprune.model.memory import give_back_freed_memory, give_back_growth, room_for_blocks
 from llmprune.model.sites import Site, Stage, out_of_range, require_finite
 from llmprune.model.skeleton import Loader, empty_model, fill_buffers
 
@@ -51,6 +51,7 @@ class Streamed:
         self._names = self._names_by_stage()
         self._kept: dict[str, Held] = {}  # what was freed and is still there
         self._most_kept = 0  # bytes
+        self._usual_bytes: int | None = None  # in memory after a stage is freed
 
     def open(self, home: torch.device) -> None:
         """Load what belongs to no stage, for the model's glue to run on `home`.
@@ -64,7 +65,7 @@ class Streamed:
         for key in [*self._names[_OUTER], *self._names[self.head.name]]:
             for chunk in self.source.chunks(key):
                 require_finite(key, chunk)
-        self._loader.load(self._names[_OUTER], home)
+        self._loader.load(self._names[_OUTER], home, mapped=True)
         self._loader.ties.link(self.model, _names_in(self.model))
         stage_modules = {id(module) for stage in [*self.blocks, self.head] for module in stage.module.modules()}
         for path, module in self.model.named_modules():
@@ -109,7 +110,7 @@ class Streamed:
             self._kept[stage.name] = held
         for module, name, parameter in held:
             module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        give_back_freed_memory()
+        self._usual_bytes = give_back_growth(self._usual_bytes)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:

@@ -76,8 +76,7 @@ class CrossGram(Gram):
         factor = self.factor(damp, "root")
         if self.device.type == "cuda":
             return weight_OI + self._corrections(weight_OI, self._cross_II, share, factor)
-        ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(self._cross_II, share))
+        goal_OI = torch.addmm(weight_OI * self.ridge(factor.damp), weight_OI, self._mixed(self._cross_II, share))
         return _divided(goal_OI, factor)
 
     def _mixed(self, cross_II: Tensor, share: float) -> Tensor:
