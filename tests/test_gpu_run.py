@@ -79,9 +79,9 @@ def test_blocks_that_an_allocation_has_seen_are_read_once_where_they_fit(
 ) -> None:
     load, loaded = Loader.load, list[str]()
 
-    def counted(loader: Loader, names: list[str], *rest: Any) -> None:
+    def counted(loader: Loader, names: list[str], *rest: Any, **options: Any) -> None:
         loaded.extend(names)
-        load(loader, names, *rest)
+        load(loader, names, *rest, **options)
 
     monkeypatch.setattr(Loader, "load", counted)
     monkeypatch.setattr(memory, "_BLOCKS_SHARE", room)

@@ -97,8 +97,12 @@ class Streamed:
 
     def free(self, stage: Stage) -> None:
         """Drop from memory the weights that `load` reads again: not the embedding, nor what other stages share."""
-        if not self._names[stage.name]:
-            return
+        if self._names[stage.name]:
+            self._let_go(stage)
+            self._usual_bytes = give_back_growth(self._usual_bytes)
+
+    def _let_go(self, stage: Stage) -> None:
+        """Put parameters without memory in the place of a stage's own, and keep these where that is asked for."""
         held = [
             (module, name, parameter)
             for path, module in stage.module.named_modules(prefix=stage.name)
@@ -110,7 +114,6 @@ class Streamed:
             self._kept[stage.name] = held
         for module, name, parameter in held:
             module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        self._usual_bytes = give_back_growth(self._usual_bytes)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
