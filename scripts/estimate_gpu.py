@@ -3,10 +3,11 @@
     python scripts/estimate_gpu.py                                # fast and balanced, 50 % and 2:4, 128 x 2048 tokens
     python scripts/estimate_gpu.py --preset fast --pattern 2:4
 
-One block is pruned by `llmprune.prune` on a GPU that has no values (tests/pretended_gpu.py), which notes each operation,
-its bytes and its products. From that a roofline: an operation takes the longest of the time to move its bytes, to
-multiply, and to be started, and the host waits for some answers. Prints one JSON row for each phase of a run of one
-block, and one for the whole model. What it takes for granted is in `RATES`; nothing here was measured on a GPU.
+One block, and then two, are pruned by `llmprune.prune` on a GPU that has no values (tests/pretended_gpu.py), which notes
+each operation, its bytes and its products. From that a roofline: an operation takes the longest of the time to move its
+bytes, to multiply, and to be started, and the host waits for some answers. Prints one JSON row for each phase, with what
+the second block adds and how long all blocks take, and one for the whole run. Work of the host and files are left out.
+What is taken for granted is in `RATES` and below; nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -87,15 +88,36 @@ def seconds(done: Done) -> dict[str, float]:
     return {"gpu": busy, "start": started, "wait": waited, "bus": bus, "in all": max(busy, started) + waited + bus}
 
 
-def block(preset: str, pattern: str, work: Path, sequences: int, length: int) -> dict[str, Done]:
-    """Return what one block's pruning gives a GPU to do, by phase."""
-    model = replace(SEVEN_B, blocks=1)
-    write_holes(work / "shards", model)
-    checkpoint = link_model(work / "shards", work / "model", model)
-    tokens = write_tokens(work / "tokens.jsonl", sequences, length)
-    with pretended_gpu("meta") as gpu, phases_told(gpu):
-        llmprune.prune(checkpoint, work / "out", preset=preset, pattern=pattern, calibration=str(tokens), device="cuda")
+def phases(preset: str, pattern: str, blocks: int, sequences: int, length: int) -> dict[str, Done]:
+    """Return what pruning so many blocks gives a GPU to do, by phase."""
+    model = replace(SEVEN_B, blocks=blocks)
+    with tempfile.TemporaryDirectory() as folder, pretended_gpu("meta") as gpu, phases_told(gpu):
+        work = Path(folder)
+        write_holes(work / "shards", model)
+        tokens = str(write_tokens(work / "tokens.jsonl", sequences, length))
+        checkpoint = link_model(work / "shards", work / "model", model)
+        llmprune.prune(checkpoint, work / "out", preset=preset, pattern=pattern, calibration=tokens, device="cuda")
     return dict(gpu.by_phase)
+
+
+def rows(preset: str, pattern: str, sequences: int, length: int, operations: bool) -> Iterator[dict[str, Any]]:
+    """Yield what each phase takes, and all of them."""
+    one, two = (phases(preset, pattern, blocks, sequences, length) for blocks in (1, 2))
+    whole = 0.0
+    for phase, done in two.items():
+        first, both = seconds(one[phase]), seconds(done)
+        more = {name: both[name] - first[name] for name in both}
+        blocks = first["in all"] + (SEVEN_B.blocks - 1) * more["in all"]
+        row: dict[str, Any] = {"preset": preset, "pattern": pattern, "phase": phase or "between phases"}
+        row |= {"operations a block": done.total - one[phase].total}
+        row |= {f"{name}, a block": round(value, 4) for name, value in more.items()} | {"all blocks": round(blocks, 2)}
+        if operations:
+            row["by operation"] = {name: [calls, done.moved[name]] for name, calls in done.calls.most_common()}
+            row["products"] = {f"{name} {how}": count for (name, how), count in done.products.items()}
+            row["waits"] = dict(done.waits)
+        yield row
+        whole += blocks
+    yield {"preset": preset, "pattern": pattern, "whole run": round(whole, 1)}
 
 
 def main() -> None:
@@ -108,18 +130,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for preset in arguments.preset or ("fast", "balanced"):
         for pattern in arguments.pattern or ("50%", "2:4"):
-            with tempfile.TemporaryDirectory() as folder:
-                found = block(preset, pattern, Path(folder), arguments.sequences, arguments.length)
-            for phase, done in found.items():
-                took = {name: round(value, 4) for name, value in seconds(done).items()}
-                row = {"preset": preset, "pattern": pattern, "phase": phase, "operations": done.total, **took}
-                if arguments.operations:
-                    row["by operation"] = {name: [calls, done.moved[name]] for name, calls in done.calls.most_common()}
-                    row["products"] = {f"{name} {how}": count for (name, how), count in done.products.items()}
-                    row["waits"] = dict(done.waits)
+            for row in rows(preset, pattern, arguments.sequences, arguments.length, arguments.operations):
                 print(json.dumps(row), flush=True)
-            whole = SEVEN_B.blocks * sum(seconds(done)["in all"] for phase, done in found.items() if phase)
-            print(json.dumps({"preset": preset, "pattern": pattern, "all blocks": round(whole, 1)}), flush=True)
 
 
 if __name__ == "__main__":
