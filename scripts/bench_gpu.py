@@ -15,6 +15,7 @@ them elsewhere. Needs no network. Prints one JSON row for each preset and patter
     calibration_s     forwards of the blocks, without Grams; a dense target doubles them
     grams_s           sums of products of the inputs, by the GPU's own clock
     solve_s, write_s  masks and weights; the pruned tensors' way into the output
+    allocation_s      of presets that share out a sparsity; with it the only reading of blocks that then stay on the GPU
     other_s           what remains: building the model, reading tokens, checks
     peak_gpu_bytes    the most memory that tensors took on the GPU; peak_host_bytes: of the process
     blocks_run        of `blocks`; where fewer were run, whole_model_s is wall_s times blocks / blocks_run, an estimate
