@@ -79,7 +79,8 @@ def _allocate(
     else:
         assert tokens is not None
         dense = _dense_pass(team, host, plan, recipe, tokens, home, shared)
-        costs, how = dense.costs(), {"sequences": len(dense.rows)}
+        with host.keeping():  # the run will want all blocks again
+            costs, how = dense.costs(), {"sequences": len(dense.rows)}
     all_costs = {name: costs.get(name, pinned(sparsity)) for name in sizes}
     removed = split(all_costs, sizes, sparsity, recipe.allocation_range)
     return {
