@@ -48,12 +48,15 @@ class Streamed:
         self._names = self._names_by_stage()
 
     def open(self, home: torch.device) -> None:
-        """Load what belongs to no stage, for the model's glue to run on `home`.
+        """Load what belongs to no stage, for the model's glue to run on `home`; whatever was loaded before is dropped.
 
         Raises:
             CheckpointError: one of these tensors is missing or does not fit.
             NumericalError: one is not finite.
         """
+        for module in self.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                _empty(module, name, parameter)
         # Chunk by chunk from the file, not in the loaded tensor: the mapped pages of an embedding that calibration
         # never looks up then need no memory.
         for key in [*self._names[_OUTER], *self._names[self.head.name]]:
@@ -91,8 +94,7 @@ class Streamed:
         for path, module in stage.module.named_modules(prefix=stage.name):
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and not self._loader.ties.is_lent(f"{path}.{name}"):
-                    empty = torch.empty_like(parameter, device="meta")
-                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+                    _empty(module, name, parameter)
         give_back_freed_memory()
 
     def outlives(self, site: Site) -> bool:
@@ -214,6 +216,10 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype).add_(0.0)
     require_finite(f"the solution of {key}", cast, out_of_range(dtype))
     return cast
+
+
+def _empty(module: nn.Module, name: str, parameter: Tensor) -> None:
+    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
