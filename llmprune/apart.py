@@ -5,7 +5,7 @@ the model is opened and every plan checked once, the calibration tokens are draw
 model shares out their sparsities. Memory is that of one run. What they share is timed with the first that needs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,7 @@ def prune_apart(model: str | Path, recipes: Mapping[Path, Recipe], output: Outpu
     home = home_device(first.place(), rows, host.config, host.dtype)
     chooser = Chooser(team, host, tokens, home, list(recipes.values()))
     line, done = _Line(str(model), source, host, tokens, home, chooser, output, team), dict[Path, Report]()
-    with saying_what_is_kept(lambda: _kept(done, len(recipes))):
+    with saying_what_is_kept(lambda: _kept(done) if len(done) < len(recipes) else ""):
         for out, recipe in recipes.items():
             done[out] = line.prune(out, recipe, plans[out])
     return done
@@ -116,11 +116,10 @@ def run_of(recipe: Recipe) -> type[Run]:
     return ReverseRun if recipe.needs is Gradient else Run
 
 
-def _kept(done: Mapping[Path, Report], of: int) -> str:
+def _kept(done: Iterable[Path]) -> str:
     """Return what a run that is stopped leaves, in words; nothing where no result is complete."""
-    if not done:
-        return ""
-    return f"{len(done)} of {of} results complete, and what is done of the next is kept: run the same with --resume"
+    names = ", ".join(out.name for out in done)
+    return names and f"{names} complete, and what is done of the next is kept: run the same with --resume to continue"
 
 
 def _require_zeros_enough(recipe: Recipe, size: int) -> None:

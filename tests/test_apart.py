@@ -23,10 +23,9 @@ PATTERNS = ["50%", "60%", "2:4"]
 NAMES = ["50%", "60%", "2of4"]
 BALANCED: dict[str, Any] = {"preset": "balanced", "calibration": IDS}
 
-# What results do not share: presets, orders, tuning, other statistics, gradients; with what a model has to be opened
+# What results do not share, beside `balanced` below: presets, orders, tuning, other statistics, gradients; with what a model has to be opened
 # anew for: heads and embeddings that are pruned and tied, weights that are wider than stored, norms that were tuned.
 CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
-    "balanced": ("llama", torch.float32, {"preset": "balanced"}),
     "best, in bfloat16": ("llama", torch.bfloat16, {"preset": "best", "tune_epochs": 2, "dtype": "float32"}),
     "fast, head and embedding tied": ("gemma2", torch.float32, {"preset": "fast", "include": "lm_head.weight"}),
     "balanced, transposed": ("gpt2", torch.float32, {"preset": "balanced"}),
@@ -64,7 +63,7 @@ def alone(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 @pytest.mark.parametrize("name", CASES)
 def test_each_result_is_that_of_a_run_of_its_own(name: str, tmp_path: Path) -> None:
     family, dtype, case = CASES[name]
-    options = {"pattern": PATTERNS, "calibration": IDS, **case}
+    options = {"pattern": ["60%", "2:4"], "calibration": IDS, **case}
     source = tiny.save(tiny.model(family, dtype), tmp_path / "source")
     reports: Any = llmprune.prune(source, tmp_path / "out", **options)
     assert [report.out.name for report in reports] == names_of(options["pattern"])
@@ -114,9 +113,7 @@ def test_results_of_one_pass_share_out_sparsities_in_one_too(
     assert reports[0].allocation != reports[1].allocation
 
 
-@pytest.mark.parametrize(
-    "after", [1, 3, 4, 6, 8, 10]
-)  # records: of the first two results an allocation and three blocks
+@pytest.mark.parametrize("after", [1, 4, 6, 10])  # records: of the first two results an allocation and three blocks
 def test_what_is_complete_is_left_and_the_rest_goes_on(
     after: int, llama: Path, alone: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -134,7 +131,7 @@ def test_what_is_complete_is_left_and_the_rest_goes_on(
     complete = [name for name in NAMES if (out / name).exists()]
     per_result = tiny.BLOCKS + 1
     assert len(complete) == after // per_result
-    assert (f"{len(complete)} of 3 results complete" in str(stopped.value)) == bool(complete)
+    assert str(stopped.value).startswith(", ".join(complete) + " complete, and") == bool(complete)
     before = {name: (out / name).stat().st_ino for name in complete}
     with pytest.raises(CheckpointError, match="--resume"):
         llmprune.prune(llama, out, **run)

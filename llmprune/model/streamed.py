@@ -55,8 +55,9 @@ class Streamed:
             NumericalError: one is not finite.
         """
         for module in self.model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                _empty(module, name, parameter)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    _empty(module, name, parameter)
         # Chunk by chunk from the file, not in the loaded tensor: the mapped pages of an embedding that calibration
         # never looks up then need no memory.
         for key in [*self._names[_OUTER], *self._names[self.head.name]]:
