@@ -4,6 +4,7 @@ Every option is a field of `llmprune.Recipe` or a parameter of the Python functi
 line on stderr and exit status 2; with `--json`, stdout holds one JSON object and nothing else.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -88,6 +89,8 @@ def main() -> None:
         sys.exit(0)
     except OSError as error:  # a full disk, a name too long: the system's own words, without a traceback
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+    finally:
+        gc.freeze()  # or Python would search all of torch for garbage before it ends, which takes a second
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def takes_batches(x: Tensor) -> bool:
 def add_gram(out_II: Tensor, x_TI: Tensor, scale: float, before: float) -> None:
     """Overwrite `out_II` (fp32) with `before` times itself plus `scale` XᵀX, X of 16-bit floats, summed in fp32.
 
-    What lies right of the diagonal's squares of 256 may stay undefined, as it mirrors the rest.
+    What lies right of the diagonal's squares of 64 may stay undefined, as it mirrors the rest.
     """
     _gram(x_TI).add_gram(out_II, x_TI, scale, before)
 

@@ -103,7 +103,7 @@ def prune_matrix(
         goal_OI = _goal(here_OI, statistic, share)
         solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
         zeros = rows_OI.numel() - int(solution.weight_OI.count_nonzero())
-        part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic), solution.notes)
+        part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic, solution.change), solution.notes)
         rows_OI.copy_(solution.weight_OI)  # last, as what fails before is done again
         return part
 
@@ -147,24 +147,31 @@ def checked_solution(
     """Solve, and vouch for the result: exactly the pattern, in `dtype`, finite, every zero a positive one."""
     solution = method.solve(weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
-    pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype).masked_fill(~solution.keep_OI, 0)
-    pruned_OI.add_(0.0)  # turns -0.0 into +0.0
+    pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype, copy=True, memory_format=torch.contiguous_format)
+    pruned_OI.mul_(solution.keep_OI).add_(0.0)  # turns -0.0 into +0.0
     require_finite(f"the solution of {name}", pruned_OI, out_of_range(pruned_OI.dtype))
-    return Solution(pruned_OI, solution.keep_OI, solution.notes)
+    rounded = pruned_OI.dtype != torch.float32
+    return Solution(pruned_OI, solution.keep_OI, solution.notes, None if rounded else solution.change)
 
 
 def energies(
-    weight_OI: Tensor, pruned_OI: Tensor, statistic: ColumnNorm | Gram | Gradient | None
+    weight_OI: Tensor,
+    pruned_OI: Tensor,
+    statistic: ColumnNorm | Gram | Gradient | None,
+    known: float | None = None,
 ) -> tuple[float, float]:
-    """Return the squared change of the outputs, and the squared outputs, as far as the statistic can tell."""
+    """Return the squared change of the outputs, and the squared outputs, as far as the statistic can tell.
+
+    The former is not worked out where it is `known`.
+    """
     energy = statistic.energy if statistic else _square
     change = whole = 0.0
     parts = _whole if isinstance(statistic, Gradient) else _chunks  # the gradient of a weight is known by its place
     for dense, pruned in zip(parts(weight_OI), parts(pruned_OI), strict=True):
         dense = dense.float()
-        change += energy(dense - pruned.float())
+        change += energy(dense - pruned.float()) if known is None else 0.0
         whole += energy(dense)
-    return change, whole
+    return change if known is None else known, whole
 
 
 def _square(weight_OI: Tensor) -> float:

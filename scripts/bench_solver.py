@@ -26,7 +26,8 @@ from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.patterns import NM, Pattern
 from llmprune.statistics import Gram
 
-TOKENS = 4096
+TOKENS_PER_INPUT = 2  # with fewer than one the Gram matrix is singular but for its damping, and rounding decides
+SEQUENCE = 4096
 BLOCK = 128
 DAMP = 0.01
 
@@ -36,14 +37,13 @@ def correlated_gram(inputs: int) -> Gram:
     generator = torch.Generator().manual_seed(0)
     factors = inputs // 4
     strength_F = torch.arange(1, factors + 1).pow(-0.5)
-    driven_TI = (
-        torch.randn(TOKENS, factors, generator=generator)
-        * strength_F
-        @ torch.randn(factors, inputs, generator=generator)
-    )
+    mixing_FI = torch.randn(factors, inputs, generator=generator)
     scale_I = torch.exp(0.5 * torch.randn(inputs, generator=generator))
     gram = Gram(inputs, torch.device("cpu"))
-    gram.add((driven_TI + 0.3 * torch.randn(TOKENS, inputs, generator=generator)) * scale_I, 8)
+    for start in range(0, TOKENS_PER_INPUT * inputs, SEQUENCE):
+        tokens = min(SEQUENCE, TOKENS_PER_INPUT * inputs - start)
+        driven_TI = torch.randn(tokens, factors, generator=generator) * strength_F @ mixing_FI
+        gram.add((driven_TI + 0.3 * torch.randn(tokens, inputs, generator=generator)) * scale_I, 1)
     return gram
 
 

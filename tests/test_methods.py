@@ -282,6 +282,19 @@ def test_fast_arithmetic_is_the_papers_algorithm(inputs: int, pattern: Pattern) 
     torch.testing.assert_close(paper.weight_OI, fast.weight_OI, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("damp", [1e-4, 0.01, 1.0])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "block"), NM(2, 4)], ids=repr)
+def test_fast_arithmetic_knows_what_its_change_costs(pattern: Pattern, damp: float) -> None:
+    weight_OI, x_TI = weights(inputs=300), correlated(900, 300)
+    x_TI[:, 5] = 0
+    method = SparseGPT(arithmetic="fast", damp=damp)
+    statistic, generator = gram_of(x_TI), torch.Generator()
+    found = checked_solution("a site", method, weight_OI, statistic, pattern, generator)
+    assert found.change == pytest.approx(statistic.energy(weight_OI - found.weight_OI), rel=1e-4)
+    rounded = checked_solution("a site", method, weight_OI.bfloat16(), statistic, pattern, generator)
+    assert rounded.change is None
+
+
 @pytest.mark.parametrize("remove", [2, 4, 6])
 @pytest.mark.parametrize("seed", range(3))
 def test_admm_is_near_the_best_of_all_refitted_subsets(seed: int, remove: int) -> None:

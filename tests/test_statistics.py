@@ -91,6 +91,7 @@ def test_column_norms_are_those_of_the_mean_sequence() -> None:
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 32, 33, 50])
 def test_tiles_of_a_gram_leave_no_gap(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     monkeypatch.setattr(gram, "_GRAM_TILE", 16)
+    monkeypatch.setattr(gram, "_MIRRORED_TILE", 16)
     x_TI = inputs(70, width)
     hessian_II = gram_of(x_TI).hessian_II
     torch.testing.assert_close(hessian_II, 2 * x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
@@ -99,6 +100,7 @@ def test_tiles_of_a_gram_leave_no_gap(monkeypatch: pytest.MonkeyPatch, width: in
 
 def test_reading_a_gram_between_additions_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "_GRAM_TILE", 4)
+    monkeypatch.setattr(gram, "_MIRRORED_TILE", 4)
     batches, weight_OI = [inputs(30, 10, seed) for seed in range(3)], inputs(3, 10, 9)
     quiet, read = Gram(10, CPU), Gram(10, CPU)
     for batch in batches:

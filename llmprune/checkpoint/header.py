@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import Tensor
 
 from llmprune.errors import CheckpointError
 
@@ -80,17 +81,33 @@ def checksum(entry: TensorEntry) -> int:
     Raises:
         CheckpointError: they cannot be read.
     """
-    left, buffer = entry.size, memoryview(bytearray(min(entry.size, _READ_BYTES)))
-    seen = xxhash.xxh3_64()
+    return _read_into(memoryview(bytearray(min(entry.size, _READ_BYTES))), entry)
+
+
+def read(entry: TensorEntry) -> tuple[Tensor, int]:
+    """Return a tensor in memory of its own, and the checksum of the bytes that are there.
+
+    Raises:
+        CheckpointError: they cannot be read, or their dtype is none that pruning handles.
+    """
+    dtype, stored = entry.torch_dtype, torch.empty(entry.size, dtype=torch.uint8)
+    seen = _read_into(stored.numpy().data, entry)
+    return stored.view(dtype).view(entry.shape), seen
+
+
+def _read_into(memory: memoryview, entry: TensorEntry) -> int:
+    """Read a tensor's bytes into memory, over and over again where there is less of it; return their checksum."""
+    done, seen = 0, xxhash.xxh3_64()
     try:
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
-            while left:
-                count = file.readinto(buffer[:left])
+            while done < entry.size:
+                place = done % len(memory)
+                count = file.readinto(memory[place : place + min(_READ_BYTES, entry.size - done)])
                 if not count:
                     raise CheckpointError(f"cannot read {entry.name}: {entry.file} is truncated")
-                seen.update(buffer[:count])
-                left -= count
+                seen.update(memory[place : place + count])
+                done += count
     except OSError as error:
         raise CheckpointError(f"cannot read {entry.name} from {entry.file}: {error.strerror}") from None
     return seen.intdigest()

@@ -1,7 +1,7 @@
 """Compressed checkpoints read as the dense ones they stand for: each tensor is unpacked when it is read."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,9 +53,9 @@ class Unpacked(Source):
         return cls(source.folder, dense, config, source.shards, *known, packed)
 
     @contextmanager
-    def slices(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Open the named tensors; one that is packed is unpacked when its slice is indexed."""
-        with super().slices(names) as opened:
+    def slices(self, names: Iterable[str], copied: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Open the named tensors; one that is packed is unpacked, into memory of its own, when its slice is indexed."""
+        with super().slices(names, set(copied) - self.packed) as opened:
             yield {
                 name: _Slice(found, self.entries[name]) if name in self.packed else found
                 for name, found in opened.items()

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmprune.commands.shared import given, json_option, of_model, show
+from llmprune.commands.shared import given, imports, json_option, of_model, show
 
 
 @click.command()
@@ -21,8 +21,9 @@ from llmprune.commands.shared import given, json_option, of_model, show
 @json_option
 def bench(model: str, plot: Path | None, save: bool, as_json: bool, **options: Any) -> None:
     """Compare MODEL dense and sparse: tokens a second, memory, and the kernel that runs for each shape."""
-    from llmprune.runs import add_speed, read_run
-    from llmprune.sparse.bench import bench as run
+    with imports():
+        from llmprune.runs import add_speed, read_run
+        from llmprune.sparse.bench import bench as run
 
     if save:
         read_run(model)  # before the work: it has to be an output folder

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from llmprune.commands.shared import json_option, print_json
+from llmprune.commands.shared import imports, json_option, print_json
 
 _revision = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
@@ -19,8 +19,9 @@ _out = click.argument("out", type=click.Path(path_type=Path))
 @json_option
 def compress(model: str, out: Path, overwrite: bool, revision: str | None, as_json: bool) -> None:
     """Store the pruned MODEL in OUT without its zeros, so that transformers loads it after `import llmprune`."""
-    from llmprune.checkpoint.compressed import compress as run
-    from llmprune.locate import locate, require_own_name
+    with imports():
+        from llmprune.checkpoint.compressed import compress as run
+        from llmprune.locate import locate, require_own_name
 
     require_own_name(out)
     sizes = run(locate(model, revision), out, overwrite)
@@ -37,8 +38,9 @@ def compress(model: str, out: Path, overwrite: bool, revision: str | None, as_js
 @_revision
 def decompress(model: str, out: Path, overwrite: bool, revision: str | None) -> None:
     """Restore in OUT, byte for byte, the checkpoint that MODEL was compressed from."""
-    from llmprune.checkpoint.compressed import decompress as run
-    from llmprune.locate import locate, require_own_name
+    with imports():
+        from llmprune.checkpoint.compressed import decompress as run
+        from llmprune.locate import locate, require_own_name
 
     require_own_name(out)
     run(locate(model, revision), out, overwrite)

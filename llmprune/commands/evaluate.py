@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmprune.commands.shared import given, json_option, of_model, print_json, show, where
+from llmprune.commands.shared import given, imports, json_option, of_model, print_json, show, where
 from llmprune.errors import RecipeError, saying_what_is_kept
 
 _NOBODY = "none"
@@ -63,8 +63,9 @@ def specs(data: str | None) -> list[str | None]:
 
 
 def _perplexities(models: tuple[str, ...], data: list[str | None], options: dict[str, Any]) -> Any:
-    from llmprune_eval.comparison import compare
-    from llmprune_eval.perplexity import evaluate as run
+    with imports():
+        from llmprune_eval.comparison import compare
+        from llmprune_eval.perplexity import evaluate as run
 
     dense = options.pop("dense", None)
     if len(models) == len(data) == 1:
@@ -75,14 +76,16 @@ def _perplexities(models: tuple[str, ...], data: list[str | None], options: dict
 
 
 def _task_scores(models: tuple[str, ...], tasks: str, options: dict[str, Any]) -> Any:
-    from llmprune_eval.zeroshot import evaluate_tasks
+    with imports():
+        from llmprune_eval.zeroshot import evaluate_tasks
 
     return evaluate_tasks(models, _names(tasks), **options)
 
 
 def _require_known(tasks: str, include_path: str | None) -> None:
     """Refuse tasks that do not exist before the texts are worked on."""
-    from llmprune_eval.zeroshot import known_tasks
+    with imports():
+        from llmprune_eval.zeroshot import known_tasks
 
     known_tasks(_names(tasks), include_path)
 

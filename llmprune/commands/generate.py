@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from llmprune.commands.shared import given, json_option, of_model, print_json
+from llmprune.commands.shared import given, imports, json_option, of_model, print_json
 
 
 @click.command()
@@ -17,7 +17,8 @@ from llmprune.commands.shared import given, json_option, of_model, print_json
 @json_option
 def generate(model: str, prompt: str, dense: bool, as_json: bool, **options: Any) -> None:
     """Continue PROMPT with MODEL, its layers sparse where that is no slower."""
-    from llmprune.sparse.running import generate as run
+    with imports():
+        from llmprune.sparse.running import generate as run
 
     def echo(text: str) -> None:
         click.echo(text, nl=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmprune.commands.shared import given, json_option, of_model, show
+from llmprune.commands.shared import given, imports, json_option, of_model, show
 
 
 @click.command()
@@ -14,7 +14,8 @@ from llmprune.commands.shared import given, json_option, of_model, show
 @json_option
 def inspect(model: str, as_json: bool, **options: Any) -> None:
     """Show the zeros of every tensor of MODEL and which N:M it truly satisfies; exit 1 if llmprune.json lies."""
-    from llmprune.inspection import inspect as run
+    with imports():
+        from llmprune.inspection import inspect as run
 
     inspection = run(model, **given(options))
     show(inspection, as_json)

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from llmprune.commands.shared import json_option, of_model, recipe_options, show, what, where
+from llmprune.commands.shared import imports, json_option, of_model, recipe_options, show, what, where
 
 
 @click.command()
@@ -19,6 +19,7 @@ def plan(model: str, recipe: str | None, ranks: int, as_json: bool, **options: A
 
     No weights are loaded: a config.json is enough.
     """
-    from llmprune.preview import plan as run
+    with imports():
+        from llmprune.preview import plan as run
 
     show(run(model, ranks=ranks, **recipe_options(recipe, options)), as_json)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmprune.commands.shared import json_option, of_model, print_json, recipe_options, what, where
+from llmprune.commands.shared import imports, json_option, of_model, print_json, recipe_options, what, where
 
 
 @click.command()
@@ -29,7 +29,8 @@ def prune(
     **options: Any,
 ) -> None:
     """Prune MODEL into the folder OUT, one block in memory at a time."""
-    from llmprune.pruning import prune as run
+    with imports():
+        from llmprune.pruning import prune as run
 
     chosen = recipe_options(recipe, options)
     output = {"overwrite": overwrite, "resume": resume, "compressed": compressed}
@@ -45,8 +46,9 @@ def prune(
 
 def several(model: str, out: Path, output: dict[str, bool], as_json: bool, options: dict[str, Any]) -> None:
     """Prune to several patterns, each into a folder of its own below OUT."""
-    from llmprune.pruning import prune as run
-    from llmprune.several import summary
+    with imports():
+        from llmprune.pruning import prune as run
+        from llmprune.several import summary
 
     pattern = options.pop("pattern")
     patterns = pattern if isinstance(pattern, list) else [part.strip() for part in pattern.split(",") if part.strip()]

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmprune.commands.shared import given, json_option, show, where
+from llmprune.commands.shared import given, imports, json_option, show, where
 
 
 @click.command()
@@ -23,7 +23,8 @@ from llmprune.commands.shared import given, json_option, show, where
 @json_option
 def sensitivity(model: str, sparsities: str | None, as_json: bool, **options: Any) -> None:
     """Show how much each block and each kind of matrix of MODEL minds being pruned alone."""
-    from llmprune_eval.sensitivity import sensitivity as run
+    with imports():
+        from llmprune_eval.sensitivity import sensitivity as run
 
     chosen = given(options)
     if sparsities is not None:

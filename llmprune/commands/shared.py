@@ -1,7 +1,9 @@
 """Options that several commands have, and how a result is printed."""
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -89,6 +91,17 @@ what = options(
     click.option("--recipe", type=click.Path(), metavar="FILE.yaml", help="Options in a file; the command line wins."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Import torch and transformers, whose objects stay for good, without the search for garbage among them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:

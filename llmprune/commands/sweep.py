@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from llmprune.commands.shared import given, json_option, of_model, show, where
+from llmprune.commands.shared import given, imports, json_option, of_model, show, where
 
 
 @click.command()
@@ -30,7 +30,8 @@ def sweep(model: str, out: Path, methods: str, patterns: str, as_json: bool, **o
 
     The pass goes through the dense model; with --separate each result sees what its own pruned blocks put out.
     """
-    from llmprune_eval.sweep import sweep as run
+    with imports():
+        from llmprune_eval.sweep import sweep as run
 
     show(run(model, out, methods=_parts(methods), patterns=_parts(patterns), **given(options)), as_json)
 

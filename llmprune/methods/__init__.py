@@ -22,11 +22,15 @@ from llmprune.statistics import ColumnNorm, Gradient, Gram
 
 @dataclass(frozen=True)
 class Solution:
-    """A pruned matrix: its weights, the mask they obey (True stays), and what the solver has to say about it."""
+    """A pruned matrix: its weights, the mask they obey (True stays), and what the solver has to say about it.
+
+    `change` is the statistic's energy of the change, before it is rounded, where the solver comes by it.
+    """
 
     weight_OI: Tensor
     keep_OI: Tensor
     notes: tuple[str, ...] = ()
+    change: float | None = None
 
     @classmethod
     def masked(cls, weight_OI: Tensor, keep_OI: Tensor) -> "Solution":

@@ -58,9 +58,12 @@ class SparseGPT:
         weight_IO = weight_OI.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         weight_IO.masked_fill_(factor.dead_I.unsqueeze(1), 0)
         blocks = column_blocks(weight_IO.shape[0], self._block_width(pattern))
-        sweep = _paper_sweep if self.arithmetic == "paper" else _fast_sweep
-        keep_IO = sweep(weight_IO, factor.upper_II, pattern, blocks)
-        return Solution(weight_IO.T.to(weight_OI.dtype), keep_IO.T, factor.notes)
+        change = None
+        if self.arithmetic == "paper":
+            keep_IO = _paper_sweep(weight_IO, factor.upper_II, pattern, blocks)
+        else:
+            keep_IO, change = _fast_sweep(weight_IO, factor.upper_II, pattern, blocks, statistic.ridge(factor.damp))
+        return Solution(weight_IO.T.to(weight_OI.dtype), keep_IO.T, factor.notes, change)
 
     def _block_width(self, pattern: Pattern) -> int:
         """N:M groups must not straddle blocks."""
@@ -82,8 +85,13 @@ def _paper_sweep(weight_IO: Tensor, upper_II: Tensor, pattern: Pattern, blocks: 
     return keep_IO
 
 
-def _fast_sweep(weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: list[Block]) -> Tensor:
-    """As `_paper_sweep`, from R: the left half of the blocks is pruned, then its changes are carried to the right."""
+def _fast_sweep(
+    weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: list[Block], ridge: Tensor
+) -> tuple[Tensor, float]:
+    """As `_paper_sweep`, from R: the left half of the blocks is pruned, then its changes are carried to the right.
+
+    Also return the energy of the change, half of tr(D H Dᵀ) = |D R|² - λ |D|², λ being the `ridge` on R Rᵀ's diagonal.
+    """
     sweep = _FastSweep(
         weight_IO,
         root_II,
@@ -94,12 +102,16 @@ def _fast_sweep(weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: li
         carried_IO=torch.zeros_like(weight_IO),
     )
     sweep.prune(blocks)
-    return sweep.keep_IO
+    square, damping = (torch.linalg.vector_norm(x_IO).square() for x_IO in (sweep.carried_IO, sweep.change_IO))
+    return sweep.keep_IO, max(float(square - ridge * damping) / 2, 0.0)
 
 
 @dataclass(frozen=True)
 class _FastSweep:
-    """What `_fast_sweep` works on; no nested functions, as one that calls itself would keep all of it from being freed."""
+    """What `_fast_sweep` works on; no nested functions, as one that calls itself would keep all of it from being freed.
+
+    `carried_IO` is what earlier blocks put on a block, (D_{<b} R_{<b,b})ᵀ, until it is pruned; then (D R)ᵀ.
+    """
 
     weight_IO: Tensor
     root_II: Tensor
@@ -127,7 +139,8 @@ class _FastSweep:
         else:
             self.keep_IO[start:stop] = _keep_block(block_BO, upper_BB, pattern, start)
             kernels.prune_masked(block_BO, upper_BB, self.keep_IO[start:stop])
-        torch.sub(self.weight_IO[start:stop], block_BO, out=self.change_IO[start:stop])
+        change_BO = torch.sub(self.weight_IO[start:stop], block_BO, out=self.change_IO[start:stop])
+        self.carried_IO[start:stop].addmm_(self.root_II[start:stop, start:stop].T, change_BO)
         self.weight_IO[start:stop] = block_BO
 
 

@@ -8,6 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,8 +57,10 @@ class Loader:
         if not any(isinstance(entry, WeightConverter) for entry in self._mapping):
             self._require_all()  # converters make parameters that no tensor of the source is named after
 
-    def load(self, names: list[str], device: torch.device, source: Source | None = None) -> None:
+    def load(self, names: list[str], device: torch.device, source: Source | None = None, mapped: bool = False) -> None:
         """Read the tensors called `names` in the source into the model, on `device`; `source` stands in for it.
+
+        Where they are `mapped`, what nobody looks at takes no memory.
 
         Raises:
             CheckpointError: they do not fit the model.
@@ -70,11 +73,17 @@ class Loader:
             weight_mapping=copy.deepcopy(self._mapping),  # type: ignore[arg-type]
             device_map={"": str(device)},
         )
-        with quiet(), (source or self._source).slices(names) as opened:
+        copied = set() if mapped or device.type != "cpu" else self._as_they_stand
+        with quiet(), (source or self._source).slices(names, copied) as opened:
             info, _ = convert_and_load_state_dict_in_model(self._model, opened, config)
         faults = [*info.mismatched_keys, *info.conversion_errors]
         if faults:
             raise CheckpointError(f"{self._source.folder}: {first_line(faults[0])} does not fit the model's config")
+
+    @cached_property
+    def _as_they_stand(self) -> set[str]:
+        """The tensors of the source that become parameters without a copy being made."""
+        return {key for key in self._renamed.values() if self._source.entries[key].torch_dtype == self._dtype}
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return parameters of the model as the tensors, and under the names, that the source has for them."""

@@ -14,7 +14,7 @@ from llmprune.errors import CheckpointError, one_line
 from llmprune.model.blocks import find_stages
 from llmprune.model.configuration import read_config, require_not_quantized, unknown_fields
 from llmprune.model.lanes import Lanes
-from llmprune.model.memory import give_back_freed_memory
+from llmprune.model.memory import give_back_freed_memory, give_back_growth
 from llmprune.model.sites import Site, Stage, out_of_range, require_finite
 from llmprune.model.skeleton import Loader, empty_model, fill_buffers
 
@@ -46,6 +46,7 @@ class Streamed:
         self._loader = Loader(source, self.model, self.dtype)
         fill_buffers(self.model)  # now that the files have confirmed the shapes that the configuration asks for
         self._names = self._names_by_stage()
+        self._usual_bytes: int | None = None  # in memory after a stage is freed
 
     def open(self, home: torch.device) -> None:
         """Load what belongs to no stage, for the model's glue to run on `home`; whatever was loaded before is dropped.
@@ -63,7 +64,7 @@ class Streamed:
         for key in [*self._names[_OUTER], *self._names[self.head.name]]:
             for chunk in self.source.chunks(key):
                 require_finite(key, chunk)
-        self._loader.load(self._names[_OUTER], home)
+        self._loader.load(self._names[_OUTER], home, mapped=True)
         self._loader.ties.link(self.model, _names_in(self.model))
         stage_modules = {id(module) for stage in [*self.blocks, self.head] for module in stage.module.modules()}
         for path, module in self.model.named_modules():
@@ -96,7 +97,7 @@ class Streamed:
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and not self._loader.ties.is_lent(f"{path}.{name}"):
                     _empty(module, name, parameter)
-        give_back_freed_memory()
+        self._usual_bytes = give_back_growth(self._usual_bytes)
 
     def outlives(self, site: Site) -> bool:
         """Say whether a site stays in memory when its stage is freed, as a head does that is tied to the embedding."""

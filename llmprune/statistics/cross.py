@@ -79,8 +79,7 @@ class CrossGram(Gram):
         if self._cross_II is None or not share:
             return weight_OI
         factor = self.factor(damp, "root")
-        ridge = factor.damp * self.hessian_II.diagonal().masked_fill(factor.dead_I, 1).mean()
-        goal_OI = torch.addmm(weight_OI * ridge, weight_OI, self._mixed(self._cross_II, share))
+        goal_OI = torch.addmm(weight_OI * self.ridge(factor.damp), weight_OI, self._mixed(self._cross_II, share))
         half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
         target_OI: Tensor = torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
         return target_OI

@@ -56,10 +56,19 @@ def factorize(hessian_II: Tensor, damp: float, kind: FactorKind = "inverse") -> 
 
 def damped(hessian_II: Tensor, damp: float) -> Tensor:
     """Return a copy of H with `damp` x mean(diag H) on its diagonal, dead inputs as in `factorize`."""
-    diagonal_I = hessian_II.diagonal().masked_fill(hessian_II.diagonal() == 0, 1)
+    diagonal_I = _lively_diagonal(hessian_II)
     damped_II = hessian_II.clone()
     damped_II.diagonal().copy_(diagonal_I + damp * diagonal_I.mean())
     return damped_II
+
+
+def ridge(hessian_II: Tensor, damp: float) -> Tensor:
+    """Return what `damped` adds to the diagonal."""
+    return damp * _lively_diagonal(hessian_II).mean()
+
+
+def _lively_diagonal(hessian_II: Tensor) -> Tensor:
+    return hessian_II.diagonal().masked_fill(hessian_II.diagonal() == 0, 1)
 
 
 def _root_factor(damped_II: Tensor) -> Tensor | None:

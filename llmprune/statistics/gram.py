@@ -8,11 +8,12 @@ from torch import Tensor
 
 from llmprune import kernels
 from llmprune.patterns import column_blocks
-from llmprune.statistics.factor import Factor, FactorKind, damped, factorize
+from llmprune.statistics.factor import Factor, FactorKind, damped, factorize, ridge
 from llmprune.statistics.protocol import require_finite
 
 _GRAM_TILE = 256  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
 _GPU_TILE = 2048  # the same on a GPU, which small products leave idle
+_MIRRORED_TILE = 64  # the least of the squares on the diagonal that all products fill, see `kernels.add_gram`
 
 Tile = tuple[int, int]
 
@@ -96,7 +97,7 @@ class Gram:
     def hessian_II(self) -> Tensor:
         """H = 2/n · X Xᵀ with n the number of sequences (Frantar & Alistarh, 2023, arXiv:2301.00774)."""
         if not self._mirrored:
-            for start, stop in row_tiles(self.inputs):
+            for start, stop in column_blocks(self.inputs, _MIRRORED_TILE):
                 self._mean_II[start:stop, stop:] = self._mean_II[stop:, start:stop].T
             self._mirrored = True
         return self._mean_II
@@ -124,6 +125,10 @@ class Gram:
     def damped_II(self, damp: float) -> Tensor:
         """Return a copy of H with `damp` x mean(diag H) on its diagonal, dead inputs as in `factorize`."""
         return damped(self.hessian_II, damp)
+
+    def ridge(self, damp: float) -> Tensor:
+        """Return what `damped_II` adds to the diagonal."""
+        return ridge(self._mean_II, damp)
 
     def energy(self, weight_OI: Tensor) -> float:
         weight_OI, parts = weight_OI.float(), list[Tensor]()

@@ -6,9 +6,7 @@ No scale is applied before the product, so nothing is rounded. Shape suffixes: T
 import torch
 from torch import Tensor
 
-from llmprune_kernels.gram.native import TILE
-
-_WIDTH = 8 * TILE  # half of a Gram matrix mirrors the other; smaller products would leave a GPU idle
+_WIDTH = 2048  # half of a Gram matrix mirrors the other; smaller products would leave a GPU idle
 
 
 def add_product(out_IJ: Tensor, x_TI: Tensor, y_TJ: Tensor, scale: float, before: float) -> None:

@@ -14,7 +14,7 @@ from llmprune_kernels.native import cpu_level, declared
 
 _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {"gram_bf16": (_P, _L, _P, _L, _L, _L, _F, _F, _P, _L, _P, _I)}
-TILE = 256  # a multiple of the kernel's panels
+TILE = 64  # a panel of the kernel
 
 
 def available() -> bool:
