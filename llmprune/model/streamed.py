@@ -54,12 +54,16 @@ class Streamed:
         self._usual_bytes: int | None = None  # in memory after a stage is freed
 
     def open(self, home: torch.device) -> None:
-        """Load what belongs to no stage, for the model's glue to run on `home`.
+        """Load what belongs to no stage, for the model's glue to run on `home`; whatever was loaded before is dropped.
 
         Raises:
             CheckpointError: one of these tensors is missing or does not fit.
             NumericalError: one is not finite.
         """
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    _empty(module, name, parameter)
         # Chunk by chunk from the file, not in the loaded tensor: the mapped pages of an embedding that calibration
         # never looks up then need no memory.
         for key in [*self._names[_OUTER], *self._names[self.head.name]]:
@@ -113,7 +117,7 @@ class Streamed:
         if whole and sum(map(_bytes, [held, *self._kept.values()])) <= self._most_kept:
             self._kept[stage.name] = held
         for module, name, parameter in held:
-            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            _empty(module, name, parameter)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -247,6 +251,10 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype).add_(0.0)
     require_finite(f"the solution of {key}", cast, out_of_range(dtype))
     return cast
+
+
+def _empty(module: nn.Module, name: str, parameter: Tensor) -> None:
+    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:
