@@ -19,7 +19,7 @@ from llmprune_kernels.obs import recursive, reference
 from llmprune_kernels.obs.selection import keep_highest
 from llmprune_kernels.precision import tf32
 from llmprune_kernels.select import native as select_native
-from llmprune_kernels.select.digits import lowest
+from llmprune_kernels.select.topk import lowest
 
 __all__ = [
     "add_gram", "add_product", "keep_highest", "kth_smallest", "lowest", "multiplies", "multiplies_bfloat16",

@@ -1,29 +1,20 @@
 """Prune a model: check everything, set up the run, let it run, and let its result appear."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from llmprune.checkpoint import Sink, Source
-from llmprune.checkpoint.compressed import least_sparsity
-from llmprune.checkpoint.place import require_place
+from llmprune.apart import Output, prune_apart, run_of
 from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError
-from llmprune.locate import locate, require_own_name
-from llmprune.model import Resident, Streamed, load_tokenizer
-from llmprune.model.memory import home_device, out_of_memory_in
+from llmprune.model import Resident
 from llmprune.model.originals import require_in_memory
 from llmprune.model.sites import require_finite
-from llmprune.model.streamed import stored_dtype
 from llmprune.planning import draw_tokens, make_plan, warn_of_small_share
 from llmprune.recipe import Recipe
 from llmprune.report import Report
-from llmprune.reverse import ReverseRun
-from llmprune.run import Run
 from llmprune.several import prune_patterns
 from llmprune.statistics import Gradient
-from llmprune.storing import Beside, InMemory, OnDisk, fingerprint, require_alike
+from llmprune.storing import InMemory
 from llmprune.team.joining import joined
 from llmprune.team.team import Team
 
@@ -75,9 +66,10 @@ def prune(
         resume: continue an unfinished run at `out`, if there is one, where it was interrupted.
         compressed: write what `llmprune compress` would make of the output; transformers loads it after
             `import llmprune`.
-        options: the fields of `llmprune.Recipe`. A list of several as `pattern` prunes a model on disk to each of them
-            in one calibration pass, which runs through the dense model, into folders below `out` that are named after
-            them: `50%` into `out/50%`, `2:4` into `out/2of4`. What has to see its own pruned inputs is refused then.
+        options: the fields of `llmprune.Recipe`. A list of several as `pattern` prunes a model on disk to each of them,
+            into folders below `out` that are named after them: `50%` into `out/50%`, `2:4` into `out/2of4`. One
+            calibration pass through the dense model serves them all; with what has each see its own pruned blocks, as
+            presets do, or needs a pass for each, they are pruned one after another, as by runs of their own.
 
     Returns:
         the report, or a list of them for a list of patterns.
@@ -94,15 +86,6 @@ def prune(
         return _prune(model, out, tokenizer, recipe, output, team)
 
 
-@dataclass(frozen=True)
-class Output:
-    """What `prune` is told of its output folder."""
-
-    overwrite: bool = False
-    resume: bool = False
-    compressed: bool = False
-
-
 def _prune_several(
     model: Any, out: str | Path | None, tokenizer: Any, output: Output, options: dict[str, Any]
 ) -> list[Report]:
@@ -113,7 +96,7 @@ def _prune_several(
     if output.compressed:
         raise RecipeError("several patterns are written dense: leave out --compressed, and compress each afterwards")
     others = {name: value for name, value in options.items() if name != "pattern"}
-    return prune_patterns(model, Path(out), options["pattern"], output.overwrite, output.resume, others)
+    return prune_patterns(model, Path(out), options["pattern"], output, others)
 
 
 def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output, team: Team) -> Report:
@@ -125,46 +108,8 @@ def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, o
         return _prune_in_place(model, tokenizer, recipe)
     if out is None:
         raise RecipeError("an output folder is needed: prune(model, out, ...)")
-    return _prune_checkpoint(model, Path(out), recipe, output, team)
-
-
-def _prune_checkpoint(model: str | Path, out: Path, recipe: Recipe, output: Output, team: Team) -> Report:
-    require_own_name(out)
-    source = Source.open(locate(model, recipe.revision))
-    if team.leads:
-        require_place(source, out, output.overwrite, output.resume, output.compressed)
-    recipe = recipe.for_model(model)
-    host = Streamed(source, recipe.place(), recipe.compute_dtype(), recipe.trust_remote_code)
-    plan = make_plan(host, recipe)
-    if output.compressed:
-        _require_zeros_enough(recipe, stored_dtype(source).itemsize)
-    tokens = draw_tokens(host, recipe, lambda: load_tokenizer(source.folder, recipe.trust_remote_code))
-    warn_of_small_share(plan, recipe)
-    report = Report.begin(str(model), recipe.to_json(), host, plan, tokens)
-    report.notes.extend(host.notes())
-    rows = team.share(tokens.rows) * (2 if recipe.dense_stream else 1) if tokens else []
-    home = home_device(recipe.place(), rows, host.config, host.dtype)
-    decisive = fingerprint(source, report) | ({"compressed": True} if output.compressed else {})
-    require_alike(team, decisive)
-    sink = Sink(source, out, decisive, output.resume, output.compressed)
-    with sink if team.leads else nullcontext():  # the lock, and all that is written, is the first rank's
-        sink.done = team.tell(sink.done)
-        with report.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
-            host.open(home)
-        if team.leads:
-            with report.clock.phase("copy"):
-                sink.copy_source()
-        store = (OnDisk if team.leads else Beside)(host, sink, report)
-        _line(recipe)(host, plan, tokens, recipe, home, report, store, team=team).prune()
-        if team.leads:
-            sink.commit(report.to_json())
-    report.out = out
-    return report
-
-
-def _line(recipe: Recipe) -> type[Run]:
-    """Return the kind of run that brings what the recipe's methods need."""
-    return ReverseRun if recipe.needs is Gradient else Run
+    place = Path(out)
+    return prune_apart(model, {place: recipe.for_model(model)}, output, team)[place]
 
 
 def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
@@ -180,17 +125,8 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
     store = InMemory(host, report, once=recipe.dense_stream or recipe.needs is Gradient)
     try:
-        _line(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
+        run_of(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
     except BaseException:
         store.go_back()  # every block is as it was, or pruned
         raise
     return report
-
-
-def _require_zeros_enough(recipe: Recipe, size: int) -> None:
-    """Refuse to compress what would not become smaller: a bit for each weight has to be saved first."""
-    if recipe.target().sparsity <= least_sparsity(size):
-        raise RecipeError(
-            f"{recipe.pattern} leaves too few zeros for a compressed output to be smaller, which takes more than "
-            f"{least_sparsity(size):.1%}: leave out --compressed"
-        )

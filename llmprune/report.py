@@ -117,6 +117,7 @@ class Report:
     """The whole run; `to_json` is what `llmprune.json` holds.
 
     Times are in seconds, of several ranks those of the first; but solving several results in one pass is summed over all.
+    What results that come one after another share is timed with the first that needs it.
     """
 
     model: str

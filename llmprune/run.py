@@ -7,7 +7,7 @@ from functools import cached_property, partial
 
 import torch
 
-from llmprune.budget import choose
+from llmprune.budget import Chooser
 from llmprune.calibration import Tokens
 from llmprune.errors import ResourceError
 from llmprune.feeding import Feed
@@ -44,6 +44,7 @@ class Run:
         store: takes pruned stages, and knows those of an earlier run that was interrupted.
         thrift: what is given up where memory runs out.
         team: the processes that share the work.
+        chooser: chooses the sites' patterns; None for one of the run's own.
     """
 
     host: Host
@@ -55,6 +56,7 @@ class Run:
     store: Store
     thrift: Thrift = field(default_factory=Thrift)
     team: Team = field(default_factory=Team, kw_only=True)
+    chooser: Chooser | None = field(default=None, kw_only=True)
 
     def prune(self) -> None:
         """Prune the embedding if that is asked for, then stream the stages; with less at once if memory runs out.
@@ -97,7 +99,8 @@ class Run:
         known = self.store.allocation
         self.team.at("the allocation of sparsity")
         with self.report.clock.phase("allocation") if self.recipe.allocation != "uniform" else nullcontext():
-            choice = choose(self.team, self.host, self.plan, self.recipe, self.tokens, self.home, known)
+            chooser = self.chooser or Chooser(self.team, self.host, self.tokens, self.home, [self.recipe])
+            choice = chooser.choose(self.plan, self.recipe, known)
         self.report.allocation = choice.allocation
         if choice.allocation and not known:
             self.store.keep_allocation(choice.allocation)

@@ -90,8 +90,8 @@ def json_text(run: dict[str, Any]) -> str:
 def command_of(run: dict[str, Any], model: str | None = None, out: str = "OUT") -> str:
     """Return the command line that repeats a run: its method, its pattern, and every option that is no default."""
     recipe = run["recipe"]
-    if shared := run.get("one_pass"):  # a comma, even after a single one, asks for a pass through the dense model
-        recipe = recipe | {"pattern": ",".join(shared) if len(shared) > 1 else f"{shared[0]},"}
+    if run.get("one_pass"):  # a comma, even after a single one, asks for a pass through the dense model
+        recipe = recipe | {"pattern": f"{recipe['pattern']},"}  # in which no result depends on the others
     words = ["llmprune", "prune", model or str(run["model"]), out]
     for name in ("method", "pattern", *(name for name in recipe if name not in ("method", "pattern"))):
         words += _words(name, recipe[name])

@@ -125,8 +125,7 @@ class OnDisk:
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
         names = list(dict.fromkeys([*(site.tensor for site in sites), *self._report.tuned_vectors(stage.name)]))
-        for name, tensor in self._host.stored(stage, names):
-            self._sink.write(name, tensor)
+        self._sink.write_all(self._host.stored(stage, names))
         if self._host.rounds(stage):  # the run goes on with what was solved, and so must one that resumes it
             self._sink.set_aside(stage.name, {name: self._host.model.get_parameter(name).data for name in names})
         self._finish(stage)

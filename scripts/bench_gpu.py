@@ -15,21 +15,25 @@ them elsewhere. Needs no network. Prints one JSON row for each preset and patter
     calibration_s     forwards of the blocks, without Grams; a dense target doubles them
     grams_s           sums of products of the inputs, by the GPU's own clock
     solve_s, write_s  masks and weights; the pruned tensors' way into the output
+    allocation_s      of presets that share out a sparsity; with it the only reading of blocks that then stay on the GPU
     other_s           what remains: building the model, reading tokens, checks
     peak_gpu_bytes    the most memory that tensors took on the GPU; peak_host_bytes: of the process
     blocks_run        of `blocks`; where fewer were run, whole_model_s is wall_s times blocks / blocks_run, an estimate
 
 Before each run, one block is pruned with two sequences (which compiles the kernels) and once more with all. If the time
-that is left (`--budget`) is not enough for all blocks by that measure, fewer are run; if for none, the row says that.
-Progress goes to stderr.
+that is left (`--budget`) is not enough for all blocks by that measure, fewer are run; if for none, the row says
+`not_run`. A run that outlasts the budget is ended, and its row says `stopped`; one that fails, for want of memory say,
+says why as `failed`, and the next one is begun. Progress goes to stderr.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +48,7 @@ from safetensors.torch import save_file
 import llmprune
 from bench_memory import INDEX, INIT_STD, Llama, block_shapes
 from bench_peers import Row, machine, say
+from llmprune.errors import LlmpruneError, one_line
 from llmprune.presets import PRESETS
 from llmprune.report import hardware, peak_memory, versions
 from llmprune.statistics import CrossGram, Gram
@@ -161,9 +166,34 @@ def grams_watched() -> Iterator[Stopwatch]:
         Gram.add, CrossGram.add = before  # type: ignore[method-assign]
 
 
+class OutOfTime(BaseException):
+    """The budget is used up; no plain exception, as code that tries something and goes on would take it for a failure."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the block where it takes longer."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime
+
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def prune(task: Task) -> Row:
-    """Prune once, and return the times of the phases."""
+    """Prune once, as a process that has just begun would, and return the times of the phases."""
+    gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     with grams_watched() as watch:
@@ -175,6 +205,7 @@ def prune(task: Task) -> Row:
             calibration=str(task.tokens),
             seed=SEED,
             device=task.device,
+            overwrite=True,
         )
     wall, grams = time.perf_counter() - begin, watch.seconds()
     shutil.rmtree(task.out)
@@ -196,43 +227,78 @@ def prune(task: Task) -> Row:
         "peak_host_bytes": peak["host"],
         "sparsity": round(report.zeros / report.site_parameters, 6),
         "most_runs": report.most_runs,
+        "retries": report.retries,
     }
 
 
-def bench(arguments: argparse.Namespace, work: Path, model: Llama) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Bench:
+    """All runs: of so many blocks at most, until `end` by the clock of `time.perf_counter`."""
+
+    work: Path
+    model: Llama
+    most: int
+    few: Path  # the tokens of two sequences
+    tokens: Path
+    device: str
+    end: float
+
+    def row(self, preset: str, pattern: str) -> Row:
+        """Return what a preset takes, or why that is not known."""
+        task = Task(self._checkpoint(1), self.tokens, self.work / "pruned", preset, pattern, self.device)
+        row: Row = {"preset": preset, "pattern": pattern, "blocks": self.model.blocks, "blocks_run": 0}
+        if self._left() <= 0:
+            return row | {"not_run": "the budget is used up"}
+        try:
+            with at_most(self._left()):
+                return row | self._measured(task)
+        except OutOfTime:
+            return row | {"stopped": "the budget was used up before it was done"}
+        except (LlmpruneError, RuntimeError, OSError) as error:
+            return row | {"failed": f"{type(error).__name__}: {one_line(str(error))}"[:500]}
+
+    def _measured(self, task: Task) -> Row:
+        prune(replace(task, tokens=self.few))
+        a_block = prune(task)["wall_s"]
+        blocks = max(0, min(self.most, int(self._left() / a_block)))
+        left = f"{max(self._left(), 0):.0f} s are left"
+        say(f"{task.preset} {task.pattern}: one block takes {a_block:.1f} s, {left}, running {blocks} blocks")
+        if not blocks:
+            return {"not_run": f"a block takes {a_block:.1f} s, {left}"}
+        took = prune(replace(task, checkpoint=self._checkpoint(blocks)))
+        whole = round(took["wall_s"] * self.model.blocks / blocks, 3)
+        fewer = blocks < self.model.blocks
+        return {"blocks_run": blocks, **took, "whole_model_s": whole, "extrapolated": fewer}
+
+    def _left(self) -> float:
+        return self.end - time.perf_counter()
+
+    def _checkpoint(self, blocks: int) -> Path:
+        return link_model(self.work / "shards", self.work / f"model-{blocks}", replace(self.model, blocks=blocks))
+
+
+def bench(arguments: argparse.Namespace, work: Path, model: Llama, most: int) -> Iterator[Row]:
     """Yield a row for every preset and pattern, as far as the time goes."""
     began = time.perf_counter()
-    whole = replace(model, blocks=min(arguments.layers or model.blocks, model.blocks))
-    write_shards(work / "shards", whole, arguments.device)
-    say(f"wrote {whole.blocks} blocks in {time.perf_counter() - began:.1f} s")
+    write_shards(work / "shards", replace(model, blocks=most), arguments.device)
+    say(f"wrote {most} blocks in {time.perf_counter() - began:.1f} s")
     tokens = write_tokens(work / "tokens.jsonl", arguments.sequences, arguments.length)
     few = write_tokens(work / "few.jsonl", min(2, arguments.sequences), arguments.length)
-    one = link_model(work / "shards", work / "model-1", replace(whole, blocks=1))
+    runs = Bench(work, model, most, few, tokens, arguments.device, began + arguments.budget)
     for preset in arguments.preset or PRESETS:
         for pattern in arguments.pattern or ["50%"]:
-            task = Task(one, tokens, work / "pruned", preset, pattern, arguments.device)
-            prune(replace(task, tokens=few))
-            a_block = prune(task)["wall_s"]
-            left = arguments.budget - (time.perf_counter() - began)
-            blocks = min(whole.blocks, int(left / a_block))
-            say(f"{preset} {pattern}: one block takes {a_block:.1f} s, {left:.0f} s are left, running {blocks} blocks")
-            row: Row = {"preset": preset, "pattern": pattern, "blocks": model.blocks, "blocks_run": max(blocks, 0)}
-            if blocks < 1:
-                yield row | {"not_run": f"a block takes {a_block:.1f} s, {max(left, 0):.1f} s of the budget are left"}
-                continue
-            checkpoint = link_model(work / "shards", work / f"model-{blocks}", replace(whole, blocks=blocks))
-            row |= prune(replace(task, checkpoint=checkpoint))
-            row["whole_model_s"] = round(row["wall_s"] * model.blocks / blocks, 3)
-            yield row | {"extrapolated": blocks < model.blocks}
+            yield runs.row(preset, pattern)
 
 
-def work_folder(model: Llama) -> Path | None:
-    """Return a folder in host memory with room for checkpoint and output, if there is one."""
+def work_folder(model: Llama) -> Path:
+    """Return a folder in host memory, or else on the disk, with room for checkpoint and output."""
     shapes = [shape for block in range(model.blocks) for _, shape in block_shapes(model, block)]
     numbers = sum(torch.Size(shape).numel() for shape in [*shapes, *(shape for _, shape in outer_shapes(model))])
-    memory = Path("/dev/shm")
-    fits = memory.is_dir() and shutil.disk_usage(memory).free > SPARE * 2 * 2 * numbers
-    return memory if fits else None
+    memory, disk, needed = Path("/dev/shm"), Path(tempfile.gettempdir()), SPARE * 2 * 2 * numbers
+    for place in (memory, disk):
+        if place.is_dir() and shutil.disk_usage(place).free > needed:
+            return place
+    raise SystemExit(f"{needed / 1e9:.0f} GB are needed in {memory} or {disk}: name another place with --work")
 
 
 def parse() -> argparse.Namespace:
@@ -262,7 +328,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     model = TINY if arguments.tiny else SEVEN_B
-    base = arguments.work or work_folder(model)
+    most = min(arguments.layers or model.blocks, model.blocks)
+    base = arguments.work or work_folder(replace(model, blocks=most))
     where = {
         "model": "toy" if arguments.tiny else "Llama-2-7B's shape, random, bfloat16",
         "sequences": arguments.sequences,
@@ -272,7 +339,7 @@ def main() -> None:
         "hardware": hardware() | machine(),
     }
     with tempfile.TemporaryDirectory(dir=base, prefix="bench_gpu_") as folder:
-        for row in bench(arguments, Path(folder), model):
+        for row in bench(arguments, Path(folder), model, most):
             print(json.dumps(row | where), flush=True)
 
 

@@ -15,7 +15,7 @@ import tiny
 from llmprune import methods, preview
 from llmprune.allocation import Curve, Measured, Part
 from llmprune.budget import dense
-from llmprune.budget.curves import Loss, cut_short, losses, sampled
+from llmprune.budget.curves import Loss, Trials, cut_short, losses, sampled
 from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.checkpoint import Sink
 from llmprune.errors import PatternError, RecipeError, UnsupportedModelError
@@ -140,7 +140,7 @@ def test_losses_are_those_of_each_solution_by_itself() -> None:
     method = methods.get("admm")
     group = Group(sites, statistic=gram)
     weight = {site: made.get_parameter(site.tensor).data for site in sites}
-    found = losses([group], weight.__getitem__, lambda site: (method, Count), (0.4, 0.6), 0)
+    (found,) = losses([group], weight.__getitem__, [Trials(lambda site: (method, Count), (0.4, 0.6))], 0)
     assert group.statistic is None
     for site in sites:
         loss: Loss = found[site.name]
@@ -162,9 +162,9 @@ def test_a_tall_matrix_is_told_from_some_of_its_rows() -> None:
     gram = Gram(64, CPU)
     gram.add(x_TI, 1)
     method = methods.get("sparsegpt")
-    (loss,) = losses(
-        [Group([site], statistic=gram)], lambda _: weight_OI, lambda _: (method, Count), (0.5,), 0
-    ).values()
+    trials = Trials(lambda _: (method, Count), (0.5,))
+    (found,) = losses([Group([site], statistic=gram)], lambda _: weight_OI, [trials], 0)
+    (loss,) = found.values()
     assert loss.error_PR.shape == (1, 241)  # every 17th
     whole = method.solve(weight_OI, gram, Count(weight_OI.numel() // 2, weight_OI.numel()), generator)
     energy = float((x_TI @ weight_OI.T).square().sum())

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 import llmprune
 import tiny
+from llmprune import kernels
 from llmprune.model import lanes, memory
 from llmprune.sparse.bench import twin
 from llmprune.sparse.forms import CuSparseLt, Form, Fragments, Pairs, Rows, Step, gpu_forms
 from llmprune.sparse.gate import judge
 from llmprune.sparse.linear import SparseLinear
+from llmprune.statistics import CrossGram
 from llmprune_kernels.support import cusparselt_missing, sparse_cores_missing, triton_missing
 
 pytestmark = [
@@ -274,3 +276,74 @@ def test_batches_are_sized_to_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path:
     ours, theirs = weights(tmp_path / "sized"), weights(tmp_path / "single")
     kept = [(ours[name] != 0) == (theirs[name] != 0) for name in ours]
     assert sum(int(same.sum()) for same in kept) >= 0.99 * sum(same.numel() for same in kept)
+
+
+def problem(columns: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """Weights, and the upper Cholesky factor of a random inverse Hessian."""
+    generator = torch.Generator().manual_seed(columns)
+    x_TB = torch.randn(2 * columns + 4, columns, generator=generator)
+    inverse_BB = torch.linalg.inv(x_TB.T @ x_TB / len(x_TB) + 0.1 * torch.eye(columns))
+    upper_BB = torch.linalg.cholesky((inverse_BB + inverse_BB.T) / 2, upper=True)
+    return torch.randn(columns, outputs, generator=generator).to(GPU), upper_BB.to(GPU)
+
+
+@pytest.mark.parametrize(("columns", "outputs"), [(128, 4096), (100, 33), (8, 1)])
+def test_the_fused_recursion_gives_the_bits_of_the_reference(columns: int, outputs: int) -> None:
+    if reason := triton_missing():
+        pytest.skip(reason)
+    from llmprune_kernels.obs import reference
+    from llmprune_kernels.obs import triton as fused
+
+    assert fused.runs_on(GPU)
+    block_BO, upper_BB = problem(columns, outputs)
+    keep_BO = torch.rand(columns, outputs, device=GPU) > 0.5
+    expected_BO, found_BO = block_BO.clone(), block_BO.clone()
+    errors = reference.obs_masked(expected_BO, upper_BB, keep_BO), fused.obs_masked(found_BO, upper_BB, keep_BO)
+    assert torch.equal(found_BO, expected_BO) and torch.equal(*errors)
+    for n, m in ((2, 4), (4, 8), (1, 2)):
+        if columns % m == 0:
+            expected_BO, found_BO = block_BO.clone(), block_BO.clone()
+            (_, expected), (_, found) = (
+                reference.obs_nm(expected_BO, upper_BB, n, m),
+                fused.obs_nm(found_BO, upper_BB, n, m),
+            )
+            assert torch.equal(found, expected) and torch.equal(found_BO, expected_BO)
+
+
+@pytest.mark.parametrize("shape", [(1, 5_000_000), (1, 524_288), (300, 4096)])
+@pytest.mark.parametrize("distinct", [0, 50])
+def test_selection_marks_what_a_sort_marks(distinct: int, shape: tuple[int, int]) -> None:
+    score_RC = torch.rand(shape, device=GPU)
+    score_RC = (score_RC * distinct).round() if distinct else score_RC
+    count = shape[1] * 6 // 10
+    lowest_RC = score_RC.argsort(dim=1, stable=True)[:, :count]
+    expected_RC = torch.zeros_like(score_RC, dtype=torch.bool).scatter_(1, lowest_RC, True)
+    assert torch.equal(kernels.lowest(score_RC, count), expected_RC)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_grams_are_summed_in_fp32(dtype: torch.dtype) -> None:
+    x_TI, dense_TI = torch.randn(2, 3000, 2500, device=GPU).to(dtype).unbind()
+    statistic = CrossGram(2500, GPU)
+    for part, dense in zip(x_TI.split(1000), dense_TI.split(1000), strict=True):
+        statistic.add(part, 1, dense)
+    x_TI, dense_TI = x_TI.double(), dense_TI.double()
+    for found_II, expected_II in (
+        (statistic.hessian_II, x_TI.T @ x_TI),
+        (statistic._cross_II, dense_TI.T @ x_TI),
+    ):
+        assert found_II is not None
+        torch.testing.assert_close(found_II.double(), expected_II * 2 / 3, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("pattern", ["50%", "2:4"])
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_presets_on_the_gpu_come_as_close_as_on_the_cpu(preset: str, pattern: str, tmp_path: Path) -> None:
+    pytest.importorskip("greenlet")
+    torch.use_deterministic_algorithms(False)  # which would leave out TF32
+    source = tiny.save(tiny.model("llama", torch.bfloat16), tmp_path / "model")
+    options: dict[str, Any] = {"preset": preset, "pattern": pattern, "calibration": tiny.ids(6, 24)}
+    on_cpu, on_gpu = (llmprune.prune(source, tmp_path / at, device=at, **options) for at in ("cpu", "cuda"))
+    assert on_gpu.zeros == on_cpu.zeros and on_gpu.most_runs == 1 and not on_gpu.retries
+    errors = [sum(site.error for site in report.sites) for report in (on_gpu, on_cpu)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)

@@ -1,7 +1,6 @@
-"""What a GPU is given to do, on one that computes nothing: how many operations, in which precision, and no waiting."""
+"""What a GPU is given to do, on one that is none: how many operations, in which precision, and no waiting."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,101 +8,117 @@ import pytest
 import torch
 from torch import Tensor
 
-from fake_gpu import Launches, fake_gpu
 from llmprune import kernels
 from llmprune.determinism import repeatable
-from llmprune.methods import admm
-from llmprune.methods.admm import ADMM
+from llmprune.methods.admm import ADMM, _inverse
 from llmprune.methods.sparsegpt import SparseGPT
 from llmprune.model import memory
 from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.refit import refit
 from llmprune.solving import energies
-from llmprune.statistics import CrossGram, Factor, Gram
+from llmprune.statistics import CrossGram, Gram
+from pretended_gpu import PretendedGpu, pretended_gpu
 
 pytest.importorskip("triton")
-from llmprune_kernels.obs import triton as fused
 
 SIZE = 1024
 BLOCKS = SIZE // 128
+GPU = torch.device("cuda")
 
 
-@pytest.fixture
-def solver_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Count a Triton kernel as an operation, and let factorisations, which wait for their success, not count."""
-    monkeypatch.setattr(fused, "_launch", lambda block_BO, *rest, **options: block_BO.neg_())
-    monkeypatch.setattr(fused, "runs_on", lambda device: True)
-    monkeypatch.setattr(admm, "_division", lambda hessian_II, rho, rows: lambda x_OI: x_OI @ hessian_II)
-    yield
+def solving(method: Any, pattern: Pattern, sites: int = 1, rows: int = SIZE) -> PretendedGpu:
+    """Return a GPU that has solved matrices which share a Gram, whose own factor does not count."""
+    with pretended_gpu("meta") as gpu:
+        gram = Gram(SIZE, GPU)
+        gram.factor(0.01, "root"), gram.factor(0.01, "inverse")
+        gpu.forget()
+        for _ in range(sites):
+            weight_OI = torch.empty(rows, SIZE, dtype=torch.bfloat16, device="cuda")
+            method.solve(weight_OI, gram, pattern, torch.Generator())
+    return gpu
 
 
-def gram_on_gpu(kind: type[Gram] = Gram) -> Any:
-    gram = kind(SIZE, torch.device("cuda"))
-    factor = Factor(torch.empty(SIZE, SIZE, device="cuda"), torch.empty(SIZE, dtype=torch.bool, device="cuda"), 0.01)
-    gram._factors = {(0.01, "root"): factor, (0.01, "inverse"): factor}
-    return gram
+@pytest.mark.parametrize(("pattern", "a_block"), [(NM(2, 4), 7), (NM(8, 16), 7), (Unstructured(0.5, "block"), 23)])
+def test_fast_sparsegpt_takes_few_operations_a_block(pattern: Pattern, a_block: int) -> None:
+    done = solving(SparseGPT(arithmetic="fast"), pattern).done
+    assert BLOCKS * 4 < done.total <= BLOCKS * a_block + 20, done.calls
+    assert done.calls["sweep"] == BLOCKS  # one fused recursion for each
+    assert done.waits == {"_local_scalar_dense": 1}  # for the energy of the change
 
 
-@contextmanager
-def solving(method: Any, pattern: Pattern) -> Iterator[Launches]:
-    with fake_gpu() as launches:
-        gram, weight_OI = gram_on_gpu(), torch.empty(SIZE, SIZE, dtype=torch.bfloat16, device="cuda")
-        gram._mirrored = True
-        launches.counts.clear()
-        method.solve(weight_OI, gram, pattern, None)
-        yield launches
+@pytest.mark.parametrize(("pattern", "a_block"), [(NM(2, 4), 8), (Unstructured(0.5, "block"), 22)])
+def test_the_paper_s_arithmetic_needs_no_column_loop_on_a_gpu(pattern: Pattern, a_block: int) -> None:
+    done = solving(SparseGPT(), pattern).done
+    assert done.total <= BLOCKS * a_block + 20 and not done.waits, done.calls
 
 
-@pytest.mark.parametrize(("pattern", "a_block"), [(NM(2, 4), 6), (NM(8, 16), 6), (Unstructured(0.5, "block"), 60)])
-def test_fast_sparsegpt_takes_few_operations_a_block(solver_launches: None, pattern: Pattern, a_block: int) -> None:
-    with solving(SparseGPT(arithmetic="fast"), pattern) as launches:
-        assert BLOCKS * 4 < launches.total <= BLOCKS * a_block + 20, launches.counts
-        assert launches.counts["neg_.default"] == BLOCKS  # one fused recursion for each
+def test_only_fast_arithmetic_multiplies_in_tf32() -> None:
+    for arithmetic, precision in (("fast", "tf32"), ("paper", "fp32")):
+        done = solving(SparseGPT(arithmetic=arithmetic), NM(2, 4)).done
+        assert {how for (name, how) in done.products if "mm" in name} == {precision}
 
 
-@pytest.mark.parametrize(("pattern", "a_block"), [(NM(2, 4), 8), (Unstructured(0.5, "block"), 60)])
-def test_the_paper_s_arithmetic_needs_no_column_loop_on_a_gpu(
-    solver_launches: None, pattern: Pattern, a_block: int
-) -> None:
-    with solving(SparseGPT(), pattern) as launches:
-        assert launches.total <= BLOCKS * a_block + 20, launches.counts
+@pytest.mark.parametrize(("pattern", "an_iteration"), [(NM(2, 4), 30), (Unstructured(0.5), 25)])
+def test_admm_takes_few_operations_an_iteration(pattern: Pattern, an_iteration: int) -> None:
+    done = solving(ADMM(iterations=20, stages=5, refit=10), pattern).done
+    assert done.total <= 21 * an_iteration + 10 * 15 + 40 + 5 * 6, done.calls
+    assert done.calls["mm"] == 20 + 10 + 2 + 5  # the last ones make inverses
+    assert done.waits == {"_local_scalar_dense": 5}  # for each factorisation's success
 
 
-@pytest.mark.parametrize(("pattern", "an_iteration"), [(NM(2, 4), 35), (Unstructured(0.5), 55)])
-def test_admm_takes_few_operations_an_iteration(solver_launches: None, pattern: Pattern, an_iteration: int) -> None:
-    with solving(ADMM(iterations=20, stages=5, refit=10), pattern) as launches:
-        assert launches.total <= 21 * an_iteration + 10 * 15 + 40, launches.counts
-        assert launches.counts["mm.default"] == 20 + 10 + 2
+def test_admm_multiplies_in_tf32_and_factors_in_fp32() -> None:
+    done = solving(ADMM(iterations=4, stages=2, refit=2), NM(2, 4)).done
+    assert {how for (name, how) in done.products if name == "mm"} == {"tf32"}
+    assert {how for (name, how) in done.products if name != "mm"} == {"solver"}
+    with pretended_gpu("meta") as gpu:
+        weight_OI, hessian_II = torch.empty(64, SIZE, device="cuda"), torch.empty(SIZE, SIZE, device="cuda")
+        refit(weight_OI, hessian_II, weight_OI > 0, weight_OI, 1)
+    assert {how for (_, how) in gpu.done.products} == {"tf32"}
+
+
+def test_matrices_that_share_a_gram_share_what_admm_divides_by() -> None:
+    one, three = (solving(ADMM(iterations=4, stages=2, refit=2), NM(2, 4), sites).done for sites in (1, 3))
+    assert one.calls["linalg_cholesky_ex"] == three.calls["linalg_cholesky_ex"] == 2
+    assert three.calls["mm"] == 3 * (4 + 2 + 2) + 2
+
+
+def test_a_share_that_is_too_large_for_the_gpu_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.methods.admm._KEPT_BYTES", 4 * SIZE * SIZE)
+    assert solving(ADMM(iterations=4, stages=2, refit=2), NM(2, 4), 3).done.calls["linalg_cholesky_ex"] == 6
+
+
+def test_few_rows_are_divided_without_an_inverse() -> None:
+    done = solving(ADMM(iterations=2, stages=1, refit=1), NM(2, 4), rows=64).done
+    assert done.calls["linalg_solve_triangular"] == 4 and done.calls["mm"] == 1 + 1 + 1
+
+
+def test_the_gpu_s_inverse_is_the_inverse() -> None:
+    x_TI = torch.randn(400, 60, generator=torch.Generator().manual_seed(0))
+    lower_II = torch.linalg.cholesky(x_TI.T @ x_TI / 400 + 0.2 * torch.eye(60))
+    with pretended_gpu():
+        found_II = _inverse(lower_II.to("cuda")).cpu()
+    expected_II = torch.cholesky_inverse(lower_II)
+    assert 1e-6 < float((found_II - expected_II).norm() / expected_II.norm()) < 1e-3  # rounded as TF32 is
 
 
 def test_a_matrix_is_solved_without_waiting_for_its_energies_piece_by_piece() -> None:
-    reads = 0
-    with fake_gpu() as launches:
-        gram = gram_on_gpu()
-
-        def read(parts: Tensor) -> list[float]:
-            nonlocal reads
-            reads += 1
-            return [1.0] * len(parts)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("llmprune.statistics.gram._values", read)
-            weight_OI = torch.empty(4 * SIZE, SIZE, device="cuda")
-            change, whole = energies(weight_OI, weight_OI, gram)
-        assert reads == 2 and change > 0 and whole > 0
-        assert launches.counts["mm.default"] == 2
+    with pretended_gpu("meta") as gpu:
+        gram = Gram(SIZE, GPU)
+        weight_OI = torch.empty(4 * SIZE, SIZE, device="cuda")
+        change, whole = energies(weight_OI, weight_OI, gram)
+    assert gpu.done.waits == {"tolist": 2} and change > 0 and whole > 0
+    assert gpu.done.calls["mm"] == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_inputs_are_multiplied_as_they_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    with fake_gpu() as launches:
-        gram = CrossGram(3000, torch.device("cuda"))
+def test_16_bit_inputs_are_multiplied_as_they_are(dtype: torch.dtype) -> None:
+    with pretended_gpu("meta") as gpu:
+        gram = CrossGram(3000, GPU)
         x_TI = torch.empty(512, 3000, dtype=dtype, device="cuda")
-        launches.counts.clear()
+        gpu.forget()
         gram.add(x_TI, 4, x_TI)
-        assert launches.counts["mm.dtype"] == 3  # the cross product, and two tiles on and below the diagonal
-        assert not any(name.startswith("_to_copy") for name in launches.counts)
+        assert gpu.done.calls["mm"] == 3  # the cross product, and two tiles on and below the diagonal
+        assert not gpu.done.calls["_to_copy"] and {how for (_, how) in gpu.done.products} == {"16 bit"}
         assert kernels.takes_batches(x_TI) and gram.sequences == 4 and gram.tokens == 512
 
 
@@ -141,34 +156,12 @@ def test_tf32_is_on_for_products_on_a_gpu_only(precision: Any) -> None:
     before = precision.fp32_precision
     with kernels.tf32(torch.device("cpu")):
         assert precision.fp32_precision == before
-    with kernels.tf32(torch.device("cuda")):
+    with kernels.tf32(GPU):
         assert precision.fp32_precision == "tf32"
-    with pytest.raises(ValueError, match="inside"), kernels.tf32(torch.device("cuda")):
+    with pytest.raises(ValueError, match="inside"), kernels.tf32(GPU):
         raise ValueError("inside")
-    with repeatable(True), kernels.tf32(torch.device("cuda")):
+    with repeatable(True), kernels.tf32(GPU):
         assert precision.fp32_precision == before
-
-
-def test_admm_multiplies_in_tf32_and_factors_in_fp32(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, set[str]] = {"mm": set(), "factor": set()}
-
-    class Watched(Launches):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if str(func).startswith("aten.mm"):
-                seen["mm"].add(precision.fp32_precision)
-            return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def factored(hessian_II: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
-        seen["factor"].add(precision.fp32_precision)
-        return lambda x_OI: x_OI @ hessian_II
-
-    before = precision.fp32_precision
-    monkeypatch.setattr(admm, "_division", factored)
-    with fake_gpu(), Watched():
-        weight_OI, gram = torch.empty(64, SIZE, device="cuda"), gram_on_gpu()
-        ADMM(iterations=4, stages=2, refit=2).solve(weight_OI, gram, NM(2, 4), torch.Generator())
-        refit(weight_OI, gram.hessian_II, weight_OI > 0, weight_OI, 1)
-    assert seen == {"mm": {"tf32"}, "factor": {before}}
 
 
 LLAMA_7B = SimpleNamespace(hidden_size=4096, intermediate_size=11008)
@@ -176,9 +169,33 @@ LLAMA_7B.get_text_config = lambda: LLAMA_7B
 
 
 @pytest.mark.parametrize(("gibibytes", "fits"), [(139, True), (78, True), (39, False)])
-def test_the_default_calibration_of_a_7b_model_fits_beside_its_dense_twin(
-    gibibytes: int, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gibibytes << 30, gibibytes << 30))
-    gpu = torch.device("cuda")
-    assert memory.fits_side_by_side(2 * 128 * 2048, LLAMA_7B, torch.bfloat16, gpu) is fits
+def test_the_default_calibration_of_a_7b_model_fits_beside_its_dense_twin(gibibytes: int, fits: bool) -> None:
+    with pretended_gpu("meta", gibibytes):
+        assert memory.fits_side_by_side(2 * 128 * 2048, LLAMA_7B, torch.bfloat16, GPU) is fits
+
+
+def test_memory_that_torch_holds_on_to_is_free_for_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run in the same process has taken is not given back to the GPU."""
+    with pretended_gpu("meta", gibibytes=78):
+        fresh = memory.batch_size(2048, LLAMA_7B, torch.bfloat16, GPU)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (18 << 30, 78 << 30))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 61 << 30)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 1 << 30)
+        assert memory.fits_side_by_side(2 * 128 * 2048, LLAMA_7B, torch.bfloat16, GPU)
+        assert memory.batch_size(2048, LLAMA_7B, torch.bfloat16, GPU) == fresh > 10
+        assert memory.home_device(GPU, [torch.empty(2048)] * 256, LLAMA_7B, torch.bfloat16) == GPU
+        monkeypatch.undo()
+
+
+def test_the_host_s_tensors_are_not_taken_for_the_gpu_s() -> None:
+    """The GPU that is none refuses what one would refuse; without that, this file and its like show nothing."""
+    from pretended_gpu import DeviceError
+
+    with pretended_gpu():
+        here, there = torch.ones(3, 3), torch.ones(3, 3, device="cuda")
+        for wrong in (lambda: here + there, lambda: torch.cat([here, there]), there.numpy, lambda: here @ there):
+            with pytest.raises(DeviceError):
+                wrong()
+        assert (there * torch.tensor(2.0)).is_cuda and there[torch.tensor([0])].is_cuda
+        assert there.cpu().device.type == "cpu" and torch.zeros_like(there).is_cuda and there.T.is_cuda
+        assert isinstance(there, Tensor) and torch.nn.Parameter(there).data.is_cuda

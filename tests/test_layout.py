@@ -37,6 +37,8 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.feeding"},
     {"llmprune.run", "llmprune.sparse"},
     {"llmprune.branches", "llmprune.reverse"},
+    {"llmprune.apart"},
+    {"llmprune.together"},
     {"llmprune.several"},
     {"llmprune.pruning", "llmprune.preview"},
     {"llmprune_eval"},

@@ -635,5 +635,5 @@ def test_setting_out_backward_takes_what_is_foretold(
             tape.forward(index)
         with LiveBytes() as live:
             next(tape.backward(host, last, {}))
-    assert foretold["predictions"] == pytest.approx(live.peak, rel=0.1)
+    assert foretold["predictions"] + foretold["head"] == pytest.approx(live.peak, rel=0.1)  # the head is read within
     assert foretold["head"] == 8000 * 64 * dtype.itemsize

@@ -1,6 +1,8 @@
 """Several results from one calibration pass: what each is, that blocks are loaded and measured once, and resuming."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 
 import llmprune
 import tiny
-from llmprune import several
+from llmprune import cli, runs, several
 from llmprune.branches import SOLVE, Pass
 from llmprune.errors import CheckpointError, LlmpruneError, PatternError, RecipeError
 from llmprune.model import Streamed
@@ -115,7 +117,7 @@ def test_a_gram_serves_methods_that_need_column_norms() -> None:
 
 def test_methods_share_a_pass(folders: dict[str, Path], tmp_path: Path) -> None:
     asked = {tmp_path / name: {"method": name, "pattern": "2:4"} for name in ("magnitude", "wanda", "sparsegpt")}
-    reports = several.prune_together(folders["llama"], asked, calibration=OPTIONS["calibration"])
+    reports = several.prune_several(folders["llama"], asked, calibration=OPTIONS["calibration"])
     assert {site.error_norm for report in reports for site in report.sites} == {"gram"}
     for at_magnitude, by_wanda, by_sparsegpt in zip(*(report.sites for report in reports), strict=True):
         assert at_magnitude.error == pytest.approx(at_magnitude.magnitude_error, rel=1e-4)
@@ -215,6 +217,18 @@ def test_the_report_says_what_the_pass_ran_through(folders: dict[str, Path], tmp
     assert all(used["host"] > 1 << 20 for used in report.memory.values())
 
 
+def test_the_command_of_a_result_makes_that_result(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ids.json").write_text(json.dumps([{"input_ids": row} for row in OPTIONS["calibration"].tolist()]))
+    options: dict[str, Any] = {"method": "wanda", "pattern": ["50%", "2:4"], "calibration": str(tmp_path / "ids.json")}
+    for report in llmprune.prune(folders["llama"], tmp_path / "out", **options):
+        words = shlex.split(runs.command_of(report.to_json(), out=str(tmp_path / "again")))
+        monkeypatch.setattr(sys, "argv", words)
+        cli.main()
+        assert report.out is not None and same_weights(report.out, tmp_path / "again" / report.out.name)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
@@ -222,10 +236,6 @@ def test_the_report_says_what_the_pass_ran_through(folders: dict[str, Path], tmp
         ({"pattern": ["50%", "0.5"]}, RecipeError, "none twice"),
         ({"pattern": []}, RecipeError, "at least one is needed"),
         ({"pattern": ["50%", "4:2"]}, PatternError, "keeps N of every M"),
-        ({"method": "dsnot"}, RecipeError, "dsnot needs to know more than norms"),
-        ({"tune_epochs": 2}, RecipeError, "tune_epochs has each result see"),
-        ({"true_sequential": True}, RecipeError, "true_sequential has each result see"),
-        ({"preset": "balanced", "method": "admm"}, RecipeError, "give one pattern at a time"),
         ({"comparison_group": "row"}, LlmpruneError, "has no meaning for 2:4"),
     ],
 )
@@ -235,6 +245,23 @@ def test_what_cannot_be_had_for_all_is_refused_before_any_work(
     options: dict[str, Any] = {"pattern": ["50%", "2:4"], **OPTIONS, "method": "wanda"} | change
     with pytest.raises(kind, match=message):
         llmprune.prune(folders["llama"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "dsnot"}, "dsnot needs to know more than norms"),
+        ({"tune_epochs": 2}, "tune_epochs has each result see"),
+        ({"true_sequential": True}, "true_sequential has each result see"),
+        ({"preset": "balanced"}, "give each a pass of its own"),
+    ],
+)
+def test_what_cannot_share_a_pass_is_refused_where_it_is_to(
+    folders: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        several.prune_several(folders["llama"], {tmp_path / "out": {"pattern": "50%"}}, **OPTIONS | change)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """Statistics: sums over calibration tokens, the energies they measure, and the factor of a damped Hessian."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from llmprune.errors import NumericalError
 from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram, factorize, gram
+from pretended_gpu import pretended_gpu
 
 CPU = torch.device("cpu")
 KINDS = [ColumnNorm, Gram]
@@ -243,6 +245,30 @@ def test_the_target_solves_the_ridge_problem_towards_both_models(share: float) -
     )
 
 
+@pytest.mark.parametrize("rows", [3, 40])  # fewer than inputs, and more
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_gpu_finds_the_same_target_by_a_correction(share: float, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pruned, dense = torch.randn(2, 200, 20, generator=generator)
+    weight_OI, found = torch.randn(rows, 20, generator=generator), []
+    for device in ("cpu", "cuda"):
+        with pretended_gpu() if device == "cuda" else nullcontext():
+            statistic = CrossGram(20, torch.device(device))
+            statistic.add(pruned.to(device), 1, (pruned + 0.1 * dense).to(device))
+            found.append(statistic.target(weight_OI.to(device), share, 0.01).cpu())
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-4
+    assert torch.equal(found[1], weight_OI) is (share == 0)
+
+
+def test_without_a_change_of_the_inputs_the_target_on_a_gpu_is_the_weight_itself() -> None:
+    with pretended_gpu():
+        statistic = CrossGram(20, torch.device("cuda"))
+        x_TI = torch.randn(200, 20).bfloat16().to("cuda")
+        statistic.add(x_TI, 1, x_TI)
+        weight_OI = torch.randn(30, 20).to("cuda")
+        assert torch.equal(statistic.target(weight_OI, 0.5, 0.01).cpu(), weight_OI.cpu())
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -258,9 +284,9 @@ def test_nothing_that_was_computed_from_sums_outlives_them(change: Callable[[Cro
     statistic = CrossGram(5, CPU)
     statistic.add(torch.randn(9, 5), 1, torch.randn(9, 5))
     statistic.target(torch.randn(4, 5), 0.5, 0.01)
-    assert statistic._mixture and statistic._factors
+    assert statistic._made and statistic._factors
     change(statistic)
-    assert not statistic._mixture and not statistic._factors
+    assert not statistic._made and not statistic._factors
 
 
 @pytest.mark.parametrize("of_weights", [True, False])

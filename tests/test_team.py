@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 TUNED: dict[str, Any] = {"method": "wanda", "tune_epochs": 2}
 # What else has ways of its own: methods, orders, ends of the model, budgets, uneven shares, more ranks than batches,
-# tuning, gradients, several results of one pass.
+# tuning, gradients, several results of one pass and one after another.
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "2:4, fast": ("llama", {"preset": "fast", "pattern": "2:4", "calibration": IDS}),
     "true sequential": ("llama", {"true_sequential": True, "calibration": IDS}),
@@ -49,6 +49,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "gradients": ("llama", {"method": "taylor", "calibration": IDS, "include": "lm_head.weight"}),
     "gradients, experts": ("qwen3-moe", {"method": "taylor", "calibration": IDS[:3]}),
     "several": ("gpt2", {"pattern": ["50%", "60%"], "allocation": "fisher", "calibration": IDS}),
+    "several, apart": ("llama", {"preset": "balanced", "pattern": ["50%", "60%", "2:4"], "calibration": IDS}),
     "several, experts": ("qwen3-moe", {"pattern": ["50%", "2:4"], "method": "wanda", "calibration": IDS[:3]}),
 }
 CASES = {f"{family}, {name}": (family, recipe) for family in FAMILIES for name, recipe in RECIPES.items()} | MORE

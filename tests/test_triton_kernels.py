@@ -21,6 +21,7 @@ import ptx
 from llmprune_kernels import support
 from llmprune_kernels.bitmask import rows
 from llmprune_kernels.two_four import fragments, reference
+from triton_runs import require_interpreter
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -183,6 +184,7 @@ def test_splits_keep_the_processors_busy_and_the_warps_too() -> None:
 
 
 def test_the_kernels_of_plain_triton_compute_the_product() -> None:
+    require_interpreter()
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     script = Path(__file__).parent / "interpreted.py"

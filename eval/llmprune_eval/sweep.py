@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmprune.apart import Output
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import size_in_bytes
 from llmprune.checkpoint.sink import difference
@@ -19,10 +20,9 @@ from llmprune.model.streamed import stored_dtype
 from llmprune.page import html
 from llmprune.patterns import folder_name, parse
 from llmprune.planning import make_plan
-from llmprune.pruning import prune
 from llmprune.recipe import Recipe
 from llmprune.runs import add_evaluations, add_speed, read_run, replace_text, update_run
-from llmprune.several import prune_together, require_shared_inputs
+from llmprune.several import prune_several, require_shared_inputs
 from llmprune.sparse.bench import Benchmark, bench
 from llmprune.team.joining import joined
 from llmprune_eval.pages import DECODING, sweep_page
@@ -179,11 +179,8 @@ def sweep(
         base = measure(dense, text, None, amount)
         settings = _settings(model, base, separate, options | next(iter(recipes.values())))
         earlier = team.tell(_earlier(Path(out) / RESULT, settings) if team.leads else {})
-        if separate:
-            for folder, recipe in recipes.items():
-                _prune_once(model, folder, options | recipe, there=team.tell(folder.exists()))
-        else:
-            prune_together(model, recipes, resume=True, **options)
+        for at_once in [{folder: recipe} for folder, recipe in recipes.items()] if separate else [recipes]:
+            prune_several(model, at_once, separate, Output(resume=True), **options)
         rows, beside = [], list[float]()
         for folder in recipes:
             found = measure(Subject(folder, place), text, dense, amount)
@@ -248,18 +245,6 @@ def _require_feasible(model: str | Path, recipes: Sequence[dict[str, Any]], sepa
         make_plan(host, recipe)
         if not separate:
             require_shared_inputs(recipe)
-
-
-def _prune_once(model: str | Path, folder: Path, recipe: dict[str, Any], there: bool) -> None:
-    """Prune into `folder`, unless it is there: then of a run with this recipe that has finished."""
-    if not there:
-        prune(model, folder, resume=True, **recipe)
-        return
-    done = read_run(folder)
-    wanted = Recipe.of(recipe).for_model(model).to_json()
-    same = done["recipe"] == json.loads(json.dumps(wanted)) and done["model"] == str(model)
-    if not same or done.get("one_pass"):
-        raise RecipeError(f"{folder} is of another recipe: choose another folder for the sweep, or delete it")
 
 
 def _row(folder: Path, found: Evaluation, benchmark: Benchmark | None, separate: bool) -> Row:

@@ -1,7 +1,8 @@
 """The pattern of every site: stated for it, the recipe's own, or its exact part of a budget over several sites."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmprune.allocation import Cost, Curve, Measured, bounds, global_magnitude, pinned, split
-from llmprune.budget.dense import DensePass
+from llmprune.budget.dense import MOST_SEQUENCES, DensePass
 from llmprune.calibration import Tokens
 from llmprune.methods import Method
 from llmprune.model.sites import Site
@@ -34,74 +35,92 @@ class Choice:
     allocation: dict[str, Any] | None = None
 
 
-def choose(
-    team: Team,
-    host: Host,
-    plan: Plan,
-    recipe: Recipe,
-    tokens: Tokens | None,
-    home: torch.device,
-    known: dict[str, Any] | None,
-) -> Choice:
-    """Choose every site's pattern; a budget over the model is split by one look, or one dense pass, at all of it.
+@dataclass
+class Chooser:
+    """Chooses every site's pattern, for several recipes of one model, which is dense whenever it is asked.
 
-    Args:
-        team: the ranks that share the dense pass; all choose the same.
+    Recipes that share out their sparsities in one way are served by one dense pass, when the first of them asks. It
+    measures for each what a pass of its own would, to the bit.
+
+    Attributes:
+        team: the ranks that share the pass; all choose the same.
+        host: the model.
+        tokens: the calibration; None where no recipe needs it.
         home: device of the model's glue.
-        known: the allocation of an earlier run that this one continues.
-
-    Raises:
-        LlmpruneError: as `DensePass.costs`.
+        recipes: all that will ask, for the same sites.
     """
-    sites, pattern = plan.all_sites(), recipe.target()
-    if isinstance(pattern, Unstructured) and pattern.group == "model":
-        return Choice(dict(global_magnitude(lambda: _weights(host, plan), pattern.sparsity)))
-    patterns: dict[str, Pattern] = {site.name: recipe.at(site.tensor).target() for site in sites}
-    shared = [site for site in sites if not recipe.states_pattern(site.tensor)]
-    if recipe.allocation == "uniform" or not shared:
-        return Choice(patterns)
-    allocation = known or team.tell(_allocate(team, host, plan, recipe, tokens, home, shared))
-    for site in shared:
-        removed = allocation["sites"][site.name]["removed"]
-        patterns[site.name] = _count(recipe, site, removed, site.shape[0] * site.shape[1])
-    return Choice(patterns, allocation)
+
+    team: Team
+    host: Host
+    tokens: Tokens | None
+    home: torch.device
+    recipes: Sequence[Recipe]
+    _costs: list[tuple[Recipe, dict[str, Cost]]] = field(default_factory=list, init=False)
+
+    def choose(self, plan: Plan, recipe: Recipe, known: dict[str, Any] | None) -> Choice:
+        """Choose for a recipe; a budget over the model is split by one look, or one dense pass, at all of it.
+
+        Args:
+            known: the allocation of an earlier run that this one continues.
+
+        Raises:
+            LlmpruneError: as `DensePass.costs`.
+        """
+        sites, pattern = plan.all_sites(), recipe.target()
+        if isinstance(pattern, Unstructured) and pattern.group == "model":
+            return Choice(dict(global_magnitude(lambda: _weights(self.host, plan), pattern.sparsity)))
+        patterns: dict[str, Pattern] = {site.name: recipe.at(site.tensor).target() for site in sites}
+        shared = [site for site in sites if not recipe.states_pattern(site.tensor)]
+        if recipe.allocation == "uniform" or not shared:
+            return Choice(patterns)
+        allocation = known or self.team.tell(self._allocate(plan, recipe, shared))
+        for site in shared:
+            removed = allocation["sites"][site.name]["removed"]
+            patterns[site.name] = _count(recipe, site, removed, site.shape[0] * site.shape[1])
+        return Choice(patterns, allocation)
+
+    def _allocate(self, plan: Plan, recipe: Recipe, shared: list[Site]) -> dict[str, Any]:
+        sizes = {site.name: site.shape[0] * site.shape[1] for site in shared}
+        sparsity = recipe.target().sparsity
+        if recipe.allocation_file:
+            measured = Measured.read(recipe.allocation_file)
+            costs: Mapping[str, Cost] = measured.costs(parts_of(self.host))
+            how: dict[str, Any] = {"model": measured.model}
+        else:
+            assert self.tokens is not None
+            costs = self._measured(plan, recipe, shared)
+            how = {"sequences": min(len(self.tokens.rows), MOST_SEQUENCES)}
+        all_costs = {name: costs.get(name, pinned(sparsity)) for name in sizes}
+        removed = split(all_costs, sizes, sparsity, recipe.allocation_range)
+        return {
+            "by": str(recipe.allocation),
+            "range": list(bounds(sparsity, recipe.allocation_range)),
+            **how,
+            "sites": {name: _entry(removed[name], size, costs.get(name)) for name, size in sizes.items()},
+        }
+
+    def _measured(self, plan: Plan, recipe: Recipe, shared: list[Site]) -> dict[str, Cost]:
+        """Return the costs of a recipe, from a pass for all those that go the same way and have not been served."""
+        if not any(served is recipe for served, _ in self._costs):
+            alike = [other for other in self.recipes if self._way(other) == self._way(recipe)]
+            with self.host.keeping():  # the run will want all blocks again
+                self._costs += zip(alike, self._dense_pass(plan, alike, shared).costs(), strict=True)
+        return next(costs for served, costs in self._costs if served is recipe)
+
+    def _way(self, recipe: Recipe) -> tuple[str, torch.dtype | None]:
+        return recipe.allocation, multiplied_in(self.host, recipe)
+
+    def _dense_pass(self, plan: Plan, recipes: Sequence[Recipe], shared: list[Site]) -> DensePass:
+        assert self.tokens is not None
+        ends = {site for name in (plan.embedding, plan.head) for site in plan.sites.get(name, ())}
+        measured = {name: [site for site in sites if site in set(shared) - ends] for name, sites in plan.sites.items()}
+        measured = {name: sites for name, sites in measured.items() if sites}
+        autocast = multiplied_in(self.host, recipes[0])
+        return DensePass(self.host, recipes, self.tokens, self.home, measured, _solver, autocast, self.team)
 
 
-def _allocate(
-    team: Team, host: Host, plan: Plan, recipe: Recipe, tokens: Tokens | None, home: torch.device, shared: list[Site]
-) -> dict[str, Any]:
-    sizes = {site.name: site.shape[0] * site.shape[1] for site in shared}
-    sparsity = recipe.target().sparsity
-    if recipe.allocation_file:
-        measured = Measured.read(recipe.allocation_file)
-        costs: Mapping[str, Cost] = measured.costs(parts_of(host))
-        how: dict[str, Any] = {"model": measured.model}
-    else:
-        assert tokens is not None
-        dense = _dense_pass(team, host, plan, recipe, tokens, home, shared)
-        costs, how = dense.costs(), {"sequences": len(dense.rows)}
-    all_costs = {name: costs.get(name, pinned(sparsity)) for name in sizes}
-    removed = split(all_costs, sizes, sparsity, recipe.allocation_range)
-    return {
-        "by": str(recipe.allocation),
-        "range": list(bounds(sparsity, recipe.allocation_range)),
-        **how,
-        "sites": {name: _entry(removed[name], size, costs.get(name)) for name, size in sizes.items()},
-    }
-
-
-def _dense_pass(
-    team: Team, host: Host, plan: Plan, recipe: Recipe, tokens: Tokens, home: torch.device, shared: list[Site]
-) -> DensePass:
-    ends = {site for name in (plan.embedding, plan.head) for site in plan.sites.get(name, ())}
-    measured = {name: [site for site in sites if site in set(shared) - ends] for name, sites in plan.sites.items()}
-    measured = {name: sites for name, sites in measured.items() if sites}
-
-    def solver(site: Site) -> tuple[Method, Any]:
-        return recipe.at(site.tensor).solver(), lambda removed, size: _count(recipe, site, removed, size)
-
-    sparsity, autocast = recipe.target().sparsity, multiplied_in(host, recipe)
-    return DensePass(host, recipe, tokens, home, measured, solver, sparsity, autocast, team)
+def _solver(recipe: Recipe, site: Site) -> tuple[Method, Callable[[int, int], Count]]:
+    return recipe.at(site.tensor).solver(), partial(_count, recipe, site)
 
 
 def _entry(removed: int, size: int, cost: Cost | None) -> dict[str, Any]:

@@ -28,6 +28,19 @@ Solver = Callable[[Site], tuple[Method, Callable[[int, int], Count]]]
 
 
 @dataclass(frozen=True)
+class Trials:
+    """What is to be solved of every site.
+
+    Attributes:
+        solver: returns the method of a site, and what makes its pattern from the number of removed weights and of all.
+        shares: the points.
+    """
+
+    solver: Solver
+    shares: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Loss:
     """What pruning a site alone does, told from some of its outputs.
 
@@ -62,44 +75,41 @@ def sampled(rows: Tensor) -> Tensor:
 def losses(
     groups: Iterable[Group],
     weight: Callable[[Site], Tensor],
-    solver: Solver,
-    shares: Sequence[float],
+    several: Sequence[Trials],
     seed: int,
     takes: Callable[[Group], bool] = lambda group: True,
-) -> dict[str, Loss]:
-    """Return the loss of every site of the groups, by name; sites that no input has reached are left out.
+) -> list[dict[str, Loss]]:
+    """Return for each of several trials the loss of every site of the groups, by name.
+
+    Sites that no input has reached are left out. Each of the trials is solved by itself, so that what comes of it does
+    not depend on the others.
 
     Args:
         weight: of a site.
-        solver: the method of a site, and what makes its pattern from the number of removed weights and of all.
-        shares: the points.
         takes: says whether a group is to be solved here; others are left out.
     """
-    found = dict[str, Loss]()
+    found = [dict[str, Loss]() for _ in several]
     for group in groups:
         if isinstance(group.statistic, Gram):
             if takes(group):
-                found |= _of_group(group, group.statistic, weight, solver, shares, seed)
+                for trials, losses_so_far in zip(several, found, strict=True):
+                    losses_so_far |= _of_group(group, group.statistic, weight, trials, seed)
+                group.statistic.forget_factors()
             group.statistic = None
     return found
 
 
-def _of_group(
-    group: Group,
-    gram: Gram,
-    weight: Callable[[Site], Tensor],
-    solver: Solver,
-    shares: Sequence[float],
-    seed: int,
-) -> dict[str, Loss]:
+def _of_group(group: Group, gram: Gram, weight: Callable[[Site], Tensor], trials: Trials, seed: int) -> dict[str, Loss]:
     jobs, energies = [], {}
     scale = (gram.tokens if is_starved(group) else gram.sequences) / 2  # of the mean that a Gram is, to a sum
     for site in group.sites:
-        method, pattern_of = solver(site)
+        method, pattern_of = trials.solver(site)
         weight_RI = sampled(weight(site)).to(gram.device).float()
         energies[site] = 2 * scale * gram.energy(weight_RI)
         size = weight_RI.numel()
-        jobs += [_Job(site, weight_RI, pattern_of(int(size * share), size), cut_short(method)) for share in shares]
+        jobs += [
+            _Job(site, weight_RI, pattern_of(int(size * share), size), cut_short(method)) for share in trials.shares
+        ]
     errors: dict[Site, list[Tensor]] = {site: [] for site in group.sites}
     for batch in _batches(jobs):
         weight_SI = torch.cat([job.weight_RI for job in batch])
@@ -112,7 +122,6 @@ def _of_group(
         error_S = (change_SI @ gram.hessian_II).mul_(change_SI).sum(1).mul_(scale).cpu()
         for job, error_R in zip(batch, error_S.split(heights), strict=True):
             errors[job.site].append(error_R)
-    gram.forget_factors()
     return {site.name: Loss(torch.stack(errors[site]), energies[site]) for site in group.sites}
 
 

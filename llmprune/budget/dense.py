@@ -8,25 +8,30 @@ Block by block, each in memory alone: the Gram matrix of every group is collecte
   Fisher matrix, and errors to be independent of gradients (compare Optimal Brain Damage; LeCun et al., NIPS 1989).
   The gradients take one more pass, backward.
 * `owl`: the outliers of each block; nothing is solved.
+
+Several sparsities share the pass: each is measured as it would be alone, from the same statistics and gradients.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llmprune.allocation import Cost, Curve, bounds, wish
-from llmprune.budget.curves import SAMPLED_ROWS, Loss, Solver, losses, sampled
+from llmprune.budget.curves import SAMPLED_ROWS, Loss, Trials, losses, sampled
 from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.calibration import Tokens
+from llmprune.methods import Method
 from llmprune.model import Lanes
 from llmprune.model.gradients import Tape
 from llmprune.model.groups import Group
 from llmprune.model.memory import home_device, most_kept, parameter_bytes, statistics_budget
 from llmprune.model.sharing import collector_of
 from llmprune.model.sites import Site, Stage
+from llmprune.patterns import Count
 from llmprune.planning import Host
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
@@ -38,27 +43,29 @@ MOST_FOLLOWED = 4  # of these, backward
 POINTS = 2  # of a curve: the ends of the range
 _TINY = 1e-30
 
+Solver = Callable[[Recipe, Site], tuple[Method, Callable[[int, int], Count]]]
+
 
 @dataclass(frozen=True)
 class DensePass:
     """The pass, and what follows from it.
 
     Args:
+        recipes: each with a sparsity to be shared out, all in one way and with one seed.
         tokens: the calibration, of which the first sequences are used.
         home: device of the model's glue.
         sites: those to be measured, by the names of their blocks.
         autocast: the dtype that the forward multiplies in, if not that of the weights.
-        solver: see `losses`.
+        solver: of a recipe; see `Trials`.
         team: the ranks, which share the sequences, and the groups to be solved.
     """
 
     host: Host
-    recipe: Recipe
+    recipes: Sequence[Recipe]
     tokens: Tokens
     home: torch.device
     sites: Mapping[str, Sequence[Site]]
     solver: Solver
-    sparsity: float
     autocast: torch.dtype | None
     team: Team
 
@@ -67,14 +74,8 @@ class DensePass:
         """The sequences that are run."""
         return self.tokens.rows[:MOST_SEQUENCES]
 
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """The points of the curves."""
-        low, high = bounds(self.sparsity, self.recipe.allocation_range)
-        return tuple(low + (high - low) * point / (POINTS - 1) for point in range(POINTS))
-
-    def costs(self) -> dict[str, Cost]:
-        """Return the cost of every site that inputs have reached, by its name.
+    def costs(self) -> list[dict[str, Cost]]:
+        """Return, for each recipe, the cost of every site that inputs have reached, by its name.
 
         Raises:
             UnsupportedModelError: gradients cannot be followed through the model.
@@ -82,14 +83,12 @@ class DensePass:
         """
         stops = [*self.host.blocks, self.host.head]
         batches = [row[None] for row in self.team.share(self.rows)]
+        by = self.recipes[0].allocation
         with Lanes(self.host.model, stops, batches, self.home, self.host.device_of, self.autocast) as lanes:
-            if self.recipe.allocation == "owl":
+            if by == "owl":
                 return self._owl(lanes)
-            if self.recipe.allocation == "error":
-                found = self._forward(lanes, None)
-                return {
-                    name: self._curve(loss.error_PR.sum(1) / max(loss.energy, _TINY)) for name, loss in found.items()
-                }
+            if by == "error":
+                return self._error(self._forward(lanes, None))
             tape = self._tape(lanes, self.rows[:MOST_FOLLOWED])
             return self._fisher(tape, self._forward(lanes, tape), sum(map(len, self.rows)))
 
@@ -98,40 +97,56 @@ class DensePass:
         blocks, config, dtype = len(self.host.blocks), self.host.config, self.host.dtype
         most = self.team.tell(most_kept(rows, blocks, config, dtype))
         shelf = home_device(self.host.place, self.team.share(rows[:most]) * blocks, config, dtype)
-        return Tape(lanes, False, "sampled", self.recipe.seed, shelf, most, self.team)
+        return Tape(lanes, False, "sampled", self.recipes[0].seed, shelf, most, self.team)
 
-    def _forward(self, lanes: Lanes, tape: Tape | None) -> dict[str, Loss]:
-        found, load = dict[str, Loss](), [0.0] * self.team.size
+    def _forward(self, lanes: Lanes, tape: Tape | None) -> list[dict[str, Loss]]:
+        trials = [Trials(partial(self.solver, recipe), _shares(recipe)) for recipe in self.recipes]
+        found, load = [dict[str, Loss]() for _ in trials], [0.0] * self.team.size
 
         def takes(group: Group) -> bool:
             return deal([_cost(group)], load) == [self.team.rank]
 
         for _, groups in self._blocks(lanes, tape):
-            found |= losses(groups, self.host.weight, self.solver, self.shares, self.recipe.seed, takes)
-        return {name: loss for part in self.team.gather(found) for name, loss in part.items()}
+            of_block = losses(groups, self.host.weight, trials, self.recipes[0].seed, takes)
+            found = [before | more for before, more in zip(found, of_block, strict=True)]
+        of_ranks = self.team.gather(found)
+        return [{name: loss for part in parts for name, loss in part.items()} for parts in zip(*of_ranks, strict=True)]
 
-    def _owl(self, lanes: Lanes) -> dict[str, Cost]:
+    def _owl(self, lanes: Lanes) -> list[dict[str, Cost]]:
         sizes = {name: sum(site.shape[0] * site.shape[1] for site in sites) for name, sites in self.sites.items()}
         outliers = {
             stage.name: outlier_share(groups, self.host.weight)
             for stage, groups in self._blocks(lanes, None)
             if stage.name in self.sites
         }
-        shares = block_shares(outliers, sizes, self.sparsity, self.recipe.allocation_range)
-        return {
-            site.name: wish(share, site.shape[0] * site.shape[1])
-            for name, share in shares.items()
-            for site in self.sites[name]
-        }
+        return [
+            {
+                site.name: wish(share, site.shape[0] * site.shape[1])
+                for name, share in block_shares(
+                    outliers, sizes, recipe.target().sparsity, recipe.allocation_range
+                ).items()
+                for site in self.sites[name]
+            }
+            for recipe in self.recipes
+        ]
 
-    def _fisher(self, tape: Tape, found: dict[str, Loss], tokens: int) -> dict[str, Cost]:
-        costs = dict[str, Cost]()
+    def _error(self, found: Sequence[Mapping[str, Loss]]) -> list[dict[str, Cost]]:
+        return [
+            {name: _curve(recipe, loss.error_PR.sum(1) / max(loss.energy, _TINY)) for name, loss in of_recipe.items()}
+            for recipe, of_recipe in zip(self.recipes, found, strict=True)
+        ]
+
+    def _fisher(self, tape: Tape, found: Sequence[Mapping[str, Loss]], tokens: int) -> list[dict[str, Cost]]:
+        costs = [dict[str, Cost]() for _ in self.recipes]
         for _, gradients in tape.backward(self.host, len(self.host.blocks) - 1, self.sites):
             for site, gradient in gradients.items():
-                if site.name in found and gradient.tokens:
-                    square_R = sampled(gradient.square_O.cpu()) / gradient.tokens
-                    share = len(square_R) / len(gradient.square_O)
-                    costs[site.name] = self._curve(found[site.name].error_PR @ square_R / (2 * tokens * share))
+                if not gradient.tokens:
+                    continue
+                square_R = sampled(gradient.square_O.cpu()) / gradient.tokens
+                share = len(square_R) / len(gradient.square_O)
+                for recipe, of_recipe, to in zip(self.recipes, found, costs, strict=True):
+                    if site.name in of_recipe:
+                        to[site.name] = _curve(recipe, of_recipe[site.name].error_PR @ square_R / (2 * tokens * share))
         return costs
 
     def _blocks(self, lanes: Lanes, tape: Tape | None) -> Iterator[tuple[Stage, Generator[Group, None, None]]]:
@@ -152,8 +167,15 @@ class DensePass:
                     self.host.free(stage)
                 bar.step()
 
-    def _curve(self, cost_P: Tensor) -> Curve:
-        return Curve(self.shares, tuple(cost_P.tolist()))
+
+def _shares(recipe: Recipe) -> tuple[float, ...]:
+    """Return the points of a recipe's curves."""
+    low, high = bounds(recipe.target().sparsity, recipe.allocation_range)
+    return tuple(low + (high - low) * point / (POINTS - 1) for point in range(POINTS))
+
+
+def _curve(recipe: Recipe, cost_P: Tensor) -> Curve:
+    return Curve(_shares(recipe), tuple(cost_P.tolist()))
 
 
 def _cost(group: Group) -> float:

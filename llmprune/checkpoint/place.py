@@ -123,38 +123,40 @@ def folder_id(folder: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-def require_place(source: Source, out: Path, overwrite: bool, resume: bool = False, compressed: bool = False) -> None:
-    """Check, before any work, that the output can be written; `compressed` needs room for one file of weights more.
+def require_place(source: Source, out: Path, overwrite: bool) -> None:
+    """As `require_places`, for one output.
 
     Raises:
-        CheckpointError: the output exists, lies inside the source (or the source inside it), would replace something
-            that is not a model, cannot be created, does not fit on the disk, is being written by another run, or an
-            unfinished run is there that is neither to be resumed nor to be overwritten.
+        CheckpointError: as `require_places`.
     """
-    held = _require_free(source, out, overwrite, resume)
+    require_places(source, [out], overwrite)
+
+
+def require_places(
+    source: Source, outs: Sequence[Path], overwrite: bool, resume: bool = False, compressed: bool = False
+) -> None:
+    """Check, before any work, that outputs can be written; `compressed` needs room for one file of weights more.
+
+    Raises:
+        CheckpointError: an output exists, lies inside the source (or the source inside it), would replace something
+            that is not a model, cannot be created, is being written by another run, or an unfinished run is there that
+            is neither to be resumed nor to be overwritten; or they do not all fit on the disk.
+    """
+    way_out = "pass --overwrite to replace it" + ", or --resume to keep what is complete" * (len(outs) > 1)
+    held = sum(_require_free(source, out, overwrite, resume, way_out) for out in outs)
     twice = max(shard.stat().st_size for shard in source.shards) if compressed else 0
-    _require_space(Place.of(out), source.output_bytes() + twice, held)
-
-
-def require_places(source: Source, outs: Sequence[Path], overwrite: bool, resume: bool = False) -> None:
-    """As `require_place`, for several outputs that all have to fit on the disk.
-
-    Raises:
-        CheckpointError: as `require_place`.
-    """
-    held = sum(_require_free(source, out, overwrite, resume) for out in outs)
     if outs:
-        _require_space(Place.of(outs[0]), len(outs) * source.output_bytes(), held)  # they lie side by side
+        _require_space(Place.of(outs[0]), len(outs) * source.output_bytes() + twice, held)  # they lie side by side
 
 
-def _require_free(source: Source, out: Path, overwrite: bool, resume: bool) -> int:
+def _require_free(source: Source, out: Path, overwrite: bool, resume: bool, way_out: str) -> int:
     """Return the bytes that an unfinished run has left there."""
     inside, place = source.folder.resolve(), Place.of(out)
     if place.out == inside or inside in place.out.parents or place.out in inside.parents:
         raise CheckpointError(f"output {out} and source {source.folder} must not lie inside each other")
     found = find_unfinished(place)
     if out.exists() and not overwrite and not (resume and found.committed):
-        raise CheckpointError(f"output {out} exists: choose another folder, or pass --overwrite to replace it")
+        raise CheckpointError(f"output {out} exists: choose another folder, or {way_out}")
     if out.exists() and not _is_model(out) and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"output {out} is not a model folder: llmprune does not replace it")
     if found.done and not resume and not overwrite:

@@ -45,7 +45,7 @@ def prune(
 
 
 def several(model: str, out: Path, output: dict[str, bool], as_json: bool, options: dict[str, Any]) -> None:
-    """Prune to several patterns in one calibration pass."""
+    """Prune to several patterns, each into a folder of its own below OUT."""
     with imports():
         from llmprune.pruning import prune as run
         from llmprune.several import summary

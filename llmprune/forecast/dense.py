@@ -12,6 +12,7 @@ from llmprune.forecast.ranks import statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
+from llmprune.model.memory import room_for_blocks
 from llmprune.model.probe import Trial
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
@@ -76,6 +77,14 @@ def kept_memory(host: Outline, recipe: Recipe, workload: Workload) -> list[Part]
     mine = math.ceil(sequences / workload.ranks)
     amount = len(host.blocks) * mine * workload.length * hidden * host.dtype.itemsize
     return [Part("hidden states of all blocks", amount, f"for gradients, {mine} sequences at most")]
+
+
+def kept_blocks(host: Outline, recipe: Recipe) -> list[Part]:
+    """Return what blocks take that stay on a GPU once an allocation has seen them, so that each is read only once."""
+    if recipe.allocation == "uniform" or recipe.allocation_file:
+        return []
+    amount = min(room_for_blocks(host.place), sum(map(host.bytes_of, host.blocks)))
+    return [Part("blocks to come", amount, "as far as they fit, so that each is read once", "device")] if amount else []
 
 
 def backward_memory(host: Outline, recipe: Recipe, workload: Workload, on: str) -> list[Part]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from llmprune.forecast.dense import backward_memory, collected, follows_gradients, kept_memory
+from llmprune.forecast.dense import backward_memory, collected, follows_gradients, kept_blocks, kept_memory
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import handed_memory, seen
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
@@ -31,7 +31,7 @@ def memory(
     always = [base_memory(), outer_memory(host, _place(workload))]
     if workload:
         always.append(waiting_memory(workload, waiting_bytes(host, workload.batch, workload.length, workload.home)))
-        always += kept_memory(host, recipe, workload)
+        always += kept_memory(host, recipe, workload) + kept_blocks(host, recipe)
     return always + max(_steps(host, plan, recipe, workload, trials), key=lambda parts: sum(p.amount for p in parts))
 
 

@@ -30,9 +30,9 @@ from llmprune.patterns import ComparisonGroup, Pattern
 from llmprune.refit import refit
 from llmprune.statistics import Gram
 
-_ROWS_FOR_INVERSE = (
-    2  # for each input, from which on an inverse pays on a CPU; a GPU multiplies much faster than it solves
-)
+_ROWS_FOR_INVERSE = 2  # for each input, from which on an inverse pays on a CPU
+_GPU_ROWS_FOR_INVERSE = 0.5  # the same on a GPU, which multiplies much faster than it solves
+_KEPT_BYTES = 2 << 30  # of a GPU, for what the sites that read one input divide by
 
 
 @dataclass(frozen=True)
@@ -65,32 +65,38 @@ class ADMM:
         scale_I = hessian_II.diagonal().sqrt()
         hessian_II.div_(scale_I).div_(scale_I.unsqueeze(1))
         target_OI = (weight_OI.float() * scale_I).masked_fill_(statistic.hessian_II.diagonal() == 0, 0)
-        sparse_OI, keep_OI = self._search(target_OI, hessian_II, pattern)
+        kept = statistic if self._keeps(hessian_II) else None
+        sparse_OI, keep_OI = self._search(target_OI, hessian_II, pattern, kept)
         fitted_OI = refit(target_OI, hessian_II, keep_OI, sparse_OI, self.refit)
         return Solution((fitted_OI / scale_I).to(weight_OI.dtype), keep_OI)
 
-    def _search(self, target_OI: Tensor, hessian_II: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-        """Return the sparse matrix that the iterations end at, and its mask."""
-        products = partial(kernels.tf32, hessian_II.device)
-        with products():
+    def _search(
+        self, target_OI: Tensor, hessian_II: Tensor, pattern: Pattern, kept: Gram | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sparse matrix that the iterations end at, and its mask; `kept` has what was divided by before."""
+        with kernels.tf32(hessian_II.device):
             pull_OI = target_OI @ hessian_II
         keep_OI = pattern.keep(target_OI.abs())
         sparse_OI, dual_OI = target_OI * keep_OI, torch.zeros_like(target_OI)
         before = self._rho(0)
         for stage in range(self.stages):
             rho = self._rho(stage)
-            divided = _division(hessian_II, rho, self._share(stage) * len(target_OI))
+            division = partial(_division, hessian_II, rho, self._share(stage) * len(target_OI))
+            divided = kept.once((self.damp, rho), division) if kept else division()
             dual_OI.mul_(before / rho)  # scaled by 1/rho
             for _ in range(self._share(stage)):
                 drawn_OI = torch.add(pull_OI, sparse_OI - dual_OI, alpha=rho)
-                with products():
-                    dual_OI.add_(divided(drawn_OI))
+                dual_OI.add_(divided(drawn_OI))
                 keep_OI = pattern.keep(dual_OI.abs())
                 sparse_OI = dual_OI * keep_OI
                 dual_OI.sub_(sparse_OI)
             del divided  # before the next one takes its memory
             before = rho
         return sparse_OI, keep_OI
+
+    def _keeps(self, hessian_II: Tensor) -> bool:
+        """Say whether what all stages divide by is kept, for the next site that reads the same input."""
+        return hessian_II.device.type == "cuda" and self.stages * hessian_II.nbytes <= _KEPT_BYTES
 
     def _rho(self, stage: int) -> float:
         return self.first_rho * math.pow(self.last_rho / self.first_rho, stage / max(self.stages - 1, 1))
@@ -103,10 +109,25 @@ class ADMM:
 def _division(hessian_II: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
     """Return X -> X (H + rho)⁻¹, to be called for so many rows in all."""
     lower_II = _lower(hessian_II, rho)
-    if hessian_II.device.type == "cpu" and rows < _ROWS_FOR_INVERSE * len(hessian_II):
+    on_gpu = hessian_II.device.type == "cuda"
+    if rows < (_GPU_ROWS_FOR_INVERSE if on_gpu else _ROWS_FOR_INVERSE) * len(hessian_II):
         return partial(_divided, lower_II=lower_II)
-    inverse_II = torch.cholesky_inverse(lower_II)
-    return lambda x_OI: x_OI @ inverse_II
+    return partial(_multiplied, inverse_II=_inverse(lower_II))
+
+
+def _inverse(lower_II: Tensor) -> Tensor:
+    """Return (L Lᵀ)⁻¹; on a GPU by a product of its own, in the precision in which it will be multiplied anyway."""
+    if lower_II.device.type != "cuda":
+        return torch.cholesky_inverse(lower_II)
+    identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
+    inverse_II: Tensor = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+    with kernels.tf32(lower_II.device):
+        return inverse_II.T @ inverse_II
+
+
+def _multiplied(x_OI: Tensor, inverse_II: Tensor) -> Tensor:
+    with kernels.tf32(x_OI.device):
+        return x_OI @ inverse_II
 
 
 def _lower(hessian_II: Tensor, rho: float) -> Tensor:

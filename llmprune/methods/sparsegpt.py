@@ -101,7 +101,8 @@ def _fast_sweep(
         change_IO=torch.empty_like(weight_IO),
         carried_IO=torch.zeros_like(weight_IO),
     )
-    sweep.prune(blocks)
+    with kernels.tf32(weight_IO.device):
+        sweep.prune(blocks)
     square, damping = (torch.linalg.vector_norm(x_IO).square() for x_IO in (sweep.carried_IO, sweep.change_IO))
     return sweep.keep_IO, max(float(square - ridge * damping) / 2, 0.0)
 

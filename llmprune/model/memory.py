@@ -19,17 +19,23 @@ _HOST_STATISTICS_SHARE = 1 / 32  # of the host's available memory: others live t
 _SIDE_BY_SIDE_SHARE = 0.25  # of the host's available memory, for one block's activations of all lanes
 _GPU_SIDE_BY_SIDE_SHARE = 0.5  # of a GPU's free memory, for what lanes that are held before a site keep alive
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU's, a GPU's, and its libraries' words
+_BLOCKS_SHARE = 0.1  # of a GPU's free memory, for blocks that will be wanted again
 _KEPT_SHARE = 0.25  # of the host's available memory, for the hidden states before every block at once
 _GROWTH = 1.05  # of the process's memory from block to block, up to which it stays
 _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before they move to the host
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much more memory tensors can take on a GPU: what is free there, and what torch holds on to for later."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def batch_size(length: int, config: Any, dtype: torch.dtype, device: torch.device) -> int:
     """Return how many sequences of `length` tokens go through a block at once."""
     if device.type != "cuda":
         return 1  # a CPU gains little from more, and rounds as the papers' scripts do, sequence by sequence
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, int(_DEVICE_SHARE * free // (token_bytes(config, dtype) * length)))
+    return max(1, int(_DEVICE_SHARE * free_bytes(device) // (token_bytes(config, dtype) * length)))
 
 
 def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype: torch.dtype) -> torch.device:
@@ -38,8 +44,7 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
         return device
     hidden, _ = _widths(config)
     needed = sum(len(row) for row in rows) * hidden * dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if needed < _HIDDEN_SHARE * free else torch.device("cpu")
+    return device if needed < _HIDDEN_SHARE * free_bytes(device) else torch.device("cpu")
 
 
 def most_kept(rows: Sequence[Tensor], blocks: int, config: Any, dtype: torch.dtype) -> int:
@@ -56,9 +61,13 @@ def most_kept(rows: Sequence[Tensor], blocks: int, config: Any, dtype: torch.dty
 def statistics_budget(block_bytes: int, device: torch.device) -> int:
     """Return how many bytes the statistics of one block may take together."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(_STATISTICS_SHARE * free)
+        return int(_STATISTICS_SHARE * free_bytes(device))
     return max(block_bytes, int(_HOST_STATISTICS_SHARE * psutil.virtual_memory().available))
+
+
+def room_for_blocks(device: torch.device) -> int:
+    """Return how many bytes blocks may take beside the one at work, to be read once only; on a CPU, files are cached."""
+    return int(_BLOCKS_SHARE * free_bytes(device)) if device.type == "cuda" else 0
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:
@@ -82,7 +91,7 @@ def out_of_memory_in(name: str, kind: type[ResourceError] = ResourceError) -> It
 def fits_side_by_side(tokens: int, config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Say whether the activations of all calibration tokens within one block fit into the memory of the device."""
     if device.type == "cuda":
-        return tokens * _held_bytes(config, dtype) <= _GPU_SIDE_BY_SIDE_SHARE * torch.cuda.mem_get_info(device)[0]
+        return tokens * _held_bytes(config, dtype) <= _GPU_SIDE_BY_SIDE_SHARE * free_bytes(device)
     return tokens * token_bytes(config, dtype) <= _SIDE_BY_SIDE_SHARE * psutil.virtual_memory().available
 
 

@@ -1,6 +1,7 @@
 """A model that is already in memory: its blocks stay where they lie and are pruned in place."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Resident:
 
     def free(self, stage: Stage) -> None:
         """Nothing to do: the block stays."""
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Nothing to do: all blocks stay."""
+        return nullcontext()
 
     def weight(self, site: Site) -> Tensor:
         """Return the site's matrix [outputs, inputs], a view: writing to it changes the model."""

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from llmprune.errors import CheckpointError, one_line
 from llmprune.model.blocks import find_stages
 from llmprune.model.configuration import read_config, require_not_quantized, unknown_fields
 from llmprune.model.lanes import Lanes
-from llmprune.model.memory import give_back_freed_memory, give_back_growth
+from llmprune.model.memory import give_back_freed_memory, give_back_growth, room_for_blocks
 from llmprune.model.sites import Site, Stage, out_of_range, require_finite
 from llmprune.model.skeleton import Loader, empty_model, fill_buffers
 
 _OUTER = ""  # what belongs to no stage: embeddings, final norm
+
+Held = list[tuple[nn.Module, str, nn.Parameter]]  # by its module and the name there
 
 
 class Streamed:
@@ -46,15 +49,21 @@ class Streamed:
         self._loader = Loader(source, self.model, self.dtype)
         fill_buffers(self.model)  # now that the files have confirmed the shapes that the configuration asks for
         self._names = self._names_by_stage()
+        self._kept: dict[str, Held] = {}  # what was freed and is still there
+        self._most_kept = 0  # bytes
         self._usual_bytes: int | None = None  # in memory after a stage is freed
 
     def open(self, home: torch.device) -> None:
-        """Load what belongs to no stage, for the model's glue to run on `home`.
+        """Load what belongs to no stage, for the model's glue to run on `home`; whatever was loaded before is dropped.
 
         Raises:
             CheckpointError: one of these tensors is missing or does not fit.
             NumericalError: one is not finite.
         """
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    _empty(module, name, parameter)
         # Chunk by chunk from the file, not in the loaded tensor: the mapped pages of an embedding that calibration
         # never looks up then need no memory.
         for key in [*self._names[_OUTER], *self._names[self.head.name]]:
@@ -77,6 +86,11 @@ class Streamed:
             CheckpointError: one is missing or does not fit.
             NumericalError: one is not finite.
         """
+        kept = self._kept.pop(stage.name, None)
+        if kept and source is None:
+            for module, name, parameter in kept:
+                module._parameters[name] = parameter
+            return
         self._loader.load(self._names[stage.name], self.place, source)
         self._loader.ties.link(self.model, _names_in(stage.module, stage.name))
         for module in stage.module.modules():
@@ -87,14 +101,32 @@ class Streamed:
 
     def free(self, stage: Stage) -> None:
         """Drop from memory the weights that `load` reads again: not the embedding, nor what other stages share."""
-        if not self._names[stage.name]:
-            return
-        for path, module in stage.module.named_modules(prefix=stage.name):
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None and not self._loader.ties.is_lent(f"{path}.{name}"):
-                    empty = torch.empty_like(parameter, device="meta")
-                    module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-        self._usual_bytes = give_back_growth(self._usual_bytes)
+        if self._names[stage.name]:
+            self._let_go(stage)
+            self._usual_bytes = give_back_growth(self._usual_bytes)
+
+    def _let_go(self, stage: Stage) -> None:
+        """Put parameters without memory in the place of a stage's own, and keep these where that is asked for."""
+        held = [
+            (module, name, parameter)
+            for path, module in stage.module.named_modules(prefix=stage.name)
+            for name, parameter in module._parameters.items()
+            if parameter is not None and not self._loader.ties.is_lent(f"{path}.{name}")
+        ]
+        whole = not any(parameter.is_meta for _, _, parameter in held)  # unlike after a failure
+        if whole and sum(map(_bytes, [held, *self._kept.values()])) <= self._most_kept:
+            self._kept[stage.name] = held
+        for module, name, parameter in held:
+            _empty(module, name, parameter)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Let stages that are freed within the block, unchanged, stay on a GPU where it has room, for `load` to find."""
+        self._most_kept = room_for_blocks(self.place)
+        try:
+            yield
+        finally:
+            self._most_kept = 0
 
     def outlives(self, site: Site) -> bool:
         """Say whether a site stays in memory when its stage is freed, as a head does that is tied to the embedding."""
@@ -208,6 +240,10 @@ def _names_in(module: nn.Module, prefix: str = "") -> list[str]:
     return [name for name, _ in module.named_parameters(prefix, remove_duplicate=False)]
 
 
+def _bytes(held: Held) -> int:
+    return sum(parameter.nbytes for _, _, parameter in held)
+
+
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast without making a -0.0, which small negative numbers become in a narrower dtype, or an infinity."""
     if tensor.dtype == dtype:
@@ -215,6 +251,10 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype).add_(0.0)
     require_finite(f"the solution of {key}", cast, out_of_range(dtype))
     return cast
+
+
+def _empty(module: nn.Module, name: str, parameter: Tensor) -> None:
+    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

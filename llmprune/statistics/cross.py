@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from llmprune import kernels
+from llmprune.statistics.factor import Factor
 from llmprune.statistics.gram import Gram, Tile, row_tiles
 
 
@@ -20,7 +21,6 @@ class CrossGram(Gram):
     def __init__(self, inputs: int, device: torch.device) -> None:
         super().__init__(inputs, device)
         self._cross_II: Tensor | None = None
-        self._mixture: tuple[float, Tensor] | None = None
 
     def parts(self, tile: Tile) -> list[Tensor]:
         cross = [] if self._cross_II is None else [self._cross_II[slice(*tile)]]
@@ -53,11 +53,6 @@ class CrossGram(Gram):
         for start, stop in row_tiles(self.inputs) if tiles is None else tiles:
             cross_II[start:stop].addmm_(dense_IT[start:stop], x_TI, beta=before, alpha=scale)
 
-    def forget_factors(self) -> None:
-        """As of a Gram, and of the mixture that they are used with."""
-        super().forget_factors()
-        self._mixture = None
-
     def move(self, device: torch.device) -> None:
         super().move(device)
         if self._cross_II is not None:
@@ -79,13 +74,35 @@ class CrossGram(Gram):
         if self._cross_II is None or not share:
             return weight_OI
         factor = self.factor(damp, "root")
+        if self.device.type == "cuda":
+            return weight_OI + self._corrections(weight_OI, self._cross_II, share, factor)
         goal_OI = torch.addmm(weight_OI * self.ridge(factor.damp), weight_OI, self._mixed(self._cross_II, share))
-        half_OI = torch.linalg.solve_triangular(factor.upper_II.T, goal_OI, upper=False, left=False)  # H = R Rᵀ
-        target_OI: Tensor = torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
-        return target_OI
+        return _divided(goal_OI, factor)
 
     def _mixed(self, cross_II: Tensor, share: float) -> Tensor:
         """Return C = `share`·DᵀP + (1-share)·PᵀP, once for all sites that read these inputs."""
-        if self._mixture is None or self._mixture[0] != share:
-            self._mixture = share, torch.lerp(self.hessian_II, cross_II, share)
-        return self._mixture[1]
+        return self.once(("mixture", share), lambda: torch.lerp(self.hessian_II, cross_II, share))
+
+    def _corrections(self, weight_OI: Tensor, cross_II: Tensor, share: float, factor: Factor) -> Tensor:
+        """Return W* - W = W (C - H)(H + λ)⁻¹: small, so that its products bear TF32, but those of W* would not.
+
+        Matrices with more rows than inputs share what they are multiplied with; for the others that is more work.
+        """
+
+        def shift_II() -> Tensor:
+            return torch.sub(cross_II, self.hessian_II).mul_(share)
+
+        if len(weight_OI) < self.inputs:
+            with kernels.tf32(self.device):
+                goal_OI = weight_OI @ self.once(("shift", share), shift_II)
+            return _divided(goal_OI, factor)
+        matrix_II = self.once(("correction", share, factor.damp), lambda: _divided(shift_II(), factor))
+        with kernels.tf32(self.device):
+            return weight_OI @ matrix_II
+
+
+def _divided(x_OI: Tensor, factor: Factor) -> Tensor:
+    """Return X (R Rᵀ)⁻¹."""
+    half_OI = torch.linalg.solve_triangular(factor.upper_II.T, x_OI, upper=False, left=False)
+    whole_OI: Tensor = torch.linalg.solve_triangular(factor.upper_II, half_OI, upper=True, left=False)
+    return whole_OI

@@ -1,7 +1,8 @@
 """The Gram matrix of a site's inputs: SparseGPT's Hessian."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ _GPU_TILE = 2048  # the same on a GPU, which small products leave idle
 _MIRRORED_TILE = 64  # the least of the squares on the diagonal that all products fill, see `kernels.add_gram`
 
 Tile = tuple[int, int]
+T = TypeVar("T")
 
 
 class Gram:
@@ -29,6 +31,7 @@ class Gram:
         self._mean_II = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
         self._mirrored = True  # whether the tiles above the diagonal are filled in
         self._factors: dict[tuple[float, FactorKind], Factor] = {}
+        self._made: dict[Hashable, Any] = {}
         self.sequences = self.tokens = 0
 
     @classmethod
@@ -118,9 +121,17 @@ class Gram:
             self._factors = others | {(damp, kind): factorize(self.hessian_II, damp, kind)}
         return self._factors[damp, kind]
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what `make` makes of this Gram; made once for all sites that share it, unless it is let go of."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
     def forget_factors(self) -> None:
-        """Let go of the factors, which are as large as the Gram itself."""
+        """Let go of the factors, and of what else was made once; each is as large as the Gram itself."""
         self._factors.clear()
+        self._made.clear()
 
     def damped_II(self, damp: float) -> Tensor:
         """Return a copy of H with `damp` x mean(diag H) on its diagonal, dead inputs as in `factorize`."""
@@ -134,7 +145,9 @@ class Gram:
         weight_OI, parts = weight_OI.float(), list[Tensor]()
         tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
         for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal counts twice
-            product = (weight_OI[:, start:stop] @ self.hessian_II[start:stop, :stop]).mul_(weight_OI[:, :stop])
+            with kernels.tf32(self.device):
+                product = weight_OI[:, start:stop] @ self.hessian_II[start:stop, :stop]
+            product.mul_(weight_OI[:, :stop])
             parts += [product[:, :start].sum(), product[:, start:].sum() / 2]
         return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
 

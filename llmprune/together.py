@@ -1,0 +1,152 @@
+"""Several results from one calibration pass: a block is loaded once, and solved for each from the same statistics.
+
+The pass runs through the dense model, as no two results would hand the same activations to the blocks after. So a
+result differs a little from that of a run of its own, whose blocks see what the pruned ones before them put out; every
+result's `llmprune.json` says which it is. As blocks do not depend on each other then, memory is one dense block, its
+statistics, and of each result the matrix (of fused experts: the stack of them) that is being solved; with several
+ranks, of each result those matrices of a block that the rank solves.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from llmprune import methods
+from llmprune.apart import Output
+from llmprune.branches import BesideBranch, Branch, Branches, OnBranch, Pass
+from llmprune.budget import Chooser
+from llmprune.calibration import Tokens
+from llmprune.checkpoint import Sink, Source
+from llmprune.checkpoint.place import require_places
+from llmprune.locate import locate
+from llmprune.model import Streamed, load_tokenizer
+from llmprune.model.memory import home_device, out_of_memory_in
+from llmprune.planning import Plan, draw_tokens, make_plan, warn_of_small_share
+from llmprune.portions import Loads
+from llmprune.recipe import Recipe
+from llmprune.report import Report
+from llmprune.run import Run
+from llmprune.statistics import ColumnNorm, Gram
+from llmprune.storing import fingerprint, require_alike
+from llmprune.team.team import Team
+from llmprune.thrift import Thrift
+
+_OF_ONE_RESULT = {
+    "true_sequential": False,
+    "dense_target": 0.0,
+    "tune_epochs": 0,
+}  # what needs a pass for each, and its default
+_NEEDS: list[Any] = [None, ColumnNorm, Gram]  # a later one serves methods that need an earlier one
+
+
+def why_apart(recipe: Recipe) -> str | None:
+    """Return why results of a recipe cannot share a pass, in words; None where they can."""
+    for name, default in _OF_ONE_RESULT.items():
+        if getattr(recipe, name) != default:
+            return f"{name} has each result see what its own pruned matrices put out"
+    if recipe.needs not in _NEEDS:
+        return f"{methods.name_of(recipe.solver())} needs to know more than norms or the Gram of inputs"
+    return None
+
+
+def widest(recipes: Iterable[Recipe]) -> Recipe:
+    """Return the recipe whose statistic serves all of them."""
+    return max(recipes, key=lambda recipe: (_NEEDS.index(recipe.needs), recipe.calibrates))
+
+
+def prune_together(
+    model: str | Path, recipes: Mapping[Path, Recipe], widest: Recipe, output: Output, team: Team
+) -> dict[Path, Report]:
+    """Prune a model into several folders in one pass.
+
+    Args:
+        recipes: for each output folder.
+        widest: the recipe whose statistic serves them all, see `widest`.
+
+    Raises:
+        LlmpruneError: as `llmprune.prune`, before any work for any result that cannot be had.
+    """
+    source = Source.open(locate(model, widest.revision))
+    if team.leads:
+        require_places(source, list(recipes), output.overwrite, output.resume)
+    host = Streamed(source, widest.place(), widest.compute_dtype(), widest.trust_remote_code)
+    plans = {out: make_plan(host, recipe) for out, recipe in recipes.items()}
+    plan = next(iter(plans.values()))
+    tokens = draw_tokens(host, widest, lambda: load_tokenizer(source.folder, widest.trust_remote_code))
+    warn_of_small_share(plan, widest)
+    shared = Report.begin(str(model), widest.to_json(), host, plan, tokens)
+    home = home_device(widest.place(), team.share(tokens.rows) if tokens else [], host.config, host.dtype)
+    reports = _begun(str(model), recipes, host, plans, tokens)
+    decisive = {out: _decisive(source, reports[out], widest) for out in recipes}
+    for of_one in decisive.values():
+        require_alike(team, of_one)
+    sinks = {out: Sink(source, out, decisive[out], output.resume) for out in recipes}
+    with _opened(list(sinks.values())) if team.leads else nullcontext():  # the first rank writes
+        branches, thrift, loads = list[Branch](), Thrift(), Loads()
+        chooser = Chooser(team, host, tokens, home, list(recipes.values()))
+        for out, recipe in recipes.items():
+            sinks[out].done = team.tell(sinks[out].done)
+            store = (OnBranch if team.leads else BesideBranch)(host, plans[out], sinks[out], reports[out], shared)
+            run = Run(host, plans[out], tokens, recipe, home, reports[out], store, thrift, team=team, chooser=chooser)
+            branches.append(Branch.of(run, store, loads))
+        with shared.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
+            host.open(home)
+        if team.leads:
+            with shared.clock.phase("copy"):
+                for sink in sinks.values():
+                    sink.copy_source()
+        stores = Branches(host, [branch.store for branch in branches])
+        Pass(host, plan, tokens, widest, home, shared, stores, thrift, tuple(branches), team=team).prune()
+        for out, sink in sinks.items():
+            if team.leads:
+                sink.commit(reports[out].to_json())
+            reports[out].out = out
+    return reports
+
+
+def _begun(
+    model: str, recipes: Mapping[Path, Recipe], host: Streamed, plans: Mapping[Path, Plan], tokens: Tokens | None
+) -> dict[Path, Report]:
+    """Return the reports of results that are about to be made."""
+    reports = {}
+    for out, recipe in recipes.items():
+        report = Report.begin(model, recipe.to_json(), host, plans[out], tokens)
+        report.one_pass = [
+            r["pattern"] for r in (o.to_json() for o in recipes.values()) if r["method"] == report.recipe["method"]
+        ]
+        report.notes.extend(host.notes())
+        if tokens:
+            report.notes.append("one of several results of a calibration pass through the dense model")
+        reports[out] = report
+    return reports
+
+
+def _decisive(source: Source, report: Report, widest: Recipe) -> dict[str, Any]:
+    """Return all that decides the bytes of a result; that its blocks saw the dense model's activations is part of it."""
+    return fingerprint(source, report) | {"one_pass": methods.name_of(widest.solver())}
+
+
+@contextmanager
+def _opened(sinks: Sequence[Sink]) -> Iterator[None]:
+    """Enter all sinks; if an error ends the pass, one of them says for all that what is done is kept."""
+    with ExitStack() as stack:
+        for sink in sinks[1:]:
+            stack.enter_context(_silent(sink))
+        stack.enter_context(sinks[0])
+        yield
+
+
+@contextmanager
+def _silent(sink: Sink) -> Iterator[None]:
+    """Enter a sink, and let an error pass as it is."""
+    sink.__enter__()
+    try:
+        yield
+    except BaseException as error:
+        try:
+            sink.__exit__(type(error), error, error.__traceback__)
+        except type(error):
+            pass
+        raise
+    sink.__exit__(None, None, None)
