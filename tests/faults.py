@@ -6,7 +6,6 @@ A call is an event; a run can be stopped before it, after it and, where it write
 import errno
 import io
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+import forks
 import llmprune
 from llmprune import cli
 from llmprune.checkpoint import durable
@@ -31,8 +31,6 @@ _OTHERS: tuple[tuple[Any, str], ...] = (
 )  # fmt: skip
 # Of a report: how the source was named, and what was measured.
 _VARYING = ("model", "timings", "peak_memory_bytes", "memory_bytes")
-_FORKS = multiprocessing.get_context("forkserver")  # one import of torch for all runs
-_FORKS.set_forkserver_preload(["warm", "faults"])
 
 
 class Events:
@@ -148,7 +146,7 @@ def command(*arguments: str | Path, said: Path, point: int | None = None, strike
 
 
 def _exit_code(target: Callable[..., None], *arguments: Any) -> int:
-    process = _FORKS.Process(target=target, args=arguments)
+    process = forks.process(target, arguments)
     process.start()
     process.join()
     assert process.exitcode is not None

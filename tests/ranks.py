@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from unittest import mock
 
 import torch
 
+import forks
 import llmprune
 from llmprune import cli
 from llmprune.team import parcels
@@ -26,8 +26,6 @@ from llmprune.team.joining import joined
 
 Job = tuple[tuple[Any, ...], dict[str, Any]]  # arguments and options of `llmprune.prune`
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["warm", "faults", "ranks"])
 LINK = "cable"  # the network device of each host
 _NETWORK = "10.77.0"
 _NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET
@@ -66,10 +64,7 @@ class Ranks:
         variables = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
         variables |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment}
         self.processes = [
-            _FORKS.Process(
-                target=_start,
-                args=(variables | {"RANK": str(rank)}, said / str(rank), host, target, arguments),
-            )
+            forks.process(_start, (variables | {"RANK": str(rank)}, said / str(rank), host, target, arguments))
             for rank, host in zip(range(size), [*hosts, *[None] * size], strict=False)
         ]
         for process in self.processes:

@@ -1,12 +1,9 @@
 """Nothing is lost: a run is killed, stopped, starved of disk and fed broken files, and then continued."""
 
 import json
-import os
 import random
 import re
 import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,15 +26,6 @@ KILLED: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"calibration": IDS, "pattern": "2:4"},
 }
 KILLS = 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The processes that runs are forked from must not have threads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        yield
 
 
 def source_of(name: str, place: Path) -> str | Path:
