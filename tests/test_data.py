@@ -162,7 +162,9 @@ def test_bad_files(tmp_path: Path, name: str, content: str | bytes, message: str
     assert message in one_line(error) and str(tmp_path / name) in one_line(error)
 
 
-@pytest.mark.parametrize("content", [b"plain", gzip.compress(b"some text" * 99, mtime=0)[:-20]], ids=["plain", "cut short"])
+@pytest.mark.parametrize(
+    "content", [b"plain", gzip.compress(b"some text" * 99, mtime=0)[:-20]], ids=["plain", "cut short"]
+)
 def test_bad_gzip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.txt.gz").write_bytes(content)
     with pytest.raises(DataError, match="is not a complete gzip file"):
