@@ -89,6 +89,20 @@ def test_a_run_that_outlasts_the_budget_is_ended(tmp_path: Path, monkeypatch: py
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer here")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_end_that_python_drops_is_tried_again() -> None:
+    class Deaf:
+        def __del__(self) -> None:
+            while True:
+                pass
+
+    with pytest.raises(bench_gpu.OutOfTime), bench_gpu.at_most(0.2):
+        Deaf()
+        while True:
+            pass
+
+
 def test_a_machine_without_room_is_told_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1 << 30))
     with pytest.raises(SystemExit, match="30 GB are needed"):
