@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any, overload
 
-from llmprune.apart import Output, prune_apart, run_of
+from llmprune.apart import prune_apart, run_of
 from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError
 from llmprune.model import Resident
 from llmprune.model.originals import require_in_memory
 from llmprune.model.sites import require_finite
+from llmprune.opening import Output
 from llmprune.planning import draw_tokens, make_plan, warn_of_small_share
 from llmprune.recipe import Recipe
 from llmprune.report import Report

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llmprune import patterns
-from llmprune.apart import Output, prune_apart
+from llmprune.apart import prune_apart
 from llmprune.branches import SOLVE
 from llmprune.determinism import repeatable
 from llmprune.errors import CheckpointError, RecipeError
+from llmprune.opening import Output
 from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.runs import read_run

@@ -13,16 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llmprune import methods
-from llmprune.apart import Output
 from llmprune.branches import BesideBranch, Branch, Branches, OnBranch, Pass
-from llmprune.budget import Chooser
-from llmprune.calibration import Tokens
 from llmprune.checkpoint import Sink, Source
-from llmprune.checkpoint.place import require_places
-from llmprune.locate import locate
-from llmprune.model import Streamed, load_tokenizer
-from llmprune.model.memory import home_device, out_of_memory_in
-from llmprune.planning import Plan, draw_tokens, make_plan, warn_of_small_share
+from llmprune.model.memory import out_of_memory_in
+from llmprune.opening import Opened, Output, open_model
 from llmprune.portions import Loads
 from llmprune.recipe import Recipe
 from llmprune.report import Report
@@ -67,28 +61,22 @@ def prune_together(
     Raises:
         LlmpruneError: as `llmprune.prune`, before any work for any result that cannot be had.
     """
-    source = Source.open(locate(model, widest.revision))
-    if team.leads:
-        require_places(source, list(recipes), output.overwrite, output.resume)
-    host = Streamed(source, widest.place(), widest.compute_dtype(), widest.trust_remote_code)
-    plans = {out: make_plan(host, recipe) for out, recipe in recipes.items()}
+    opened = open_model(model, recipes, widest, output, team)
+    host, plans, tokens, home = opened.host, opened.plans, opened.tokens, opened.home
     plan = next(iter(plans.values()))
-    tokens = draw_tokens(host, widest, lambda: load_tokenizer(source.folder, widest.trust_remote_code))
-    warn_of_small_share(plan, widest)
-    shared = Report.begin(str(model), widest.to_json(), host, plan, tokens)
-    home = home_device(widest.place(), team.share(tokens.rows) if tokens else [], host.config, host.dtype)
-    reports = _begun(str(model), recipes, host, plans, tokens)
-    decisive = {out: _decisive(source, reports[out], widest) for out in recipes}
-    for of_one in decisive.values():
-        require_alike(team, of_one)
-    sinks = {out: Sink(source, out, decisive[out], output.resume) for out in recipes}
+    shared = Report.begin(opened.name, widest.to_json(), host, plan, tokens)
+    reports = _begun(opened, recipes)
+    decisive = {out: _decisive(opened.source, reports[out], widest) for out in recipes}
+    for bytes_of_one in decisive.values():
+        require_alike(team, bytes_of_one)
+    sinks = {out: Sink(opened.source, out, decisive[out], output.resume) for out in recipes}
     with _opened(list(sinks.values())) if team.leads else nullcontext():  # the first rank writes
         branches, thrift, loads = list[Branch](), Thrift(), Loads()
-        chooser = Chooser(team, host, tokens, home, list(recipes.values()))
         for out, recipe in recipes.items():
             sinks[out].done = team.tell(sinks[out].done)
             store = (OnBranch if team.leads else BesideBranch)(host, plans[out], sinks[out], reports[out], shared)
-            run = Run(host, plans[out], tokens, recipe, home, reports[out], store, thrift, team=team, chooser=chooser)
+            of_one = host, plans[out], tokens, recipe, home, reports[out], store
+            run = Run(*of_one, thrift, team=team, chooser=opened.chooser)
             branches.append(Branch.of(run, store, loads))
         with shared.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
@@ -105,18 +93,16 @@ def prune_together(
     return reports
 
 
-def _begun(
-    model: str, recipes: Mapping[Path, Recipe], host: Streamed, plans: Mapping[Path, Plan], tokens: Tokens | None
-) -> dict[Path, Report]:
+def _begun(opened: Opened, recipes: Mapping[Path, Recipe]) -> dict[Path, Report]:
     """Return the reports of results that are about to be made."""
     reports = {}
     for out, recipe in recipes.items():
-        report = Report.begin(model, recipe.to_json(), host, plans[out], tokens)
+        report = Report.begin(opened.name, recipe.to_json(), opened.host, opened.plans[out], opened.tokens)
         report.one_pass = [
             r["pattern"] for r in (o.to_json() for o in recipes.values()) if r["method"] == report.recipe["method"]
         ]
-        report.notes.extend(host.notes())
-        if tokens:
+        report.notes.extend(opened.host.notes())
+        if opened.tokens:
             report.notes.append("one of several results of a calibration pass through the dense model")
         reports[out] = report
     return reports

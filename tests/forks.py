@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["warm", "faults", "ranks"])
+_CONTEXT.set_forkserver_preload(["warm", "faults", "ranks", "zoo.check"])
 
 
 def process(target: Callable[..., None], arguments: Any) -> ForkServerProcess:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from llmprune.apart import Output
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import size_in_bytes
 from llmprune.checkpoint.sink import difference
@@ -17,6 +16,7 @@ from llmprune.errors import CheckpointError, RecipeError, saying_what_is_kept
 from llmprune.locate import locate, require_folder
 from llmprune.model import Outline
 from llmprune.model.streamed import stored_dtype
+from llmprune.opening import Output
 from llmprune.page import html
 from llmprune.patterns import folder_name, parse
 from llmprune.planning import make_plan

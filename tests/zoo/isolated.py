@@ -1,9 +1,9 @@
 """Many checks, each in a process of its own: one that dies ends no other."""
 
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+import forks
 from zoo.check import Row, check
 
 LIMIT = 300.0  # seconds for one architecture
@@ -20,14 +21,12 @@ Job = tuple[str, str]  # architecture and dtype
 
 def run(jobs: list[Job], at_once: int, work: Callable[[str, Path, str], Row] = check) -> Iterator[Row]:
     """Yield the row of every job as it ends; `work` is `check`, or another function of its kind."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zoo.check"])
     waiting, running = list(reversed(jobs)), dict[Any, tuple[Any, Job, float]]()
     while waiting or running:
         while waiting and len(running) < at_once:
-            receiver, sender = context.Pipe(duplex=False)
+            receiver, sender = Pipe(duplex=False)
             job = waiting.pop()
-            process = context.Process(target=_child, args=(sender, work, *job))
+            process = forks.process(_child, (sender, work, *job))
             process.start()
             sender.close()
             running[receiver] = (process, job, time.monotonic())
