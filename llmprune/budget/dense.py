@@ -154,7 +154,7 @@ class DensePass:
         blocks = self.host.blocks
         largest = max(parameter_bytes(block.module) for block in blocks)
         budget = self.team.tell(statistics_budget(largest, self.host.place))
-        collector = collector_of(self.team, lanes, Gram, budget)
+        collector = collector_of(self.team, lanes, Gram, budget, stays_dense=True)
         with Progress(len(blocks), "measuring", "block") as bar:
             for index, stage in enumerate(blocks):
                 self.host.load(stage)

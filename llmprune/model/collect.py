@@ -1,6 +1,6 @@
 """Run a stage on the calibration batches and sum up what its sites are fed: one statistic per shared input."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,8 @@ class Collector:
             memory of all lanes' activations; without it, the stage is run once for each group.
         twins: the second half of the lanes are the same batches again, to go through the dense model. With
             `side_by_side`, statistics that can (`CrossGram`) then also see what the dense model feeds a site.
+        stays_dense: what is done with the groups leaves the weights alone, so that `Lanes.advance` need not run a stage
+            again. Takes the memory of its outputs beside its inputs.
     """
 
     lanes: Lanes
@@ -54,6 +56,7 @@ class Collector:
     true_sequential: bool = False
     side_by_side: bool = False
     twins: bool = False
+    stays_dense: bool = False
     most_runs: int = field(default=0, init=False)  # how often a stage was run at most to collect its statistics
     together: int = field(default=0, init=False)  # most bytes that several groups of the last stage took at once
     walked: bool = field(default=False, init=False)  # the last stage's lanes were held side by side, and need not be
@@ -132,7 +135,11 @@ class Collector:
             yield site, inputs, fresh
 
     def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
-        return first_lane(self.lanes, index, sites)
+        return first_lane(self.lanes, index, sites, self._keeps_outputs(sites))
+
+    def _keeps_outputs(self, sites: Iterable[Site]) -> bool:
+        """Say whether a run also is the one from which lanes go on; experts that are seen run one by one."""
+        return self.stays_dense and all(site.expert is None for site in sites)
 
     def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
         group = Group([site])
@@ -222,16 +229,17 @@ class Collector:
 
     def _sum_lane(self, index: int, lane: int, by_leader: dict[Site, Group]) -> None:
         waiting = {leader: group.calls for leader, group in by_leader.items()}
+        goes_on = self._keeps_outputs(by_leader)
 
         def see(site: Site, x: Tensor) -> None:
             self._add(by_leader[site], x, lane)
             calls = waiting[site]
             waiting[site] = None if calls is None else calls - 1
-            if all(calls is not None and calls <= 0 for calls in waiting.values()):
+            if not goes_on and all(calls is not None and calls <= 0 for calls in waiting.values()):
                 raise _Enough
 
         with observing(self.lanes.stage(index), list(by_leader), see), suppress(_Enough):
-            self.lanes.run(index, lane)
+            (self.lanes.run_ahead if goes_on else self.lanes.run)(index, lane)
 
     def _add(self, group: Group, x: Tensor, lane: int, dense: Tensor | None = None) -> None:
         """Add a lane's input, and what the dense model's lane is given in its place."""

@@ -90,7 +90,7 @@ class Tape:
             if lane >= len(self._visits):
                 self._lanes.step(index, lane)
                 continue
-            output = self._lanes.run(index, lane)
+            output = self._lanes.output(index, lane)
             versions = [value._version for value in tree_leaves(output) if isinstance(value, Tensor)]
             self._lanes.provide({lane: output})
             sent = self._lanes.step(index, lane)
@@ -175,7 +175,7 @@ class Tape:
 
     def _tail(self, last: int, lane: int, head: Stage, found: Found) -> None:
         """Run the last block without gradients, then what follows it with them, back to the block's output."""
-        values, spec = tree_flatten(self._lanes.run(last, lane))
+        values, spec = tree_flatten(self._lanes.output(last, lane))
         leaves = {place: value.detach().requires_grad_() for place, value in enumerate(values) if _carries(value)}
         with torch.enable_grad():
             values = [leaves[place].clone() if place in leaves else value for place, value in enumerate(values)]

@@ -61,8 +61,14 @@ def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
     return first_lane(lanes, index, sites)[0]
 
 
-def first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
+def first_lane(
+    lanes: Lanes, index: int, sites: Sequence[Site], goes_on: bool = False
+) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
     """Run one lane, holding on to every input so that no two of them can share an address, and compare addresses.
+
+    Args:
+        lanes, index, sites: as `find_groups`.
+        goes_on: let the lane's output be the one with which `Lanes.advance` goes on.
 
     Returns:
         the groups, and each site's inputs; None for those if the model has changed one since the site has read it.
@@ -75,7 +81,7 @@ def first_lane(lanes: Lanes, index: int, sites: Sequence[Site]) -> tuple[list[Gr
         identities[site].append(identity(x))
 
     with observing(lanes.stage(index), sites, see):
-        lanes.run(index, 0)
+        (lanes.run_ahead if goes_on else lanes.run)(index, 0)
     changed = any([identity(x) for x in seen] != identities[site] for site, seen in inputs.items())
     groups: dict[tuple[Any, ...], Group] = {}
     for site, seen in inputs.items():

@@ -137,6 +137,15 @@ class Lanes:
         """Return the output that the lane was given for the stage at which it waits."""
         return self._provided[lane]
 
+    def run_ahead(self, index: int, lane: int) -> None:
+        """As `run`, and provide the output, if the lane waits there."""
+        if lane in self.waiting_at(index):
+            self._provided[lane] = self.run(index, lane)
+
+    def output(self, index: int, lane: int) -> Any:
+        """Return the output of stage `index`, at which the lane waits; run it if none was provided."""
+        return self._provided.pop(lane) if lane in self._provided else self.run(index, lane)
+
     def run(self, index: int, lane: int, weights: dict[str, Tensor] | None = None) -> Any:
         """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.
 
@@ -184,7 +193,7 @@ class Lanes:
 
     def step(self, index: int, lane: int) -> Any:
         """As `advance`, for one lane that waits there; return the stage's output as the lane was given it."""
-        output = self._send_home(self._provided.pop(lane) if lane in self._provided else self.run(index, lane))
+        output = self._send_home(self.output(index, lane))
         self._arrivals[lane] = None
         self._arrivals[lane] = self._onward(self._resume(lane, output), index)
         return output
