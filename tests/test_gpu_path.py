@@ -83,7 +83,7 @@ def test_matrices_that_share_a_gram_share_what_admm_divides_by() -> None:
 
 
 def test_a_share_that_is_too_large_for_the_gpu_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.methods.admm._KEPT_BYTES", 4 * SIZE * SIZE)
+    monkeypatch.setattr("llmprune.methods.admm._GPU_KEPT_BYTES", 4 * SIZE * SIZE)
     assert solving(ADMM(iterations=4, stages=2, refit=2), NM(2, 4), 3).done.calls["linalg_cholesky_ex"] == 6
 
 

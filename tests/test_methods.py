@@ -2,9 +2,10 @@
 
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -132,14 +133,34 @@ def test_what_a_method_works_on_is_freed_with_its_solution(
 
 
 @pytest.mark.parametrize("iterations", [4, 256], ids=["triangles", "inverse"])
-def test_admm_holds_one_factor_at_a_time(iterations: int) -> None:
-    """Beside the Hessian: what is factored and its factor, or that and the inverse."""
+def test_admm_holds_one_factor_at_a_time(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the Hessian: what is factored and its factor, or that and the inverse; where they are too large to keep."""
+    monkeypatch.setattr("llmprune.methods.admm._KEPT_BYTES", 0)
     statistic = gram_of(correlated(400, INPUTS))
     with LiveBytes() as live:
         ADMM(iterations=iterations, stages=2).solve(
             weights(outputs=4), statistic, Unstructured(0.5), torch.Generator().manual_seed(0)
         )
     assert live.peak == pytest.approx(3 * Gram.nbytes(INPUTS), rel=0.15)
+
+
+@pytest.mark.parametrize(("rows", "factored"), [(20, 4), (160, 2)])
+def test_matrices_that_read_one_input_share_admms_factors_and_nothing_else(rows: int, factored: int) -> None:
+    """Neither does a matrix that is divided by triangles take the inverse of another, as ranks may solve one each."""
+    method, statistic = ADMM(iterations=8, stages=2), gram_of(correlated(400, INPUTS))
+    several = [weights(outputs=160), weights(outputs=rows, seed=1)]
+
+    def solutions(grams: Sequence[Gram]) -> list[Tensor]:
+        return [
+            method.solve(weight_OI, gram, Unstructured(0.5), torch.Generator().manual_seed(0)).weight_OI
+            for weight_OI, gram in zip(several, grams, strict=True)
+        ]
+
+    with mock.patch.object(torch.linalg, "cholesky_ex", wraps=torch.linalg.cholesky_ex) as cholesky:
+        together = solutions([statistic, statistic])
+    assert cholesky.call_count == factored
+    for one, alone in zip(together, solutions([gram_of(correlated(400, INPUTS)) for _ in several]), strict=True):
+        assert torch.equal(one, alone)
 
 
 @each_case

@@ -32,7 +32,8 @@ from llmprune.statistics import Gram
 
 _ROWS_FOR_INVERSE = 2  # for each input, from which on an inverse pays on a CPU
 _GPU_ROWS_FOR_INVERSE = 0.5  # the same on a GPU, which multiplies much faster than it solves
-_KEPT_BYTES = 2 << 30  # of a GPU, for what the sites that read one input divide by
+_KEPT_BYTES = 1 << 26  # for what the sites that read one input divide by
+_GPU_KEPT_BYTES = 2 << 30  # the same on a GPU
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ class ADMM:
         before = self._rho(0)
         for stage in range(self.stages):
             rho = self._rho(stage)
-            division = partial(_division, hessian_II, rho, self._share(stage) * len(target_OI))
-            divided = kept.once((self.damp, rho), division) if kept else division()
+            inverse = _pays_to_invert(hessian_II, self._share(stage) * len(target_OI))
+            division = partial(_division, hessian_II, rho, inverse)
+            divided = kept.once((self.damp, rho, inverse), division) if kept else division()
             dual_OI.mul_(before / rho)  # scaled by 1/rho
             for _ in range(self._share(stage)):
                 drawn_OI = torch.add(pull_OI, sparse_OI - dual_OI, alpha=rho)
@@ -96,7 +98,8 @@ class ADMM:
 
     def _keeps(self, hessian_II: Tensor) -> bool:
         """Say whether what all stages divide by is kept, for the next site that reads the same input."""
-        return hessian_II.device.type == "cuda" and self.stages * hessian_II.nbytes <= _KEPT_BYTES
+        most = _GPU_KEPT_BYTES if hessian_II.device.type == "cuda" else _KEPT_BYTES
+        return self.stages * hessian_II.nbytes <= most
 
     def _rho(self, stage: int) -> float:
         return self.first_rho * math.pow(self.last_rho / self.first_rho, stage / max(self.stages - 1, 1))
@@ -106,13 +109,16 @@ class ADMM:
         return self.iterations * (stage + 1) // self.stages - self.iterations * stage // self.stages
 
 
-def _division(hessian_II: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
-    """Return X -> X (H + rho)⁻¹, to be called for so many rows in all."""
+def _pays_to_invert(hessian_II: Tensor, rows: int) -> bool:
+    """Say whether so many rows are divided by a matrix faster by means of its inverse."""
+    per_input = _GPU_ROWS_FOR_INVERSE if hessian_II.device.type == "cuda" else _ROWS_FOR_INVERSE
+    return rows >= per_input * len(hessian_II)
+
+
+def _division(hessian_II: Tensor, rho: float, inverse: bool) -> Callable[[Tensor], Tensor]:
+    """Return X -> X (H + rho)⁻¹."""
     lower_II = _lower(hessian_II, rho)
-    on_gpu = hessian_II.device.type == "cuda"
-    if rows < (_GPU_ROWS_FOR_INVERSE if on_gpu else _ROWS_FOR_INVERSE) * len(hessian_II):
-        return partial(_divided, lower_II=lower_II)
-    return partial(_multiplied, inverse_II=_inverse(lower_II))
+    return partial(_multiplied, inverse_II=_inverse(lower_II)) if inverse else partial(_divided, lower_II=lower_II)
 
 
 def _inverse(lower_II: Tensor) -> Tensor:
