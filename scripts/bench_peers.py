@@ -9,8 +9,8 @@ All tasks of a method are compared with the same runs of llm-compressor.
 
 The model is a randomly initialised 110 M-parameter Llama in float32 and the calibration set is random tokens, both
 seeded. Every run is a process of its own, llmprune's in the interpreter that runs this script, the peer's in its own
-environment; the tools take turns, `--repeat` times each. llm-compressor gets 8 sequences a forward pass, which is
-faster than its default of 1 and takes more memory: compare memory with `--peer-batch-size 1`.
+environment; the tools take turns, `--repeat` times each. llm-compressor gets one sequence a forward pass, its default:
+eight took it longer, and more memory.
 
 Prints JSON rows. One for each tool, task and pattern:
 
@@ -408,7 +408,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     peer = parser.add_mutually_exclusive_group(required=True)
     peer.add_argument("--peer-python", type=Path, help="interpreter of an environment that has llm-compressor")
     peer.add_argument("--make-peer-env", type=Path, metavar="DIR", help="create that environment here first")
-    parser.add_argument("--peer-batch-size", type=int, default=8, help="sequences a forward pass in llm-compressor")
+    parser.add_argument("--peer-batch-size", type=int, default=1, help="sequences a forward pass in llm-compressor")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--patterns", nargs="+", choices=("50%", "2:4"), default=["50%"])
     parser.add_argument("--sequences", type=int, default=32)
