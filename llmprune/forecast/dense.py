@@ -34,7 +34,7 @@ def dense_seconds(
 ) -> list[Part]:
     """Return the time of the passes that a recipe adds to a run."""
     sequences, ranks = min(MOST_SEQUENCES, workload.sequences), workload.ranks
-    forward = sum(trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials)
+    forward = sum(_forwards(trial) * trial.forward_flops(workload.length) * trial.seconds_per_flop for trial in trials)
     back = sum(trial.forward_flops(workload.length) * trial.plain_seconds_per_flop for trial in trials)
     if recipe.needs is Gradient:
         seconds = _BACKWARD * back * math.ceil(workload.sequences / ranks)
@@ -42,7 +42,7 @@ def dense_seconds(
     if recipe.allocation == "uniform" or recipe.allocation_file:
         return []
     each = statistic_time(Gram, widest, workload.dtype, host.place)
-    seconds = 2 * forward * math.ceil(sequences / ranks)
+    seconds = forward * math.ceil(sequences / ranks)
     if recipe.allocation == "fisher":
         seconds += _BACKWARD * back * math.ceil(min(MOST_FOLLOWED, sequences) / ranks)
     for trial in trials:
@@ -53,6 +53,11 @@ def dense_seconds(
         times = solving_time(cut_short(recipe.solver()), recipe.target(), host.dtype, host.place)
         seconds += sum(_solving(trial.groups, times, ranks) for trial in trials)
     return [Part("allocation", seconds, f"at most {MOST_SEQUENCES} sequences, as what follows")]
+
+
+def _forwards(trial: Trial) -> int:
+    """Return how often a block is run: experts once to see their inputs, and once to go on from."""
+    return 2 if any(group.of_expert for group in trial.groups) else 1
 
 
 def _solving(groups: Sequence[Group], times: SolvingTime, ranks: int) -> float:
