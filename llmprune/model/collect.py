@@ -1,6 +1,6 @@
 """Run a stage on the calibration batches and sum up what its sites are fed: one statistic per shared input."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmprune import kernels
 from llmprune.errors import UnsupportedModelError
+from llmprune.model.experts import is_of_interface
 from llmprune.model.groups import (
     Group,
     StatisticType,
@@ -135,11 +136,11 @@ class Collector:
             yield site, inputs, fresh
 
     def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
-        return first_lane(self.lanes, index, sites, self._keeps_outputs(sites))
+        return first_lane(self.lanes, index, sites, self._goes_on(index))
 
-    def _keeps_outputs(self, sites: Iterable[Site]) -> bool:
-        """Say whether a run also is the one from which lanes go on; experts that are seen run one by one."""
-        return self.stays_dense and all(site.expert is None for site in sites)
+    def _goes_on(self, index: int) -> bool:
+        """Say whether a run of a stage also is the one from which lanes go on; not where experts run one by one to be seen."""
+        return self.stays_dense and not any(map(is_of_interface, self.lanes.stage(index).module.modules()))
 
     def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
         group = Group([site])
@@ -229,7 +230,7 @@ class Collector:
 
     def _sum_lane(self, index: int, lane: int, by_leader: dict[Site, Group]) -> None:
         waiting = {leader: group.calls for leader, group in by_leader.items()}
-        goes_on = self._keeps_outputs(by_leader)
+        goes_on = self._goes_on(index)
 
         def see(site: Site, x: Tensor) -> None:
             self._add(by_leader[site], x, lane)
