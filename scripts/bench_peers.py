@@ -4,7 +4,8 @@
     python scripts/bench_peers.py --peer-python peer_env/bin/python --tasks wanda sparsegpt --patterns 50% 2:4
 
 A task is a method, in the order of the papers' scripts (two forwards a block, fp32), or one of llmprune's faster ways to
-the same end: `wanda-fast` and `sparsegpt-fast` run each block once and multiply in bfloat16, `balanced` is the preset.
+the same end: `wanda-fast` and `sparsegpt-fast` run each block once and multiply in bfloat16, `fast` and `balanced` are the
+presets.
 All tasks of a method are compared with the same runs of llm-compressor.
 
 The model is a randomly initialised 110 M-parameter Llama in float32 and the calibration set is random tokens, both
@@ -69,7 +70,8 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
         "sparsegpt",
         ("--method", "sparsegpt", "--method-option", "arithmetic=fast", *ONE_FORWARD),
     ),
-    "balanced": ("sparsegpt", ("--preset", "balanced", "--autocast")),
+    "fast": ("sparsegpt", ("--preset", "fast")),
+    "balanced": ("sparsegpt", ("--preset", "balanced")),
 }
 VOCABULARY = 32000
 SEED = 0
