@@ -62,21 +62,20 @@ def prune_together(
         LlmpruneError: as `llmprune.prune`, before any work for any result that cannot be had.
     """
     opened = open_model(model, recipes, widest, output, team)
-    host, plans, tokens, home = opened.host, opened.plans, opened.tokens, opened.home
+    host, plans, tokens, home, chooser = opened.host, opened.plans, opened.tokens, opened.home, opened.chooser
     plan = next(iter(plans.values()))
     shared = Report.begin(opened.name, widest.to_json(), host, plan, tokens)
     reports = _begun(opened, recipes)
     decisive = {out: _decisive(opened.source, reports[out], widest) for out in recipes}
-    for bytes_of_one in decisive.values():
-        require_alike(team, bytes_of_one)
+    for of_one in decisive.values():
+        require_alike(team, of_one)
     sinks = {out: Sink(opened.source, out, decisive[out], output.resume) for out in recipes}
     with _opened(list(sinks.values())) if team.leads else nullcontext():  # the first rank writes
         branches, thrift, loads = list[Branch](), Thrift(), Loads()
         for out, recipe in recipes.items():
             sinks[out].done = team.tell(sinks[out].done)
             store = (OnBranch if team.leads else BesideBranch)(host, plans[out], sinks[out], reports[out], shared)
-            of_one = host, plans[out], tokens, recipe, home, reports[out], store
-            run = Run(*of_one, thrift, team=team, chooser=opened.chooser)
+            run = Run(host, plans[out], tokens, recipe, home, reports[out], store, thrift, team=team, chooser=chooser)
             branches.append(Branch.of(run, store, loads))
         with shared.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)

@@ -102,6 +102,16 @@ def test_where_weights_stay_lanes_go_on_from_the_run_that_was_seen(family: str, 
         assert torch.equal(logits, tiny.logits(host.model, batch))
 
 
+def test_a_lane_goes_on_from_its_first_run_alone() -> None:
+    host = Resident(tiny.model("llama"))
+    ends = [0]
+    with lanes_of(host, [tiny.ids(2), tiny.ids(1, 9)]) as lanes:
+        host.blocks[0].module.register_forward_hook(partial(_count, ends, 0))
+        collector = Collector(lanes, Gram, 1, stays_dense=True)
+        list(collector.groups(0, sites_of(host.blocks[0])))
+    assert collector.most_runs > 1 and ends == [2]
+
+
 def _count(runs: list[int], index: int, *_: Any) -> None:
     runs[index] += 1
 

@@ -136,11 +136,13 @@ class Collector:
             yield site, inputs, fresh
 
     def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
-        return first_lane(self.lanes, index, sites, self._goes_on(index))
+        return first_lane(self.lanes, index, sites, self._goes_on(index, lane=0))
 
-    def _goes_on(self, index: int) -> bool:
-        """Say whether a run of a stage also is the one from which lanes go on; not where experts run one by one to be seen."""
-        return self.stays_dense and not any(map(is_of_interface, self.lanes.stage(index).module.modules()))
+    def _goes_on(self, index: int, lane: int) -> bool:
+        """Say whether a lane goes on from its next run: from the first, and where no experts run one by one to be seen."""
+        if not self.stays_dense or self.lanes.is_provided(lane):
+            return False
+        return not any(map(is_of_interface, self.lanes.stage(index).module.modules()))
 
     def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
         group = Group([site])
@@ -230,7 +232,7 @@ class Collector:
 
     def _sum_lane(self, index: int, lane: int, by_leader: dict[Site, Group]) -> None:
         waiting = {leader: group.calls for leader, group in by_leader.items()}
-        goes_on = self._goes_on(index)
+        goes_on = self._goes_on(index, lane)
 
         def see(site: Site, x: Tensor) -> None:
             self._add(by_leader[site], x, lane)

@@ -137,6 +137,10 @@ class Lanes:
         """Return the output that the lane was given for the stage at which it waits."""
         return self._provided[lane]
 
+    def is_provided(self, lane: int) -> bool:
+        """Say whether the lane was given an output for the stage at which it waits."""
+        return lane in self._provided
+
     def run_ahead(self, index: int, lane: int) -> None:
         """As `run`, and provide the output, if the lane waits there."""
         if lane in self.waiting_at(index):
@@ -144,7 +148,7 @@ class Lanes:
 
     def output(self, index: int, lane: int) -> Any:
         """Return the output of stage `index`, at which the lane waits; run it if none was provided."""
-        return self._provided.pop(lane) if lane in self._provided else self.run(index, lane)
+        return self._provided.pop(lane) if self.is_provided(lane) else self.run(index, lane)
 
     def run(self, index: int, lane: int, weights: dict[str, Tensor] | None = None) -> Any:
         """Run stage `index` on what the lane waits there with, and return its output; the lane stays where it is.
