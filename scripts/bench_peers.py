@@ -5,8 +5,7 @@
 
 A task is a method, in the order of the papers' scripts (two forwards a block, fp32), or one of llmprune's faster ways to
 the same end: `wanda-fast` and `sparsegpt-fast` run each block once and multiply in bfloat16, `fast` and `balanced` are the
-presets.
-All tasks of a method are compared with the same runs of llm-compressor.
+presets. All tasks of a method are compared with the same runs of llm-compressor.
 
 The model is a randomly initialised 110 M-parameter Llama in float32 and the calibration set is random tokens, both
 seeded. Every run is a process of its own, llmprune's in the interpreter that runs this script, the peer's in its own
