@@ -22,8 +22,8 @@ from llmprune_kernels.select import native as select_native
 from llmprune_kernels.select.topk import lowest
 
 __all__ = [
-    "add_gram", "add_product", "keep_highest", "kth_smallest", "lowest", "multiplies", "multiplies_bfloat16",
-    "obs_masked", "obs_nm", "prune_masked", "prune_nm", "selects", "takes_batches", "tf32",
+    "add_gram", "add_product", "keep_highest", "keep_highest_of_groups", "kth_smallest", "lowest", "multiplies",
+    "multiplies_bfloat16", "obs_masked", "obs_nm", "prune_masked", "prune_nm", "selects", "takes_batches", "tf32",
 ]  # fmt: skip
 
 _MANY = 1 << 15  # numbers, from which on counting them beats a partition
@@ -61,6 +61,14 @@ def selects(score_C: Tensor) -> bool:
 def kth_smallest(score_C: Tensor, k: int) -> float:
     """See `llmprune_kernels.select.native.kth_smallest`."""
     return select_native.kth_smallest(score_C, k)
+
+
+def keep_highest_of_groups(score_GM: Tensor, n: int) -> Tensor | None:
+    """See `llmprune_kernels.select.native.keep_highest`; None where that does not take these scores."""
+    takes = score_GM.device.type == "cpu" and score_GM.dtype == torch.float32 and score_GM.is_contiguous()
+    if not takes or score_GM.shape[1] not in select_native.GROUPS or not select_native.available():
+        return None
+    return select_native.keep_highest(score_GM, n)
 
 
 def compiled_level() -> int:

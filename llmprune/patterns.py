@@ -197,7 +197,8 @@ class NM:
     def keep(self, score_OI: Tensor) -> Tensor:
         score_GM = score_OI.reshape(-1, self.m)
         if is_on_cpu(score_OI):
-            return ~lowest(score_GM, self.m - self.n).view(score_OI.shape)
+            keep_GM = kernels.keep_highest_of_groups(score_GM, self.n)
+            return (~lowest(score_GM, self.m - self.n) if keep_GM is None else keep_GM).view(score_OI.shape)
         return kernels.keep_highest(score_GM.T.contiguous(), self.n).T.reshape(score_OI.shape)
 
     def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
@@ -260,6 +261,11 @@ def _lowest_of_rows(score_RC: Tensor, counts: list[int]) -> Tensor:
         rows = (counts_R == count).nonzero().squeeze(1)
         marked_RC[rows] = lowest(score_RC[rows], count)
     return marked_RC
+
+
+def as_numbers(keep_OI: Tensor) -> Tensor:
+    """Return a mask, seen as zeros and ones: torch multiplies by these three times as fast as by booleans."""
+    return keep_OI.view(torch.uint8)
 
 
 def is_on_cpu(tensor: Tensor) -> bool:

@@ -3,14 +3,25 @@
 Shape suffixes: O outputs, I inputs.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from llmprune import kernels
+from llmprune.patterns import as_numbers
 
 _TINY = 1e-30  # keeps the rows that have converged, where all is zero, from dividing by zero
 
 
-def refit(target_OI: Tensor, hessian_II: Tensor, keep_OI: Tensor, start_OI: Tensor, steps: int) -> Tensor:
+@dataclass(frozen=True)
+class Fit:
+    """Weights on a mask, and what is left of each row's objective."""
+
+    weight_OI: Tensor
+    left_O: Tensor
+
+
+def refit(target_OI: Tensor, hessian_II: Tensor, keep_OI: Tensor, start_OI: Tensor, steps: int) -> Fit:
     """Return weights on the mask with a smaller tr((W - target) H (W - target)ᵀ) than those of `start_OI`.
 
     Conjugate gradients with a Jacobi preconditioner (Saad, Iterative Methods, 2003, algorithm 9.1), one system per
@@ -24,18 +35,22 @@ def refit(target_OI: Tensor, hessian_II: Tensor, keep_OI: Tensor, start_OI: Tens
         start_OI: where to start from; what lies off the mask is ignored.
         steps: of conjugate gradients; 0 returns the start on the mask.
     """
-    diagonal_I = hessian_II.diagonal()
+    diagonal_I, keeps_OI = hessian_II.diagonal(), as_numbers(keep_OI)
     with kernels.tf32(hessian_II.device):
-        weight_OI = start_OI * keep_OI
-        residual_OI = ((target_OI - weight_OI) @ hessian_II) * keep_OI
+        weight_OI = start_OI * keeps_OI
+        missing_OI = target_OI - weight_OI
+        gradient_OI = missing_OI @ hessian_II
+        left_O = (missing_OI * gradient_OI).sum(1)
+        residual_OI = gradient_OI * keeps_OI
         direction_OI = residual_OI / diagonal_I
         descent_O1 = (residual_OI * direction_OI).sum(1, keepdim=True)
         for _ in range(steps):
-            image_OI = (direction_OI @ hessian_II).mul_(keep_OI)
+            image_OI = (direction_OI @ hessian_II).mul_(keeps_OI)
             step_O1 = descent_O1 / (direction_OI * image_OI).sum(1, keepdim=True).clamp_min(_TINY)
+            left_O -= (step_O1 * descent_O1).squeeze(1)
             weight_OI.addcmul_(step_O1, direction_OI)
             residual_OI.addcmul_(step_O1, image_OI, value=-1)
             conditioned_OI = residual_OI / diagonal_I
             before_O1, descent_O1 = descent_O1, (residual_OI * conditioned_OI).sum(1, keepdim=True)
             direction_OI = conditioned_OI.addcmul_(descent_O1 / before_O1.clamp_min(_TINY), direction_OI)
-    return weight_OI
+    return Fit(weight_OI, left_O.clamp_min_(0))

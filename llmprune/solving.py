@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.errors import PatternError, RecipeError
 from llmprune.methods import Method, Solution
 from llmprune.model.sites import out_of_range, require_finite
-from llmprune.patterns import NM, Pattern, Unstructured
+from llmprune.patterns import NM, Pattern, Unstructured, as_numbers
 from llmprune.recipe import Recipe
 from llmprune.retrying import Retry, reliefs
 from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram
@@ -102,8 +102,8 @@ def prune_matrix(
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
         goal_OI = _goal(here_OI, statistic, share)
         solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
-        zeros = rows_OI.numel() - int(solution.weight_OI.count_nonzero())
-        part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic, solution.change), solution.notes)
+        zeros = int((solution.weight_OI == 0).sum())  # ten times as fast as count_nonzero
+        part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic, solution.change_O), solution.notes)
         rows_OI.copy_(solution.weight_OI)  # last, as what fails before is done again
         return part
 
@@ -148,30 +148,30 @@ def checked_solution(
     solution = method.solve(weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
     pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype, copy=True, memory_format=torch.contiguous_format)
-    pruned_OI.mul_(solution.keep_OI).add_(0.0)  # turns -0.0 into +0.0
+    pruned_OI.mul_(as_numbers(solution.keep_OI)).add_(0.0)  # turns -0.0 into +0.0
     require_finite(f"the solution of {name}", pruned_OI, out_of_range(pruned_OI.dtype))
     rounded = pruned_OI.dtype != torch.float32
-    return Solution(pruned_OI, solution.keep_OI, solution.notes, None if rounded else solution.change)
+    return Solution(pruned_OI, solution.keep_OI, solution.notes, None if rounded else solution.change_O)
 
 
 def energies(
     weight_OI: Tensor,
     pruned_OI: Tensor,
     statistic: ColumnNorm | Gram | Gradient | None,
-    known: float | None = None,
+    known_O: Tensor | None = None,
 ) -> tuple[float, float]:
     """Return the squared change of the outputs, and the squared outputs, as far as the statistic can tell.
 
-    The former is not worked out where it is `known`.
+    The former is not worked out where that of each row is `known_O`.
     """
     energy = statistic.energy if statistic else _square
-    change = whole = 0.0
+    change, whole = 0.0 if known_O is None else float(known_O.double().sum()), 0.0
     parts = _whole if isinstance(statistic, Gradient) else _chunks  # the gradient of a weight is known by its place
     for dense, pruned in zip(parts(weight_OI), parts(pruned_OI), strict=True):
         dense = dense.float()
-        change += energy(dense - pruned.float()) if known is None else 0.0
+        change += energy(dense - pruned.float()) if known_O is None else 0.0
         whole += energy(dense)
-    return change if known is None else known, whole
+    return change, whole
 
 
 def _square(weight_OI: Tensor) -> float:

@@ -1,5 +1,6 @@
 """The optimal-brain-surgeon kernels against the paper's loop, one column at a time."""
 
+import math
 from types import ModuleType
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import oracle
 from llmprune import kernels
 from llmprune.patterns import Unstructured
 from llmprune_kernels.gram import native as gram_native
@@ -292,3 +294,21 @@ def test_counting_selects_what_a_partition_does(sparsity: float, monkeypatch: py
     counted_OI = Unstructured(sparsity).keep(score_OI)
     monkeypatch.setattr(kernels, "selects", lambda score_C: False)
     assert torch.equal(counted_OI, Unstructured(sparsity).keep(score_OI))
+
+
+groups_of = st.sampled_from(select_native.GROUPS).flatmap(
+    lambda m: st.lists(
+        st.lists(st.sampled_from([0.0, -0.0, 0.5, 1.0, 2.0, math.inf]), min_size=m, max_size=m), max_size=40
+    )
+)
+
+
+@pytest.mark.skipif(not select_native.available(), reason="no compiled kernels")
+@settings(max_examples=200, deadline=None)
+@given(groups=groups_of.filter(len), share=st.floats(0, 1))
+def test_the_highest_of_groups_are_those_of_a_sort(groups: list[list[float]], share: float) -> None:
+    score_GM = torch.tensor(groups)
+    n = round(share * len(groups[0]))
+    keep_GM = select_native.keep_highest(score_GM, n)
+    expected = [[not removed for removed in oracle.remove_lowest(group, len(group) - n)] for group in groups]
+    assert keep_GM.tolist() == expected

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.kernels": {"llmprune_kernels"},
     "llmprune.patterns": {"llmprune.errors", "llmprune.kernels"},
     "llmprune.statistics": {"llmprune.errors", "llmprune.kernels", "llmprune.patterns"},
-    "llmprune.refit": {"llmprune.kernels"},
+    "llmprune.refit": {"llmprune.kernels", "llmprune.patterns"},
     "llmprune.methods": {
         "llmprune.errors",
         "llmprune.kernels",

@@ -305,15 +305,31 @@ def test_fast_arithmetic_is_the_papers_algorithm(inputs: int, pattern: Pattern) 
 
 @pytest.mark.parametrize("damp", [1e-4, 0.01, 1.0])
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, "block"), NM(2, 4)], ids=repr)
-def test_fast_arithmetic_knows_what_its_change_costs(pattern: Pattern, damp: float) -> None:
+@pytest.mark.parametrize("method", [SparseGPT(arithmetic="fast"), ADMM(iterations=10, refit=3)], ids=repr)
+def test_a_method_knows_what_its_change_of_each_row_costs(
+    method: SparseGPT | ADMM, pattern: Pattern, damp: float
+) -> None:
     weight_OI, x_TI = weights(inputs=300), correlated(900, 300)
     x_TI[:, 5] = 0
-    method = SparseGPT(arithmetic="fast", damp=damp)
-    statistic, generator = gram_of(x_TI), torch.Generator()
+    method, statistic, generator = replace(method, damp=damp), gram_of(x_TI), torch.Generator()
     found = checked_solution("a site", method, weight_OI, statistic, pattern, generator)
-    assert found.change == pytest.approx(statistic.energy(weight_OI - found.weight_OI), rel=1e-4)
+    assert found.change_O is not None
+    expected = [statistic.energy(change_I[None]) for change_I in weight_OI - found.weight_OI]
+    assert found.change_O.tolist() == pytest.approx(expected, rel=1e-3)
     rounded = checked_solution("a site", method, weight_OI.bfloat16(), statistic, pattern, generator)
-    assert rounded.change is None
+    assert rounded.change_O is None
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=repr)
+def test_admm_in_fast_arithmetic_finds_other_masks_that_are_as_good(pattern: Pattern) -> None:
+    weight_OI, x_TI = weights(outputs=300, inputs=240), correlated(1000, 240)
+    statistic = gram_of(x_TI)
+    with mock.patch("llmprune.kernels.multiplies_bfloat16", return_value=True):
+        paper, fast = (solved(ADMM(arithmetic=a), weight_OI, x_TI, pattern) for a in ("paper", "fast"))
+    same = (paper.keep_OI == fast.keep_OI).float().mean()
+    assert 0.9 < same < 1
+    errors = [statistic.energy(weight_OI - found.weight_OI) for found in (paper, fast)]
+    assert errors[1] == pytest.approx(errors[0], rel=5e-3)
 
 
 @pytest.mark.parametrize("remove", [2, 4, 6])

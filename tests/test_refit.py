@@ -28,14 +28,16 @@ def objective(target_OI: Tensor, weight_OI: Tensor, hessian_II: Tensor) -> float
 def test_refit_reaches_the_normal_equations(seed: int) -> None:
     target_OI, hessian_II, keep_OI = problem(seed)
     expected = [oracle.best_fit(row, hessian_II, keep) for row, keep in zip(target_OI, keep_OI, strict=True)]
-    fitted_OI = refit(target_OI, hessian_II, keep_OI, target_OI, 12)
+    fitted_OI = refit(target_OI, hessian_II, keep_OI, target_OI, 12).weight_OI
     torch.testing.assert_close(fitted_OI, torch.stack(expected), rtol=1e-3, atol=1e-4)
     assert not fitted_OI[~keep_OI].any()
 
 
 def test_every_step_lowers_the_objective() -> None:
     target_OI, hessian_II, keep_OI = problem(0)
-    errors = [objective(target_OI, refit(target_OI, hessian_II, keep_OI, target_OI, n), hessian_II) for n in range(6)]
+    fits = [refit(target_OI, hessian_II, keep_OI, target_OI, steps) for steps in range(6)]
+    errors = [objective(target_OI, fit.weight_OI, hessian_II) for fit in fits]
+    assert [float(fit.left_O.sum()) for fit in fits] == pytest.approx(errors, rel=1e-4)
     assert errors[0] == pytest.approx(objective(target_OI, target_OI * keep_OI, hessian_II))
     assert all(after < before for before, after in itertools.pairwise(errors))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch  # noqa: F401  its OpenMP runtime must be loaded first: the library then shares it, and its threads
 
-ABI = 5  # that of llmprune_abi() in the C++ files
+ABI = 6  # that of llmprune_abi() in the C++ files
 PACKAGE = Path(__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared")  # nothing is fused but where it says so
 COMPILERS = ("c++", "g++", "clang++")

@@ -16,26 +16,28 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import RecipeError, did_you_mean
-from llmprune.patterns import ComparisonGroup, Pattern
+from llmprune.patterns import ComparisonGroup, Pattern, as_numbers
 from llmprune.statistics import ColumnNorm, Gradient, Gram
+
+ARITHMETICS = ("paper", "fast")  # of methods that can also round otherwise than their paper's code, and be faster
 
 
 @dataclass(frozen=True)
 class Solution:
     """A pruned matrix: its weights, the mask they obey (True stays), and what the solver has to say about it.
 
-    `change` is the statistic's energy of the change, before it is rounded, where the solver comes by it.
+    `change_O` is the statistic's energy of each row's change, before it is rounded, where the solver comes by it.
     """
 
     weight_OI: Tensor
     keep_OI: Tensor
     notes: tuple[str, ...] = ()
-    change: float | None = None
+    change_O: Tensor | None = None
 
     @classmethod
     def masked(cls, weight_OI: Tensor, keep_OI: Tensor) -> "Solution":
         """Return the solution that leaves the surviving weights as they are."""
-        return cls(weight_OI.masked_fill(~keep_OI, 0), keep_OI)
+        return cls(weight_OI * as_numbers(keep_OI), keep_OI)
 
 
 class Method(Protocol):
@@ -102,6 +104,13 @@ def require_from_zero(method: Any, name: str) -> None:
     value = getattr(method, name)
     if not 0 <= value < math.inf:
         raise RecipeError(f"method '{name_of(method)}': {name} must be a number of at least 0, not {value}")
+
+
+def require_arithmetic(method: Any) -> None:
+    """Raise RecipeError unless the method's `arithmetic` is one of those that there are."""
+    if method.arithmetic not in ARITHMETICS:
+        hint = did_you_mean(method.arithmetic, ARITHMETICS)
+        raise RecipeError(f"method '{name_of(method)}': unknown arithmetic '{method.arithmetic}': {hint}")
 
 
 def _method_class(name: str) -> Any:

@@ -3,8 +3,9 @@
 Minimises tr((W - W₀) H (W - W₀)ᵀ) over the matrices W of the pattern (eq. 1, damped). W is split into a dense X, which
 follows the objective, and a sparse Z, which obeys the pattern; a penalty rho pulls them together (eq. 4):
 
-    X ← (W₀ H + rho (Z - U)) (H + rho)⁻¹,   Z ← largest of X + U,   U ← X + U - Z
+    X ← W₀ + rho (Z - U - W₀) (H + rho)⁻¹,   Z ← largest of X + U,   U ← X + U - Z
 
+(X is the paper's (W₀ H + rho (Z - U)) (H + rho)⁻¹, but here the product is as small as what changes, and bears rounding.)
 In the end the weights are fitted on the mask that is found (eq. 6, algorithm 2). Inputs are scaled to a Hessian of unit
 diagonal first, so that the projection on the pattern compares what removals cost.
 
@@ -25,12 +26,13 @@ from torch import Tensor
 
 from llmprune import kernels
 from llmprune.errors import NumericalError, RecipeError
-from llmprune.methods import Solution, require_from_zero
-from llmprune.patterns import ComparisonGroup, Pattern
+from llmprune.methods import Solution, require_arithmetic, require_from_zero
+from llmprune.patterns import ComparisonGroup, Pattern, as_numbers
 from llmprune.refit import refit
 from llmprune.statistics import Gram
 
-_ROWS_FOR_INVERSE = 2  # for each input, from which on an inverse pays on a CPU
+_ROWS_FOR_INVERSE = 2.0  # for each input, from which on an inverse pays on a CPU
+_BFLOAT16_ROWS_FOR_INVERSE = 1.0  # the same where products are of bfloat16
 _GPU_ROWS_FOR_INVERSE = 0.5  # the same on a GPU, which multiplies much faster than it solves
 _KEPT_BYTES = 1 << 26  # for what the sites that read one input divide by
 _GPU_KEPT_BYTES = 2 << 30  # the same on a GPU
@@ -38,7 +40,10 @@ _GPU_KEPT_BYTES = 2 << 30  # the same on a GPU
 
 @dataclass(frozen=True)
 class ADMM:
-    """`stages` values of rho from `first_rho` to `last_rho`, `iterations` in all, then `refit` steps on the mask."""
+    """`stages` values of rho from `first_rho` to `last_rho`, `iterations` in all, then `refit` steps on the mask.
+
+    `fast` arithmetic searches with products of bfloat16 where those are faster: other masks, which are as good.
+    """
 
     damp: float = 0.01
     iterations: int = 60
@@ -46,6 +51,7 @@ class ADMM:
     first_rho: float = 0.03
     last_rho: float = 1.0
     refit: int = 10
+    arithmetic: str = "paper"
     needs: ClassVar[type[Gram]] = Gram
     row_wise: ClassVar[bool] = False
     comparison_group: ClassVar[ComparisonGroup] = "layer"
@@ -60,6 +66,7 @@ class ADMM:
             raise RecipeError(f"method 'admm': rho must rise from above 0, not {self.first_rho} to {self.last_rho}")
         if self.refit < 0:
             raise RecipeError(f"method 'admm': refit must be at least 0, not {self.refit}")
+        require_arithmetic(self)
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
         hessian_II = statistic.damped_II(self.damp)
@@ -68,30 +75,31 @@ class ADMM:
         target_OI = (weight_OI.float() * scale_I).masked_fill_(statistic.hessian_II.diagonal() == 0, 0)
         kept = statistic if self._keeps(hessian_II) else None
         sparse_OI, keep_OI = self._search(target_OI, hessian_II, pattern, kept)
-        fitted_OI = refit(target_OI, hessian_II, keep_OI, sparse_OI, self.refit)
-        return Solution((fitted_OI / scale_I).to(weight_OI.dtype), keep_OI)
+        fit = refit(target_OI, hessian_II, keep_OI, sparse_OI, self.refit)
+        square_O = ((target_OI - fit.weight_OI) / scale_I).square().sum(1)
+        change_O = statistic.undamped(fit.left_O, square_O, self.damp)
+        return Solution((fit.weight_OI / scale_I).to(weight_OI.dtype), keep_OI, change_O=change_O)
 
     def _search(
         self, target_OI: Tensor, hessian_II: Tensor, pattern: Pattern, kept: Gram | None
     ) -> tuple[Tensor, Tensor]:
         """Return the sparse matrix that the iterations end at, and its mask; `kept` has what was divided by before."""
-        with kernels.tf32(hessian_II.device):
-            pull_OI = target_OI @ hessian_II
+        bfloat16 = self.arithmetic == "fast" and kernels.multiplies_bfloat16(hessian_II.device)
         keep_OI = pattern.keep(target_OI.abs())
-        sparse_OI, dual_OI = target_OI * keep_OI, torch.zeros_like(target_OI)
+        sparse_OI, dual_OI = target_OI * as_numbers(keep_OI), torch.zeros_like(target_OI)
         before = self._rho(0)
         for stage in range(self.stages):
             rho = self._rho(stage)
-            inverse = _pays_to_invert(hessian_II, self._share(stage) * len(target_OI))
-            division = partial(_division, hessian_II, rho, inverse)
-            divided = kept.once((self.damp, rho, inverse), division) if kept else division()
+            inverse = _pays_to_invert(hessian_II, self._share(stage) * len(target_OI), bfloat16)
+            division = partial(_division, hessian_II, rho, inverse, bfloat16)
+            divided = kept.once((self.damp, rho, inverse, bfloat16), division) if kept else division()
             dual_OI.mul_(before / rho)  # scaled by 1/rho
             for _ in range(self._share(stage)):
-                drawn_OI = torch.add(pull_OI, sparse_OI - dual_OI, alpha=rho)
-                dual_OI.add_(divided(drawn_OI))
-                keep_OI = pattern.keep(dual_OI.abs())
-                sparse_OI = dual_OI * keep_OI
-                dual_OI.sub_(sparse_OI)
+                split_OI = dual_OI.add_(target_OI)
+                split_OI.add_(divided(sparse_OI - split_OI))  # X + U
+                keep_OI = pattern.keep(split_OI.abs())
+                sparse_OI = split_OI * as_numbers(keep_OI)
+                dual_OI = split_OI.sub_(sparse_OI)
             del divided  # before the next one takes its memory
             before = rho
         return sparse_OI, keep_OI
@@ -109,16 +117,21 @@ class ADMM:
         return self.iterations * (stage + 1) // self.stages - self.iterations * stage // self.stages
 
 
-def _pays_to_invert(hessian_II: Tensor, rows: int) -> bool:
+def _pays_to_invert(hessian_II: Tensor, rows: int, bfloat16: bool) -> bool:
     """Say whether so many rows are divided by a matrix faster by means of its inverse."""
-    per_input = _GPU_ROWS_FOR_INVERSE if hessian_II.device.type == "cuda" else _ROWS_FOR_INVERSE
+    per_input = _BFLOAT16_ROWS_FOR_INVERSE if bfloat16 else _ROWS_FOR_INVERSE
+    if hessian_II.device.type == "cuda":
+        per_input = _GPU_ROWS_FOR_INVERSE
     return rows >= per_input * len(hessian_II)
 
 
-def _division(hessian_II: Tensor, rho: float, inverse: bool) -> Callable[[Tensor], Tensor]:
-    """Return X -> X (H + rho)⁻¹."""
+def _division(hessian_II: Tensor, rho: float, inverse: bool, bfloat16: bool) -> Callable[[Tensor], Tensor]:
+    """Return X -> rho X (H + rho)⁻¹, by means of an inverse or by solving; the former with products of bfloat16."""
     lower_II = _lower(hessian_II, rho)
-    return partial(_multiplied, inverse_II=_inverse(lower_II)) if inverse else partial(_divided, lower_II=lower_II)
+    if not inverse:
+        return partial(_divided, lower_II=lower_II)
+    inverse_II = _inverse(lower_II)
+    return partial(_multiplied, inverse_II=inverse_II.bfloat16() if bfloat16 else inverse_II)
 
 
 def _inverse(lower_II: Tensor) -> Tensor:
@@ -133,13 +146,13 @@ def _inverse(lower_II: Tensor) -> Tensor:
 
 def _multiplied(x_OI: Tensor, inverse_II: Tensor) -> Tensor:
     with kernels.tf32(x_OI.device):
-        return x_OI @ inverse_II
+        return x_OI.to(inverse_II.dtype) @ inverse_II
 
 
 def _lower(hessian_II: Tensor, rho: float) -> Tensor:
-    """Return L with L Lᵀ = H + rho."""
-    regularised_II = hessian_II.clone()
-    regularised_II.diagonal().add_(rho)
+    """Return L with L Lᵀ = H / rho + 1."""
+    regularised_II = hessian_II / rho
+    regularised_II.diagonal().add_(1)
     lower_II: Tensor
     lower_II, failed = torch.linalg.cholesky_ex(regularised_II)
     if failed.item():

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from llmprune import kernels
-from llmprune.errors import RecipeError, did_you_mean
-from llmprune.methods import Solution, require_from_zero
+from llmprune.errors import RecipeError
+from llmprune.methods import Solution, require_arithmetic, require_from_zero
 from llmprune.patterns import NM, ComparisonGroup, Pattern, column_blocks
 from llmprune.statistics import FactorKind, Gram
 
 Block = tuple[int, int]
-ARITHMETICS: dict[str, FactorKind] = {"paper": "inverse", "fast": "root"}  # and the factor that each works from
+_FACTORS: dict[str, FactorKind] = {"paper": "inverse", "fast": "root"}  # that each arithmetic works from
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,20 @@ class SparseGPT:
         require_from_zero(self, "damp")
         if self.block_size < 1:
             raise RecipeError(f"method 'sparsegpt': block_size must be at least 1, not {self.block_size}")
-        if self.arithmetic not in ARITHMETICS:
-            hint = did_you_mean(self.arithmetic, ARITHMETICS)
-            raise RecipeError(f"method 'sparsegpt': unknown arithmetic '{self.arithmetic}': {hint}")
+        require_arithmetic(self)
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
-        factor = statistic.factor(self.damp, ARITHMETICS[self.arithmetic])
+        factor = statistic.factor(self.damp, _FACTORS[self.arithmetic])
         weight_IO = weight_OI.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         weight_IO.masked_fill_(factor.dead_I.unsqueeze(1), 0)
         blocks = column_blocks(weight_IO.shape[0], self._block_width(pattern))
-        change = None
+        change_O = None
         if self.arithmetic == "paper":
             keep_IO = _paper_sweep(weight_IO, factor.upper_II, pattern, blocks)
         else:
-            keep_IO, change = _fast_sweep(weight_IO, factor.upper_II, pattern, blocks, statistic.ridge(factor.damp))
-        return Solution(weight_IO.T.to(weight_OI.dtype), keep_IO.T, factor.notes, change)
+            keep_IO, damped_O, square_O = _fast_sweep(weight_IO, factor.upper_II, pattern, blocks)
+            change_O = statistic.undamped(damped_O, square_O, factor.damp)
+        return Solution(weight_IO.T.to(weight_OI.dtype), keep_IO.T, factor.notes, change_O)
 
     def _block_width(self, pattern: Pattern) -> int:
         """N:M groups must not straddle blocks."""
@@ -86,11 +85,11 @@ def _paper_sweep(weight_IO: Tensor, upper_II: Tensor, pattern: Pattern, blocks: 
 
 
 def _fast_sweep(
-    weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: list[Block], ridge: Tensor
-) -> tuple[Tensor, float]:
+    weight_IO: Tensor, root_II: Tensor, pattern: Pattern, blocks: list[Block]
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `_paper_sweep`, from R: the left half of the blocks is pruned, then its changes are carried to the right.
 
-    Also return the energy of the change, half of tr(D H Dᵀ) = |D R|² - λ |D|², λ being the `ridge` on R Rᵀ's diagonal.
+    Also return |d R|² and |d|² of each row's change d.
     """
     sweep = _FastSweep(
         weight_IO,
@@ -103,8 +102,10 @@ def _fast_sweep(
     )
     with kernels.tf32(weight_IO.device):
         sweep.prune(blocks)
-    square, damping = (torch.linalg.vector_norm(x_IO).square() for x_IO in (sweep.carried_IO, sweep.change_IO))
-    return sweep.keep_IO, max(float(square - ridge * damping) / 2, 0.0)
+    damped_O, square_O = (
+        torch.linalg.vector_norm(x_IO, dim=0).square() for x_IO in (sweep.carried_IO, sweep.change_IO)
+    )
+    return sweep.keep_IO, damped_O, square_O
 
 
 @dataclass(frozen=True)

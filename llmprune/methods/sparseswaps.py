@@ -59,7 +59,8 @@ class SparseSwaps:
         if not self.refit:
             return Solution.masked(weight_OI, keep_OI)
         damped_II = statistic.damped_II(_REFIT_DAMP)
-        return Solution(refit(dense_OI, damped_II, keep_OI, dense_OI, self.refit).to(weight_OI.dtype), keep_OI)
+        fitted_OI = refit(dense_OI, damped_II, keep_OI, dense_OI, self.refit).weight_OI
+        return Solution(fitted_OI.to(weight_OI.dtype), keep_OI)
 
     def _improve(self, weight_RI: Tensor, keep_RI: Tensor, hessian_II: Tensor, group: int) -> None:
         """Exchange in place until no row gains."""

@@ -141,14 +141,20 @@ class Gram:
         """Return what `damped_II` adds to the diagonal."""
         return ridge(self._mean_II, damp)
 
+    def undamped(self, damped_O: Tensor, square_O: Tensor, damp: float) -> Tensor:
+        """Return each row's energy, half of d H dᵀ, where d (H + λ) dᵀ and d dᵀ are known, `damp` as in `damped_II`."""
+        return ((damped_O - self.ridge(damp) * square_O) / 2).clamp_min_(0)
+
     def energy(self, weight_OI: Tensor) -> float:
         weight_OI, parts = weight_OI.float(), list[Tensor]()
         tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
-        for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal counts twice
+        for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal's squares counts twice
+            here_OB = weight_OI[:, start:stop]
             with kernels.tf32(self.device):
-                product = weight_OI[:, start:stop] @ self.hessian_II[start:stop, :stop]
-            product.mul_(weight_OI[:, :stop])
-            parts += [product[:, :start].sum(), product[:, start:].sum() / 2]
+                product_OB = (here_OB @ self.hessian_II[start:stop, start:stop]).div_(2)
+                if start:
+                    product_OB.addmm_(weight_OI[:, :start], self.hessian_II[:start, start:stop])
+            parts.append(product_OB.mul_(here_OB).sum())
         return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
 
     def move(self, device: torch.device) -> None:

@@ -635,7 +635,7 @@ template <typename T> void pack(const Bitmask& matrix, const T* dense, uint8_t* 
 extern "C" {
 
 // Raised whenever a function below changes its meaning; native.py refuses a library of another number.
-int llmprune_abi() { return 5; }
+int llmprune_abi() { return 6; }
 
 int llmprune_cpu_level() {
 #ifdef LLMPRUNE_X86

@@ -1,1 +1,1 @@
-"""The k-th smallest of many numbers."""
+"""The k-th smallest of many numbers, and the highest of groups of a few."""

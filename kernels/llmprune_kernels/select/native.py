@@ -1,4 +1,7 @@
-"""Selection by the compiled kernel, on the CPU: two passes over the numbers, on all threads."""
+"""Selection by the compiled kernel, on the CPU, on all threads.
+
+Shape suffixes: G groups, M numbers of a group.
+"""
 
 import ctypes
 import functools
@@ -9,10 +12,22 @@ from torch import Tensor
 
 from llmprune_kernels.native import library
 
+GROUPS = (4, 8)  # numbers of a group that `keep_highest` takes; of more a partition is as fast
+
 
 def available() -> bool:
     """Say whether the kernel is there."""
     return _compiled() is not None
+
+
+def keep_highest(score_GM: Tensor, n: int) -> Tensor:
+    """Mark the `n` highest of every group of fp32 scores (not NaN); among equals the lowest index goes first."""
+    groups, m = score_GM.shape
+    if score_GM.dtype != torch.float32 or not score_GM.is_contiguous() or m not in GROUPS or not 0 <= n <= m:
+        raise ValueError(f"dense float32 scores in groups of {GROUPS}, at least {n}, are needed, not {score_GM.dtype}")
+    keep_GM = torch.empty_like(score_GM, dtype=torch.bool)
+    _compiled().select_highest(score_GM.data_ptr(), groups, n, m, keep_GM.data_ptr(), torch.get_num_threads())
+    return keep_GM
 
 
 def kth_smallest(score_C: Tensor, k: int) -> float:
@@ -28,4 +43,8 @@ def _compiled() -> Any:  # None where there is no library; callers ask `availabl
     if native is not None:
         native.select_kth.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int)
         native.select_kth.restype = ctypes.c_float
+        native.select_highest.argtypes = (
+            ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
+        )  # fmt: skip
+        native.select_highest.restype = None
     return native
