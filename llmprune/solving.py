@@ -147,8 +147,8 @@ def checked_solution(
     """Solve, and vouch for the result: exactly the pattern, in `dtype`, finite, every zero a positive one."""
     solution = method.solve(weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
-    pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype, copy=True, memory_format=torch.contiguous_format)
-    pruned_OI.mul_(as_numbers(solution.keep_OI)).add_(0.0)  # turns -0.0 into +0.0
+    pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype) * as_numbers(solution.keep_OI)
+    pruned_OI = pruned_OI.add_(0.0).contiguous()  # turns -0.0 into +0.0
     require_finite(f"the solution of {name}", pruned_OI, out_of_range(pruned_OI.dtype))
     rounded = pruned_OI.dtype != torch.float32
     return Solution(pruned_OI, solution.keep_OI, solution.notes, None if rounded else solution.change_O)

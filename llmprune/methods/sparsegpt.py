@@ -53,7 +53,8 @@ class SparseGPT:
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
         factor = statistic.factor(self.damp, _FACTORS[self.arithmetic])
-        weight_IO = weight_OI.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        weight_IO = torch.empty_like(weight_OI.T, dtype=torch.float32, memory_format=torch.contiguous_format)
+        weight_IO.copy_(weight_OI.T)  # four times as fast as `to`
         weight_IO.masked_fill_(factor.dead_I.unsqueeze(1), 0)
         blocks = column_blocks(weight_IO.shape[0], self._block_width(pattern))
         change_O = None
@@ -102,9 +103,7 @@ def _fast_sweep(
     )
     with kernels.tf32(weight_IO.device):
         sweep.prune(blocks)
-    damped_O, square_O = (
-        torch.linalg.vector_norm(x_IO, dim=0).square() for x_IO in (sweep.carried_IO, sweep.change_IO)
-    )
+    damped_O, square_O = (x_IO.square().sum(0) for x_IO in (sweep.carried_IO, sweep.change_IO))
     return sweep.keep_IO, damped_O, square_O
 
 

@@ -73,9 +73,16 @@ def _lively_diagonal(hessian_II: Tensor) -> Tensor:
 
 def _root_factor(damped_II: Tensor) -> Tensor | None:
     """Return R with H = R Rᵀ, or None if H is not positive definite: with J the reversal, J H J = L Lᵀ, R = J L J."""
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+    lower_II, failed = torch.linalg.cholesky_ex(_reversed(damped_II))
     healthy = not failed.item() and math.isfinite(float(lower_II.diagonal().sum()))
-    return lower_II.flip(0, 1) if healthy else None
+    return _reversed(lower_II) if healthy else None
+
+
+def _reversed(matrix_II: Tensor) -> Tensor:
+    """Return J X J; by one reversal of memory, which is several times as fast as those of both dimensions."""
+    if not matrix_II.is_contiguous():
+        return _reversed(matrix_II.mT.contiguous()).mT
+    return matrix_II.view(-1).flip(0).view_as(matrix_II)
 
 
 def _inverse_factor(damped_II: Tensor) -> Tensor | None:
