@@ -10,7 +10,7 @@ from llmprune import methods
 from llmprune.errors import RecipeError, did_you_mean
 from llmprune.statistics import ColumnMoments, Gradient, Gram
 
-_TOWARDS_DENSE = {"true_sequential": True, "dense_target": 0.5, "autocast": True}
+_TOWARDS_DENSE = {"true_sequential": True, "dense_target": "auto", "autocast": True}
 _FAST = {"arithmetic": "fast"}
 _BY_LOSS = {"allocation": "fisher"}
 

@@ -16,7 +16,7 @@ from llmprune.methods import Method
 from llmprune.options import DTYPES, as_globs, is_number, require_dtype, require_whole, resolve_device
 from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Unstructured
 from llmprune.presets import expanded
-from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, DenseTarget, Gradient, Gram
 
 ALLOCATIONS = ("uniform", "owl", "error", "fisher")
 
@@ -39,7 +39,8 @@ class Recipe:
         batch_size: sequences a forward; None sizes it to the memory. Gradients are taken of one at a time.
         true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
         dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
-            outputs that the dense matrix has on the pruned model's inputs. Needs `true_sequential`.
+            outputs that the dense matrix has on the pruned model's inputs. `auto` is up to 0.7, less where there are few
+            tokens for each input (`CrossGram.share`). Needs `true_sequential`.
         allocation: how a sparsity is shared out over the sites: `uniform`; by cost, `error` (of a site's outputs) or
             `fisher` (of the loss, by one backward pass); `owl` by the outliers of blocks; or the path of a
             `sensitivity.json`, by the curves that `llmprune sensitivity` measured. In all the sites it is exact.
@@ -71,7 +72,7 @@ class Recipe:
     dtype: str = "auto"
     batch_size: int | None = None
     true_sequential: bool = False
-    dense_target: float = 0.0
+    dense_target: DenseTarget = 0.0
     allocation: str = "uniform"
     allocation_range: float = 0.15
     sparsities: Mapping[str, Any] = field(default_factory=dict)
@@ -130,8 +131,8 @@ class Recipe:
             raise RecipeError(f"{methods.name_of(self.solver())} needs no calibration: leave out tune_epochs")
 
     def _require_dense_target(self) -> None:
-        if not is_number(self.dense_target) or not 0 <= self.dense_target <= 1:
-            raise RecipeError(f"dense_target must be a number from 0 to 1, not {self.dense_target!r}")
+        if self.dense_target != "auto" and not (is_number(self.dense_target) and 0 <= self.dense_target <= 1):
+            raise RecipeError(f"dense_target must be a number from 0 to 1, or 'auto', not {self.dense_target!r}")
         if self.dense_target and self.solver().needs is not Gram:
             raise RecipeError(f"{methods.name_of(self.solver())} fits no outputs: leave out dense_target")
         if self.dense_target and not self.true_sequential:

@@ -14,7 +14,7 @@ from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import NM, Pattern, Unstructured, as_numbers
 from llmprune.recipe import Recipe
 from llmprune.retrying import Retry, reliefs
-from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, DenseTarget, Gradient, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 128  # of a matrix, from which the error of magnitude is taken
@@ -83,7 +83,7 @@ def prune_matrix(
     statistic: Any,
     pattern: Pattern,
     seed: int,
-    dense_target: float = 0.0,
+    dense_target: DenseTarget = 0.0,
     on_host: bool = False,
 ) -> Outcome:
     """Overwrite a matrix with its solution, a few rows at a time where rows are independent.
@@ -116,12 +116,12 @@ def prune_matrix(
     return Outcome(sum(part.zeros for part in parts), error, tuple(notes), yardstick)
 
 
-def _goal(weight_OI: Tensor, statistic: Any, dense_target: float) -> Tensor:
+def _goal(weight_OI: Tensor, statistic: Any, dense_target: DenseTarget) -> Tensor:
     """Return the weights without a pattern that the pruned ones are to come close to."""
     return statistic.target(weight_OI, dense_target, _TARGET_DAMP) if isinstance(statistic, CrossGram) else weight_OI
 
 
-def magnitude_error(weight_OI: Tensor, statistic: Any, pattern: Pattern, dense_target: float = 0.0) -> float:
+def magnitude_error(weight_OI: Tensor, statistic: Any, pattern: Pattern, dense_target: DenseTarget = 0.0) -> float:
     """Return the relative output error that magnitude pruning to the same sparsity would have.
 
     Measured as a method's own error is, but on 128 rows at most, evenly spaced: it is no more than a yardstick. Of a

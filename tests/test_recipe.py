@@ -255,8 +255,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     [
         ({"dense_target": 1.5, "true_sequential": True}, "from 0 to 1"),
         ({"dense_target": "half", "true_sequential": True}, "from 0 to 1"),
-        ({"dense_target": True, "true_sequential": True}, "from 0 to 1, not True"),
+        ({"dense_target": True, "true_sequential": True}, "from 0 to 1, or 'auto', not True"),
         ({"dense_target": 0.5}, "needs true_sequential"),
+        ({"dense_target": "auto"}, "needs true_sequential"),
         ({"dense_target": 0.5, "true_sequential": True, "method": "wanda"}, "wanda fits no outputs"),
     ],
 )
@@ -268,7 +269,7 @@ def test_a_dense_target_that_cannot_be_met_is_refused(options: dict[str, Any], s
 def test_a_preset_is_a_valid_recipe_and_what_is_given_beside_it_wins(name: str) -> None:
     recipe = Recipe.of({"preset": name})
     assert recipe.method == PRESETS[name]["method"]
-    assert recipe.dense_target == 0.5
+    assert recipe.dense_target == "auto"
     assert Recipe.of({"preset": name, "dense_target": 0.25}).dense_target == 0.25
     assert Recipe.of({"preset": name, "method_options": {"damp": 0.5}}).method_options["damp"] == 0.5
 
@@ -282,7 +283,7 @@ def test_another_method_than_the_presets_keeps_its_own_hyper_parameters() -> Non
 @pytest.mark.parametrize("pattern", ["50%", "2:4"])
 def test_a_preset_goes_with_every_method(name: str, method: str, pattern: str) -> None:
     recipe = Recipe.of({"preset": name, "method": method, "pattern": pattern})
-    assert (recipe.dense_target > 0) == (recipe.solver().needs is Gram)
+    assert bool(recipe.dense_target) == (recipe.solver().needs is Gram)
     sums_inputs = recipe.needs not in (None, Gradient)
     assert (recipe.tune_epochs > 0) == (name == "best" and sums_inputs)
     assert recipe.autocast == sums_inputs

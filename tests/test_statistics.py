@@ -245,6 +245,16 @@ def test_the_target_solves_the_ridge_problem_towards_both_models(share: float) -
     )
 
 
+def test_a_target_by_itself_trusts_the_dense_inputs_the_more_tokens_there_are() -> None:
+    statistic, weight_OI = CrossGram(5, CPU), torch.randn(4, 5)
+    shares = [statistic.share("auto")]
+    for _ in range(3):
+        statistic.add(torch.randn(20, 5), 1, torch.randn(20, 5))
+        shares.append(statistic.share("auto"))
+        assert torch.equal(statistic.target(weight_OI, "auto", 0.01), statistic.target(weight_OI, shares[-1], 0.01))
+    assert shares == pytest.approx([0, 0.7 * 20 / 60, 0.7 * 40 / 80, 0.7 * 60 / 100])
+
+
 @pytest.mark.parametrize("rows", [3, 40])  # fewer than inputs, and more
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_a_gpu_finds_the_same_target_by_a_correction(share: float, rows: int) -> None:

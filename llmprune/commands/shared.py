@@ -17,6 +17,14 @@ METHODS = (  # a test compares the files
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def share_or_auto(text: str) -> float | str:
+    """Read a number, or the word `auto`; which numbers are allowed is checked with the recipe."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise click.BadParameter(f"'{text}' is neither a number nor 'auto'") from None
+
+
 def options(*bundled: Callable[[F], F]) -> Callable[[F], F]:
     """Bundle options that several commands share."""
 
@@ -64,9 +72,9 @@ what = options(
     ),
     click.option(
         "--dense-target",
-        type=float,
+        type=share_or_auto,
         metavar="SHARE",
-        help="Share of the dense model's outputs to fit to, 0 to 1  [default: 0]",
+        help="Share of the dense model's outputs to fit to, 0 to 1, or auto: by the tokens for each input  [default: 0]",
     ),
     click.option("--tune-epochs", type=int, help="Passes to tune what survives of each pruned block  [default: 0]"),
     click.option("--tune-rate", type=float, help="Step size of that, relative to the weights  [default: 0.2]"),

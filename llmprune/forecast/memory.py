@@ -14,6 +14,7 @@ from llmprune.model.skeleton import merged_on_load
 from llmprune.planning import Plan
 from llmprune.progress import resident_bytes
 from llmprune.recipe import Recipe
+from llmprune.statistics import DenseTarget
 
 
 def memory(
@@ -159,7 +160,7 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
     ]
 
 
-def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, share: float, on: str) -> Part:
+def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, share: DenseTarget, on: str) -> Part:
     """Return what solving the most demanding of the sites, with that dense target, takes beside it and its statistic."""
     method, pattern = recipe.solver(), recipe.target()
     shapes = {site.shape for site in sites}

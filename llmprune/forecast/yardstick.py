@@ -18,7 +18,7 @@ from llmprune.model.groups import StatisticType
 from llmprune.model.live import LiveBytes
 from llmprune.patterns import NM, Unstructured
 from llmprune.solving import ROW_CHUNK, prune_matrix
-from llmprune.statistics import CrossGram, Gradient, Gram
+from llmprune.statistics import CrossGram, DenseTarget, Gradient, Gram
 
 _NARROW, _WIDE = 256, 1024  # inputs and outputs of sample matrices
 _TOKENS = 256
@@ -88,7 +88,11 @@ def _adding(
 
 
 def solving_time(
-    method: Method, pattern: Unstructured | NM, dtype: torch.dtype, device: torch.device, dense_target: float = 0.0
+    method: Method,
+    pattern: Unstructured | NM,
+    dtype: torch.dtype,
+    device: torch.device,
+    dense_target: DenseTarget = 0.0,
 ) -> SolvingTime:
     """Time four sample matrices and solve for the coefficients of `SolvingTime`.
 
@@ -117,7 +121,7 @@ def solving_bytes(
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-    dense_target: float = 0.0,
+    dense_target: DenseTarget = 0.0,
 ) -> int:
     """Return the memory that solving a matrix takes beside it and its statistic.
 
@@ -146,7 +150,7 @@ def _sample(
     inputs: int,
     dtype: torch.dtype,
     device: torch.device,
-    dense_target: float,
+    dense_target: DenseTarget,
 ) -> Callable[[], Callable[[], Any]]:
     """Return what sets up a random matrix and statistic, and returns what solves it."""
     if isinstance(pattern, Unstructured) and pattern.group == "model":

@@ -4,9 +4,12 @@ Shape suffixes: T tokens, I inputs, O outputs. Sums are fp32 whatever the dtype 
 """
 
 from llmprune.statistics.columns import ColumnMoments, ColumnNorm
-from llmprune.statistics.cross import CrossGram
+from llmprune.statistics.cross import CrossGram, DenseTarget
 from llmprune.statistics.factor import Factor, FactorKind, factorize
 from llmprune.statistics.gradient import Gradient
 from llmprune.statistics.gram import Gram, Tile
 
-__all__ = ["ColumnMoments", "ColumnNorm", "CrossGram", "Factor", "FactorKind", "Gradient", "Gram", "Tile", "factorize"]
+__all__ = [
+    "ColumnMoments", "ColumnNorm", "CrossGram", "DenseTarget", "Factor", "FactorKind", "Gradient", "Gram", "Tile",
+    "factorize",
+]  # fmt: skip

@@ -1,6 +1,7 @@
 """Inputs of the pruned model beside those that the dense one has in their place, for targets between both outputs."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +9,11 @@ from torch import Tensor
 from llmprune import kernels
 from llmprune.statistics.factor import Factor
 from llmprune.statistics.gram import Gram, Tile, row_tiles
+
+DenseTarget = float | Literal["auto"]  # the dense model's share of a target, or by how well the inputs are known
+
+_AUTO_MOST = 0.7
+_AUTO_TOKENS = 8  # for each input, at which half of that is taken
 
 
 class CrossGram(Gram):
@@ -62,15 +68,25 @@ class CrossGram(Gram):
     def nbytes(inputs: int) -> int:
         return 2 * Gram.nbytes(inputs)
 
-    def target(self, weight_OI: Tensor, share: float, damp: float) -> Tensor:
-        """Return W* = (W C + λW)(H + λ)⁻¹ in fp32, C = `share`·DᵀP + (1-share)·PᵀP; W where D was not seen.
+    def share(self, target: DenseTarget) -> float:
+        """Return the share of the dense model's outputs; `auto` is 0.7 T / (T + 8 n) of T tokens and n inputs.
+
+        What takes the pruned model's inputs to the dense one's outputs is a regression on n inputs: the fewer tokens
+        there are for each, the more of it is noise. Both numbers are measured (eval/results/LOG.md).
+        """
+        if target == "auto":
+            return _AUTO_MOST * self.tokens / max(self.tokens + _AUTO_TOKENS * self.inputs, 1)
+        return target
+
+    def target(self, weight_OI: Tensor, target: DenseTarget, damp: float) -> Tensor:
+        """Return W* = (W C + λW)(H + λ)⁻¹ in fp32, C = a·DᵀP + (1-a)·PᵀP; W where D was not seen.
 
         Args:
             weight_OI: the dense weights.
-            share: of the target that is the dense model's output, 0 to 1.
+            target: a, the share of the target that is the dense model's output, 0 to 1, or `auto`; see `share`.
             damp: λ relative to the mean of H's diagonal.
         """
-        weight_OI = weight_OI.float()
+        weight_OI, share = weight_OI.float(), self.share(target)
         if self._cross_II is None or not share:
             return weight_OI
         factor = self.factor(damp, "root")
