@@ -15,14 +15,14 @@ _TINY = 1e-30  # keeps the rows that have converged, where all is zero, from div
 
 @dataclass(frozen=True)
 class Fit:
-    """Weights on a mask, and what is left of each row's objective."""
+    """Weights on a mask, and what is left of each row's objective: of the start's less what each step took from it."""
 
     weight_OI: Tensor
     left_O: Tensor
 
 
 def refit(target_OI: Tensor, hessian_II: Tensor, keep_OI: Tensor, start_OI: Tensor, steps: int) -> Fit:
-    """Return weights on the mask with a smaller tr((W - target) H (W - target)ᵀ) than those of `start_OI`.
+    """Fit weights on the mask, to a smaller tr((W - target) H (W - target)ᵀ) than those of `start_OI` have.
 
     Conjugate gradients with a Jacobi preconditioner (Saad, Iterative Methods, 2003, algorithm 9.1), one system per
     row, all rows at once; each step costs one product with H. The number of weights of a row bounds the steps that
@@ -42,6 +42,7 @@ def refit(target_OI: Tensor, hessian_II: Tensor, keep_OI: Tensor, start_OI: Tens
         gradient_OI = missing_OI @ hessian_II
         left_O = (missing_OI * gradient_OI).sum(1)
         residual_OI = gradient_OI * keeps_OI
+        del missing_OI, gradient_OI  # before more is made
         direction_OI = residual_OI / diagonal_I
         descent_O1 = (residual_OI * direction_OI).sum(1, keepdim=True)
         for _ in range(steps):

@@ -184,9 +184,9 @@ class Run:
         method = self.recipe.at(site.tensor).solver()
         if group.statistic is None and method.needs is not None:
             method = Magnitude()  # experts that no token reached; the group's notes say so
-        seed, share, on_host = self.recipe.seed, self.recipe.dense_target, self.thrift.on_host
+        seed, towards, on_host = self.recipe.seed, self.recipe.dense_target, self.thrift.on_host
         with self.report.clock.phase("solve"), out_of_memory_in(site.name, SolvingError):
-            outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, seed, share, on_host)
+            outcome = prune_matrix(site.name, method, weight_OI, group.statistic, pattern, seed, towards, on_host)
         return SiteReport.of(site, outcome, pattern, group.statistic, group.notes)
 
     def _timed(self, stage: Stage, groups: Iterator[Group]) -> Iterator[Group]:

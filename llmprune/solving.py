@@ -92,15 +92,15 @@ def prune_matrix(
     where sums are rounded otherwise.
     """
     generator, rows_apart = seeded(seed, name), method.row_wise and pattern.row_wise
-    share = dense_target if method.needs is Gram else 0.0
+    towards = dense_target if method.needs is Gram else 0.0
     measured = Retry(name, False, generator, reliefs(statistic, on_host))
     yardstick: float | None = None
     if not isinstance(statistic, Gradient):  # which knows no outputs of the matrix
-        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, share))
+        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, towards))
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
-        goal_OI = _goal(here_OI, statistic, share)
+        goal_OI = _goal(here_OI, statistic, towards)
         solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
         zeros = int((solution.weight_OI == 0).sum())  # ten times as fast as count_nonzero
         part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic, solution.change_O), solution.notes)

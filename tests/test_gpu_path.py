@@ -41,9 +41,9 @@ def solving(method: Any, pattern: Pattern, sites: int = 1, rows: int = SIZE) -> 
 @pytest.mark.parametrize(("pattern", "a_block"), [(NM(2, 4), 7), (NM(8, 16), 7), (Unstructured(0.5, "block"), 23)])
 def test_fast_sparsegpt_takes_few_operations_a_block(pattern: Pattern, a_block: int) -> None:
     done = solving(SparseGPT(arithmetic="fast"), pattern).done
-    assert BLOCKS * 4 < done.total <= BLOCKS * a_block + 20, done.calls
+    assert BLOCKS * 4 < done.total <= BLOCKS * a_block + 35, done.calls
     assert done.calls["sweep"] == BLOCKS  # one fused recursion for each
-    assert not done.waits
+    assert done.waits == {"_local_scalar_dense": 1}  # for whether its change is known
 
 
 @pytest.mark.parametrize(("pattern", "a_block"), [(NM(2, 4), 8), (Unstructured(0.5, "block"), 22)])
@@ -63,7 +63,9 @@ def test_admm_takes_few_operations_an_iteration(pattern: Pattern, an_iteration: 
     done = solving(ADMM(iterations=20, stages=5, refit=10), pattern).done
     assert done.total <= 21 * an_iteration + 10 * 15 + 40 + 5 * 6, done.calls
     assert done.calls["mm"] == 20 + 10 + 1 + 5  # the last ones make inverses
-    assert done.waits == {"_local_scalar_dense": 5}  # for each factorisation's success
+    assert done.waits == {
+        "_local_scalar_dense": 5 + 1
+    }  # for each factorisation's success, and whether its change is known
 
 
 def test_admm_multiplies_in_tf32_and_factors_in_fp32() -> None:
@@ -78,8 +80,8 @@ def test_admm_multiplies_in_tf32_and_factors_in_fp32() -> None:
 
 def test_fast_admm_searches_in_bfloat16_and_fits_in_tf32() -> None:
     done = solving(ADMM(iterations=4, stages=2, refit=2, arithmetic="fast"), NM(2, 4)).done
-    assert done.products["mm", "16 bit"] == 4 * 2 * SIZE**3
-    assert done.products["mm", "tf32"] == (2 + 3) * 2 * SIZE**3  # inverses, and the fit
+    assert done.products["mm", "16 bit"] == 2 * 2 * SIZE**3
+    assert done.products["mm", "tf32"] == (2 + 2 + 3) * 2 * SIZE**3  # inverses, the last stage, and the fit
 
 
 def test_matrices_that_share_a_gram_share_what_admm_divides_by() -> None:

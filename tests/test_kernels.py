@@ -312,3 +312,12 @@ def test_the_highest_of_groups_are_those_of_a_sort(groups: list[list[float]], sh
     keep_GM = select_native.keep_highest(score_GM, n)
     expected = [[not removed for removed in oracle.remove_lowest(group, len(group) - n)] for group in groups]
     assert keep_GM.tolist() == expected
+
+
+@pytest.mark.skipif(not select_native.available(), reason="no compiled kernels")
+@pytest.mark.parametrize(("scores", "n"), [(torch.ones(3, 16), 8), (torch.ones(3, 4), 5), (torch.ones(4, 3).T, 2)])
+def test_other_groups_are_refused_and_chosen_otherwise(scores: Tensor, n: int) -> None:
+    with pytest.raises(ValueError, match="dense float32 scores in groups"):
+        select_native.keep_highest(scores, n)
+    assert kernels.keep_highest_of_groups(torch.ones(3, 16), 8) is None
+    assert kernels.keep_highest_of_groups(torch.ones(3, 4).double(), 2) is None

@@ -245,6 +245,14 @@ def test_the_target_solves_the_ridge_problem_towards_both_models(share: float) -
     )
 
 
+def test_infinite_inputs_of_the_dense_model_are_named() -> None:
+    statistic, dense_TI = CrossGram(5, CPU), torch.randn(20, 5)
+    dense_TI[3, 2] = torch.inf
+    statistic.add(torch.randn(20, 5), 1, dense_TI)
+    with pytest.raises(NumericalError, match="the dense model's part of a site: its calibration inputs hold NaN"):
+        statistic.require_finite("a site")
+
+
 def test_a_target_by_itself_trusts_the_dense_inputs_the_more_tokens_there_are() -> None:
     statistic, weight_OI = CrossGram(5, CPU), torch.randn(4, 5)
     shares = [statistic.share("auto")]

@@ -118,7 +118,7 @@ def _of_group(group: Group, gram: Gram, weight: Callable[[Site], Tensor], trials
         method, generator = batch[0].method, torch.Generator().manual_seed(seed)
         solution = method.solve(weight_SI, gram, pattern, generator)
         require_finite(f"a trial solution of {batch[0].site.name}", solution.weight_OI)
-        error_S = _energy_O(gram, weight_SI, solution).mul_(2 * scale).cpu()
+        error_S = (_energy_O(gram, weight_SI, solution) * (2 * scale)).cpu()
         for job, error_R in zip(batch, error_S.split(heights), strict=True):
             errors[job.site].append(error_R)
     return {site.name: Loss(torch.stack(errors[site]), energies[site]) for site in group.sites}

@@ -18,8 +18,8 @@ def duration(
 ) -> list[Part]:
     """Return the parts of a run's time; see `memory` for the arguments."""
     method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
-    share = recipe.dense_target if any(trial.side_by_side for trial in stages) else 0.0
-    times = solving_time(method, recipe.target(), host.dtype, host.place, share)
+    towards = recipe.dense_target if any(trial.side_by_side for trial in stages) else 0.0
+    times = solving_time(method, recipe.target(), host.dtype, host.place, towards)
     needs = collected(recipe)
     if workload is None or needs is None:
         return [

@@ -51,8 +51,8 @@ def _steps(
         if trial and workload and stage is not host.head:
             beside = beside_memory(host, sites, trial, workload, on)
         if sites:
-            share = recipe.dense_target if trial and trial.side_by_side else 0.0
-            yield [weights, *beside, *_statistics(trial, on), solving_memory(host, sites, recipe, share, on)]
+            towards = recipe.dense_target if trial and trial.side_by_side else 0.0
+            yield [weights, *beside, *_statistics(trial, on), solving_memory(host, sites, recipe, towards, on)]
         if sites and trial and workload:
             needs = collected(recipe)
             handed = handed_memory(trial, workload, needs, host, on) if workload.ranks > 1 and needs else []
@@ -160,11 +160,11 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
     ]
 
 
-def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, share: DenseTarget, on: str) -> Part:
+def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, towards: DenseTarget, on: str) -> Part:
     """Return what solving the most demanding of the sites, with that dense target, takes beside it and its statistic."""
     method, pattern = recipe.solver(), recipe.target()
     shapes = {site.shape for site in sites}
-    needed = {shape: solving_bytes(method, pattern, shape, host.dtype, host.place, share) for shape in shapes}
+    needed = {shape: solving_bytes(method, pattern, shape, host.dtype, host.place, towards) for shape in shapes}
     shape = max(shapes, key=lambda shape: (needed[shape], shape))
     return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
 

@@ -19,7 +19,7 @@ from llmprune.errors import RecipeError, did_you_mean
 from llmprune.patterns import ComparisonGroup, Pattern, as_numbers
 from llmprune.statistics import ColumnNorm, Gradient, Gram
 
-ARITHMETICS = ("paper", "fast")  # of methods that can also round otherwise than their paper's code, and be faster
+ARITHMETICS = ("paper", "fast")  # of methods that have a faster one, which rounds otherwise
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Solution:
 
     @classmethod
     def masked(cls, weight_OI: Tensor, keep_OI: Tensor) -> "Solution":
-        """Return the solution that leaves the surviving weights as they are."""
+        """Return the solution that leaves the surviving weights, which must be finite, as they are."""
         return cls(weight_OI * as_numbers(keep_OI), keep_OI)
 
 

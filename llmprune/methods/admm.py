@@ -31,8 +31,7 @@ from llmprune.patterns import ComparisonGroup, Pattern, as_numbers
 from llmprune.refit import refit
 from llmprune.statistics import Gram
 
-_ROWS_FOR_INVERSE = 2.0  # for each input, from which on an inverse pays on a CPU
-_BFLOAT16_ROWS_FOR_INVERSE = 1.0  # the same where products are of bfloat16
+_ROWS_FOR_INVERSE = {torch.float32: 2.0, torch.bfloat16: 1.0}  # for each input, from which on an inverse pays on a CPU
 _GPU_ROWS_FOR_INVERSE = 0.5  # the same on a GPU, which multiplies much faster than it solves
 _KEPT_BYTES = 1 << 26  # for what the sites that read one input divide by
 _GPU_KEPT_BYTES = 2 << 30  # the same on a GPU
@@ -42,7 +41,8 @@ _GPU_KEPT_BYTES = 2 << 30  # the same on a GPU
 class ADMM:
     """`stages` values of rho from `first_rho` to `last_rho`, `iterations` in all, then `refit` steps on the mask.
 
-    `fast` arithmetic searches with products of bfloat16 where those are faster: other masks, which are as good.
+    `fast` arithmetic searches with products of bfloat16 in all stages but the last, where those are faster: other masks,
+    which are as good.
     """
 
     damp: float = 0.01
@@ -84,15 +84,14 @@ class ADMM:
         self, target_OI: Tensor, hessian_II: Tensor, pattern: Pattern, kept: Gram | None
     ) -> tuple[Tensor, Tensor]:
         """Return the sparse matrix that the iterations end at, and its mask; `kept` has what was divided by before."""
-        bfloat16 = self.arithmetic == "fast" and kernels.multiplies_bfloat16(hessian_II.device)
         keep_OI = pattern.keep(target_OI.abs())
         sparse_OI, dual_OI = target_OI * as_numbers(keep_OI), torch.zeros_like(target_OI)
         before = self._rho(0)
         for stage in range(self.stages):
-            rho = self._rho(stage)
-            inverse = _pays_to_invert(hessian_II, self._share(stage) * len(target_OI), bfloat16)
-            division = partial(_division, hessian_II, rho, inverse, bfloat16)
-            divided = kept.once((self.damp, rho, inverse, bfloat16), division) if kept else division()
+            rho, products = self._rho(stage), self._products(stage, hessian_II.device)
+            inverse = _pays_to_invert(hessian_II, self._share(stage) * len(target_OI), products)
+            division = partial(_division, hessian_II, rho, inverse, products)
+            divided = kept.once((self.damp, rho, inverse, products), division) if kept else division()
             dual_OI.mul_(before / rho)  # scaled by 1/rho
             for _ in range(self._share(stage)):
                 split_OI = dual_OI.add_(target_OI)
@@ -109,6 +108,11 @@ class ADMM:
         most = _GPU_KEPT_BYTES if hessian_II.device.type == "cuda" else _KEPT_BYTES
         return self.stages * hessian_II.nbytes <= most
 
+    def _products(self, stage: int, device: torch.device) -> torch.dtype:
+        """Return what is multiplied in; in the last stage fp32, as the weights' fit starts from what that ends at."""
+        rough = self.arithmetic == "fast" and stage < self.stages - 1 and kernels.multiplies_bfloat16(device)
+        return torch.bfloat16 if rough else torch.float32
+
     def _rho(self, stage: int) -> float:
         return self.first_rho * math.pow(self.last_rho / self.first_rho, stage / max(self.stages - 1, 1))
 
@@ -117,21 +121,18 @@ class ADMM:
         return self.iterations * (stage + 1) // self.stages - self.iterations * stage // self.stages
 
 
-def _pays_to_invert(hessian_II: Tensor, rows: int, bfloat16: bool) -> bool:
+def _pays_to_invert(hessian_II: Tensor, rows: int, products: torch.dtype) -> bool:
     """Say whether so many rows are divided by a matrix faster by means of its inverse."""
-    per_input = _BFLOAT16_ROWS_FOR_INVERSE if bfloat16 else _ROWS_FOR_INVERSE
-    if hessian_II.device.type == "cuda":
-        per_input = _GPU_ROWS_FOR_INVERSE
+    per_input = _GPU_ROWS_FOR_INVERSE if hessian_II.device.type == "cuda" else _ROWS_FOR_INVERSE[products]
     return rows >= per_input * len(hessian_II)
 
 
-def _division(hessian_II: Tensor, rho: float, inverse: bool, bfloat16: bool) -> Callable[[Tensor], Tensor]:
-    """Return X -> rho X (H + rho)⁻¹, by means of an inverse or by solving; the former with products of bfloat16."""
+def _division(hessian_II: Tensor, rho: float, inverse: bool, products: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Return X -> rho X (H + rho)⁻¹, by solving in fp32 or by means of an inverse."""
     lower_II = _lower(hessian_II, rho)
     if not inverse:
-        return partial(_divided, lower_II=lower_II)
-    inverse_II = _inverse(lower_II)
-    return partial(_multiplied, inverse_II=inverse_II.bfloat16() if bfloat16 else inverse_II)
+        return partial(_divided, lower_II)
+    return partial(_multiplied, _inverse(lower_II).to(products))
 
 
 def _inverse(lower_II: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def _inverse(lower_II: Tensor) -> Tensor:
         return inverse_II.T @ inverse_II
 
 
-def _multiplied(x_OI: Tensor, inverse_II: Tensor) -> Tensor:
+def _multiplied(inverse_II: Tensor, x_OI: Tensor) -> Tensor:
     with kernels.tf32(x_OI.device):
         return x_OI.to(inverse_II.dtype) @ inverse_II
 
@@ -162,7 +163,7 @@ def _lower(hessian_II: Tensor, rho: float) -> Tensor:
     return lower_II
 
 
-def _divided(x_OI: Tensor, lower_II: Tensor) -> Tensor:
+def _divided(lower_II: Tensor, x_OI: Tensor) -> Tensor:
     """Return X (L Lᵀ)⁻¹."""
     half_OI = torch.linalg.solve_triangular(lower_II.mT, x_OI, upper=True, left=False)
     whole_OI: Tensor = torch.linalg.solve_triangular(lower_II, half_OI, upper=False, left=False)

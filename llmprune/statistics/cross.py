@@ -9,6 +9,7 @@ from torch import Tensor
 from llmprune import kernels
 from llmprune.statistics.factor import Factor
 from llmprune.statistics.gram import Gram, Tile, row_tiles
+from llmprune.statistics.protocol import require_finite
 
 DenseTarget = float | Literal["auto"]  # the dense model's share of a target, or by how well the inputs are known
 
@@ -68,25 +69,30 @@ class CrossGram(Gram):
     def nbytes(inputs: int) -> int:
         return 2 * Gram.nbytes(inputs)
 
-    def share(self, target: DenseTarget) -> float:
+    def share(self, dense_target: DenseTarget) -> float:
         """Return the share of the dense model's outputs; `auto` is 0.7 T / (T + 8 n) of T tokens and n inputs.
 
         What takes the pruned model's inputs to the dense one's outputs is a regression on n inputs: the fewer tokens
         there are for each, the more of it is noise. Both numbers are measured (eval/results/LOG.md).
         """
-        if target == "auto":
+        if dense_target == "auto":
             return _AUTO_MOST * self.tokens / max(self.tokens + _AUTO_TOKENS * self.inputs, 1)
-        return target
+        return dense_target
 
-    def target(self, weight_OI: Tensor, target: DenseTarget, damp: float) -> Tensor:
+    def require_finite(self, name: str) -> None:
+        super().require_finite(name)
+        if self._cross_II is not None:
+            require_finite(self._cross_II.sum(1), f"the dense model's part of {name}")
+
+    def target(self, weight_OI: Tensor, dense_target: DenseTarget, damp: float) -> Tensor:
         """Return W* = (W C + λW)(H + λ)⁻¹ in fp32, C = a·DᵀP + (1-a)·PᵀP; W where D was not seen.
 
         Args:
             weight_OI: the dense weights.
-            target: a, the share of the target that is the dense model's output, 0 to 1, or `auto`; see `share`.
+            dense_target: a, the share of the target that is the dense model's output, 0 to 1, or `auto`; see `share`.
             damp: λ relative to the mean of H's diagonal.
         """
-        weight_OI, share = weight_OI.float(), self.share(target)
+        weight_OI, share = weight_OI.float(), self.share(dense_target)
         if self._cross_II is None or not share:
             return weight_OI
         factor = self.factor(damp, "root")

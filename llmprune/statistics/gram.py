@@ -15,6 +15,7 @@ from llmprune.statistics.protocol import require_finite
 _GRAM_TILE = 256  # half of a Gram matrix mirrors the other half: tiles above the diagonal are not computed
 _GPU_TILE = 2048  # the same on a GPU, which small products leave idle
 _MIRRORED_TILE = 64  # the least of the squares on the diagonal that all products fill, see `kernels.add_gram`
+_LEAST_UNDAMPED = 0.05  # of what the damped Hessian says, for the rest to be told from it
 
 Tile = tuple[int, int]
 T = TypeVar("T")
@@ -141,9 +142,13 @@ class Gram:
         """Return what `damped_II` adds to the diagonal."""
         return ridge(self._mean_II, damp)
 
-    def undamped(self, damped_O: Tensor, square_O: Tensor, damp: float) -> Tensor:
-        """Return each row's energy, half of d H dᵀ, where d (H + λ) dᵀ and d dᵀ are known, `damp` as in `damped_II`."""
-        return ((damped_O - self.ridge(damp) * square_O) / 2).clamp_min_(0)
+    def undamped(self, damped_O: Tensor, square_O: Tensor, damp: float) -> Tensor | None:
+        """Return each row's energy, half of d H dᵀ, where d (H + λ) dᵀ and d dᵀ are known, `damp` as in `damped_II`.
+
+        None where nearly all of that is the damping: what is left is then made of roundings too.
+        """
+        energy_O = (damped_O - self.ridge(damp) * square_O).clamp_min_(0)
+        return energy_O / 2 if energy_O.sum() >= _LEAST_UNDAMPED * damped_O.sum() else None
 
     def energy(self, weight_OI: Tensor) -> float:
         weight_OI, parts = weight_OI.float(), list[Tensor]()

@@ -24,7 +24,10 @@ def keep_highest(score_GM: Tensor, n: int) -> Tensor:
     """Mark the `n` highest of every group of fp32 scores (not NaN); among equals the lowest index goes first."""
     groups, m = score_GM.shape
     if score_GM.dtype != torch.float32 or not score_GM.is_contiguous() or m not in GROUPS or not 0 <= n <= m:
-        raise ValueError(f"dense float32 scores in groups of {GROUPS}, at least {n}, are needed, not {score_GM.dtype}")
+        raise ValueError(
+            f"dense float32 scores in groups of {GROUPS}, of which at most all are kept, are needed, not {n} of "
+            f"{list(score_GM.shape)} {score_GM.dtype} of strides {score_GM.stride()}"
+        )
     keep_GM = torch.empty_like(score_GM, dtype=torch.bool)
     _compiled().select_highest(score_GM.data_ptr(), groups, n, m, keep_GM.data_ptr(), torch.get_num_threads())
     return keep_GM
