@@ -51,6 +51,7 @@ def refit(target_OI: Tensor, hessian_II: Tensor, keep_OI: Tensor, start_OI: Tens
             left_O -= (step_O1 * descent_O1).squeeze(1)
             weight_OI.addcmul_(step_O1, direction_OI)
             residual_OI.addcmul_(step_O1, image_OI, value=-1)
+            del image_OI
             conditioned_OI = residual_OI / diagonal_I
             before_O1, descent_O1 = descent_O1, (residual_OI * conditioned_OI).sum(1, keepdim=True)
             direction_OI = conditioned_OI.addcmul_(descent_O1 / before_O1.clamp_min(_TINY), direction_OI)

@@ -235,6 +235,11 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown device": (["--device", "gpu"], ["device 'gpu' is not available here"]),
     "unknown dtype": (["--dtype", "float8"], ["unknown dtype 'float8'"]),
     "samples of 0": (["--samples", "0"], ["samples must be a whole number of at least 1"]),
+    "dense target that is a word": (
+        ["--dense-target", "half"],
+        ["--dense-target", "'half' is neither a number nor 'auto'"],
+    ),
+    "dense target over 1": (["--dense-target", "1.5", "--true-sequential"], ["from 0 to 1, or 'auto', not 1.5"]),
     "no number": (["--samples", "many"], ["--samples", "many"]),
     "length over the context": (["--length", "49"], ["context of 48 tokens", "--length 48"]),
     "missing file": (["--calibration", "./none.jsonl"], ["none.jsonl"]),
@@ -453,6 +458,12 @@ def test_only_what_was_given_is_handed_on(run: Run, recorded: dict[str, Any]) ->
     run("prune", "demo", "out")
     output = {"overwrite": False, "resume": False, "compressed": False}
     assert recorded == {"model": "demo", "out": Path("out"), **output}
+
+
+@pytest.mark.parametrize(("given", "read"), [("auto", "auto"), ("0.25", 0.25)])
+def test_a_dense_target_is_a_number_or_auto(run: Run, recorded: dict[str, Any], given: str, read: Any) -> None:
+    run("prune", "demo", "out", "--dense-target", given)
+    assert recorded["dense_target"] == read
 
 
 def test_every_option_is_handed_on(run: Run, recorded: dict[str, Any]) -> None:

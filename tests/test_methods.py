@@ -133,6 +133,24 @@ def test_what_a_method_works_on_is_freed_with_its_solution(
     assert live.peak > live.now == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "matrices"),
+    [
+        (ADMM(iterations=4, stages=2, refit=3), 7.4),
+        (ADMM(iterations=4, stages=2, refit=3, arithmetic="fast"), 7.4),
+        (SparseGPT(), 2.6),
+        (SparseGPT(arithmetic="fast"), 4.6),
+    ],
+    ids=repr,
+)
+def test_a_solver_holds_so_many_matrices_beside_the_weights(method: Method, matrices: float) -> None:
+    """In fp32; the Gram matrix is small here."""
+    weight_OI, statistic = weights(outputs=4096, inputs=128), gram_of(correlated(400, 128))
+    with LiveBytes() as live:
+        method.solve(weight_OI, statistic, NM(2, 4), torch.Generator())
+    assert live.peak <= matrices * weight_OI.nbytes
+
+
 @pytest.mark.parametrize("iterations", [4, 256], ids=["triangles", "inverse"])
 def test_admm_holds_one_factor_at_a_time(iterations: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the Hessian: what is factored and its factor, or that and the inverse; where they are too large to keep."""
