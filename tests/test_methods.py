@@ -335,6 +335,7 @@ def test_a_method_knows_what_its_change_of_each_row_costs(
     assert found.change_O is not None
     expected = [statistic.energy(change_I[None]) for change_I in weight_OI - found.weight_OI]
     assert found.change_O.tolist() == pytest.approx(expected, rel=1e-3)
+    assert float(found.change_O.sum()) == pytest.approx(statistic.energy(weight_OI - found.weight_OI), rel=1e-4)
     rounded = checked_solution("a site", method, weight_OI.bfloat16(), statistic, pattern, generator)
     assert rounded.change_O is None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor
 
-from llmprune.methods import Method, Solution
+from llmprune.methods import Method
 from llmprune.model.groups import Group, is_starved
 from llmprune.model.sites import Site, require_finite
 from llmprune.patterns import Count, Stacked
@@ -118,18 +118,12 @@ def _of_group(group: Group, gram: Gram, weight: Callable[[Site], Tensor], trials
         method, generator = batch[0].method, torch.Generator().manual_seed(seed)
         solution = method.solve(weight_SI, gram, pattern, generator)
         require_finite(f"a trial solution of {batch[0].site.name}", solution.weight_OI)
-        error_S = (_energy_O(gram, weight_SI, solution) * (2 * scale)).cpu()
+        change_S = solution.change_O
+        energy_S = gram.energy_O(weight_SI - solution.weight_OI) if change_S is None else change_S
+        error_S = (energy_S * (2 * scale)).cpu()
         for job, error_R in zip(batch, error_S.split(heights), strict=True):
             errors[job.site].append(error_R)
     return {site.name: Loss(torch.stack(errors[site]), energies[site]) for site in group.sites}
-
-
-def _energy_O(gram: Gram, weight_OI: Tensor, solution: Solution) -> Tensor:
-    """Return the energy of each row's change."""
-    if solution.change_O is not None:
-        return solution.change_O
-    change_OI = weight_OI - solution.weight_OI
-    return (change_OI @ gram.hessian_II).mul_(change_OI).sum(1) / 2
 
 
 def _batches(jobs: Sequence[_Job]) -> Iterator[list[_Job]]:

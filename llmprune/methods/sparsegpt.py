@@ -29,7 +29,6 @@ from llmprune.methods import Solution, require_arithmetic, require_from_zero
 from llmprune.patterns import NM, ComparisonGroup, Pattern, column_blocks
 from llmprune.statistics import FactorKind, Gram
 
-_SQUARED_AT_ONCE = 512  # rows
 Block = tuple[int, int]
 _FACTORS: dict[str, FactorKind] = {"paper": "inverse", "fast": "root"}  # that each arithmetic works from
 
@@ -104,12 +103,8 @@ def _fast_sweep(
     )
     with kernels.tf32(weight_IO.device):
         sweep.prune(blocks)
-    return sweep.keep_IO, _squares(sweep.carried_IO), _squares(sweep.change_IO)
-
-
-def _squares(x_IO: Tensor) -> Tensor:
-    """Return the sum of each column's squares; a norm is ten times as slow on a CPU, all squares at once a matrix more."""
-    return torch.stack([part_PO.square().sum(0) for part_PO in x_IO.split(_SQUARED_AT_ONCE)]).sum(0)
+    damped_O, square_O = (x_IO.square_().sum(0) for x_IO in (sweep.carried_IO, sweep.change_IO))  # of no more use
+    return sweep.keep_IO, damped_O, square_O
 
 
 @dataclass(frozen=True)

@@ -147,11 +147,17 @@ class Gram:
 
         None where nearly all of that is the damping: what is left is then made of roundings too.
         """
-        energy_O = (damped_O - self.ridge(damp) * square_O).clamp_min_(0)
-        return energy_O / 2 if energy_O.sum() >= _LEAST_UNDAMPED * damped_O.sum() else None
+        energy_O = torch.addcmul(damped_O, self.ridge(damp), square_O, value=-1).clamp_min_(0)
+        enough = float(torch.sub(energy_O, damped_O, alpha=_LEAST_UNDAMPED).sum()) >= 0
+        return energy_O / 2 if enough else None
 
     def energy(self, weight_OI: Tensor) -> float:
-        weight_OI, parts = weight_OI.float(), list[Tensor]()
+        return math.fsum(_values(self.energy_O(weight_OI)))  # read at once, as a GPU stops for each answer
+
+    def energy_O(self, weight_OI: Tensor) -> Tensor:
+        """Return each row's energy, half of w H wᵀ."""
+        weight_OI = weight_OI.float()
+        energy_O = weight_OI.new_zeros(len(weight_OI))
         tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
         for start, stop in column_blocks(self.inputs, tile):  # what lies above the diagonal's squares counts twice
             here_OB = weight_OI[:, start:stop]
@@ -159,8 +165,8 @@ class Gram:
                 product_OB = (here_OB @ self.hessian_II[start:stop, start:stop]).div_(2)
                 if start:
                     product_OB.addmm_(weight_OI[:, :start], self.hessian_II[:start, start:stop])
-            parts.append(product_OB.mul_(here_OB).sum())
-        return math.fsum(_values(torch.stack(parts)))  # read at once, as a GPU stops for each answer
+            energy_O += product_OB.mul_(here_OB).sum(1)
+        return energy_O
 
     def move(self, device: torch.device) -> None:
         self._mean_II = self._mean_II.to(device)
