@@ -23,6 +23,16 @@ COMPARISON_GROUPS: tuple[ComparisonGroup, ...] = get_args(ComparisonGroup)
 BLOCK_COLUMNS = 128
 _CHUNK_ELEMENTS = 1 << 20  # selection copies its scores; a chunk of rows bounds the copy to 4 MiB
 
+_LEVELS = 8  # of a row's scale, from one to its double
+_LEVEL_OF_ONE = 128
+_MOST_LEVELS = 24  # up or down: an eighth to eight
+
+
+def row_levels(scale_O: Tensor) -> bytes:
+    """Return rows' scales beside their median in the form that `Count` has them; nothing where they are alike."""
+    level_O = (scale_O / scale_O.median()).log2().mul(_LEVELS).round().clamp(-_MOST_LEVELS, _MOST_LEVELS)
+    return bytes(level_O.add(_LEVEL_OF_ONE).byte().tolist()) if level_O.any() else b""
+
 
 class Pattern(Protocol):
     """What every pattern can do."""
@@ -106,11 +116,14 @@ class Count:
     """Remove exactly `removed` of the `total` weights of a matrix: one site's part of a budget over several.
 
     Of a comparison group smaller than the matrix each gets a share: as equal as whole weights allow, and in all exact.
+    An error in one output may cost more than in another, so rows may be multiplied by `row_scales` while they are solved:
+    `row_levels` has a byte for each, see `row_levels`; none where rows are alike.
     """
 
     removed: int
     total: int
     group: ComparisonGroup = "layer"
+    row_levels: bytes = b""
 
     row_wise: ClassVar[bool] = False  # how many weights a row loses depends on its place
 
@@ -141,6 +154,11 @@ class Count:
         found_O = (~keep_OI).sum(1).tolist()
         if (self.group == "row" and found_O != self._of_rows(len(found_O))) or sum(found_O) != self.removed:
             raise PatternError(f"asked for {self.removed} zeros, the mask has {sum(found_O)} or shares them unequally")
+
+    @property
+    def row_scales(self) -> Tensor:
+        """What each row is to be multiplied by."""
+        return torch.tensor(list(self.row_levels)).sub(_LEVEL_OF_ONE).div(_LEVELS).exp2()
 
     def _of_rows(self, rows: int) -> list[int]:
         return [_share(self.removed, rows, row, row + 1) for row in range(rows)]

@@ -101,7 +101,7 @@ class Run:
         with self.report.clock.phase("allocation") if self.recipe.allocation != "uniform" else nullcontext():
             chooser = self.chooser or Chooser(self.team, self.host, self.tokens, self.home, [self.recipe])
             choice = chooser.choose(self.plan, self.recipe, known)
-        self.report.allocation = choice.allocation
+        self.report.allocation = choice.told
         if choice.allocation and not known:
             self.store.keep_allocation(choice.allocation)
         return choice.patterns

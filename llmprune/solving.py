@@ -11,7 +11,7 @@ from torch import Tensor
 from llmprune.errors import PatternError, RecipeError
 from llmprune.methods import Method, Solution
 from llmprune.model.sites import out_of_range, require_finite
-from llmprune.patterns import NM, Pattern, Unstructured, as_numbers
+from llmprune.patterns import NM, Count, Pattern, Unstructured, as_numbers
 from llmprune.recipe import Recipe
 from llmprune.retrying import Retry, reliefs
 from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, DenseTarget, Gradient, Gram
@@ -145,13 +145,27 @@ def checked_solution(
     dtype: torch.dtype | None = None,
 ) -> Solution:
     """Solve, and vouch for the result: exactly the pattern, in `dtype`, finite, every zero a positive one."""
-    solution = method.solve(weight_OI, statistic, pattern, generator)
+    solution = _solved(method, weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
     pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype) * as_numbers(solution.keep_OI)
     pruned_OI = pruned_OI.add_(0.0).contiguous()  # turns -0.0 into +0.0
     require_finite(f"the solution of {name}", pruned_OI, out_of_range(pruned_OI.dtype))
     rounded = pruned_OI.dtype != torch.float32
     return Solution(pruned_OI, solution.keep_OI, solution.notes, None if rounded else solution.change_O)
+
+
+def _solved(
+    method: Method, weight_OI: Tensor, statistic: Any, pattern: Pattern, generator: torch.Generator
+) -> Solution:
+    """Solve, with rows scaled by what their errors count for: that decides between rows, and not within one."""
+    if not isinstance(pattern, Count) or not pattern.row_levels:
+        return method.solve(weight_OI, statistic, pattern, generator)
+    scale_O = pattern.row_scales.to(weight_OI.device)
+    scaled_OI = weight_OI.float() * scale_O.unsqueeze(1)
+    solution = method.solve(scaled_OI, statistic, pattern, generator)
+    solved_OI = torch.where(solution.weight_OI == scaled_OI, weight_OI, solution.weight_OI / scale_O.unsqueeze(1))
+    change_O = None if solution.change_O is None else solution.change_O / scale_O.square()
+    return Solution(solved_OI, solution.keep_OI, solution.notes, change_O)
 
 
 def energies(

@@ -26,6 +26,7 @@ from llmprune.model.sites import sites_of
 from llmprune.patterns import Count, Stacked
 from llmprune.planning import parts_of
 from llmprune.recipe import Recipe
+from llmprune.solving import prune_matrix
 from llmprune.statistics import Gram
 
 CPU = torch.device("cpu")
@@ -94,22 +95,57 @@ def test_streamed_and_in_place_agree(llama: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, made.get_parameter(name).data), name
 
 
-def test_costs_by_the_loss_are_fisher_times_error() -> None:
-    """½ Σ_o F_o E[Δy_o²], with the errors of each solution on inputs that plain hooks on the whole model have seen."""
-    made: Any = tiny.model("llama")
-    options: dict[str, Any] = {"method": "admm", "pattern": "50%", "calibration": IDS, "allocation": "fisher"}
-    report = llmprune.prune(tiny.model("llama"), **options)
+def fisher_of(made: Any) -> dict[str, torch.Tensor]:
+    """Return F_o = E[(dL/dy_o)²] of every site, by its name."""
     host = Resident(made)
     sites = {block.name: sites_of(block) for block in host.blocks}
     with Lanes(made, [*host.blocks, host.head], [row[None] for row in IDS], CPU, host.device_of) as lanes:
         tape = Tape(lanes, of_weights=False, labels="sampled", seed=0)
         for index in range(len(host.blocks) - 1):
             tape.forward(index)
-        fisher = {
+        return {
             site.name: gradient.square_O / IDS.numel()
             for _, found in tape.backward(host, len(host.blocks) - 1, sites)
             for site, gradient in found.items()
         }
+
+
+@pytest.mark.parametrize(("pattern", "group"), [("50%", None), ("50%", "row"), ("2:4", None)])
+def test_rows_compete_by_what_their_errors_cost(
+    pattern: str, group: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Any = tiny.model("llama")
+    for block in made.model.layers:
+        block.mlp.down_proj.weight.data[:, ::2] *= 8  # so that errors in every second output of up_proj cost more
+    met: dict[str, Any] = {}
+
+    def see(name: str, method: Any, weight_OI: torch.Tensor, statistic: Any, pattern: Any, *rest: Any) -> Any:
+        met[name] = pattern
+        return prune_matrix(name, method, weight_OI, statistic, pattern, *rest)
+
+    monkeypatch.setattr("llmprune.run.prune_matrix", see)
+    options: dict[str, Any] = {"pattern": pattern, "calibration": IDS, "comparison_group": group}
+    options |= {"preset": "balanced"} if pattern == "2:4" else {"method": "admm", "allocation": "fisher"}
+    fisher = fisher_of(made)
+    report = llmprune.prune(made, **options)
+    levels = {name: getattr(pattern, "row_levels", b"") for name, pattern in met.items()}
+    if pattern == "2:4" or group == "row":
+        assert set(levels.values()) == {b""}
+        return
+    for name, square_O in fisher.items():
+        scale_O = (square_O / square_O.median()) ** 0.25
+        count = Count(0, 0, "layer", levels[name] or bytes([128] * len(square_O)))
+        torch.testing.assert_close(count.row_scales, scale_O.clamp(1 / 8, 8), rtol=0.045, atol=0)  # half of an eighth
+    assert len(set(levels["model.layers.0.mlp.up_proj.weight"])) > 8
+    assert report.allocation is not None and all("rows" not in site for site in report.allocation["sites"].values())
+
+
+def test_costs_by_the_loss_are_fisher_times_error() -> None:
+    """½ Σ_o F_o E[Δy_o²], with the errors of each solution on inputs that plain hooks on the whole model have seen."""
+    made: Any = tiny.model("llama")
+    options: dict[str, Any] = {"method": "admm", "pattern": "50%", "calibration": IDS, "allocation": "fisher"}
+    report = llmprune.prune(tiny.model("llama"), **options)
+    fisher = fisher_of(made)
     assert report.allocation is not None
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight"):
         module, seen = made.get_submodule(name.removesuffix(".weight")), list[torch.Tensor]()

@@ -1,5 +1,6 @@
 """`llmprune.solve`: one matrix in, one pruned matrix out, from whatever the user has of its inputs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from torch import Tensor
 
 import llmprune
-from llmprune import solving
+from llmprune import methods, solving
 from llmprune.errors import LlmpruneError, NumericalError, PatternError, RecipeError
+from llmprune.methods import Solution
 from llmprune.methods.wanda import Wanda
+from llmprune.patterns import Count, row_levels
 from llmprune.recipe import Recipe
-from llmprune.solving import energies, prune_matrix
+from llmprune.solving import checked_solution, energies, prune_matrix, seeded
 from llmprune.statistics import ColumnNorm, Gradient, Gram
 
 CPU = torch.device("cpu")
@@ -163,3 +166,39 @@ def test_norms_will_do_for_wanda_only() -> None:
     assert torch.equal(by_norms.keep_OI, llmprune.solve(matrix(), inputs, method="wanda").keep_OI)
     with pytest.raises(RecipeError, match="or a Gram matrix"):
         llmprune.solve(matrix(), inputs.norm(dim=0), method="sparsegpt")
+
+
+@pytest.mark.parametrize("method", ["admm", "magnitude", "obd", "sparsegpt", "wanda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_solved_as_large_as_their_errors_count(method: str, dtype: torch.dtype) -> None:
+    """As scaled rows are by themselves; weights that are only kept stay what they are, to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI = (0.02 * torch.randn(8, 32, generator=generator)).to(dtype)
+    x_TI = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    fed = (ColumnNorm if method == "wanda" else Gram)(32, x_TI.device)
+    fed.add(x_TI, 1)
+    group: Any = "block" if method == "sparsegpt" else "layer"
+    pattern = Count(120, 256, group, row_levels(torch.tensor([1 / 9, 1, 1, 1, 1, 1.3, 3, 7])))
+    scale_O1 = pattern.row_scales.unsqueeze(1)
+    torch.testing.assert_close(scale_O1[:, 0], torch.tensor([1 / 8, 1, 1, 1, 1, 1.3, 3, 7]), rtol=0.045, atol=0)
+
+    def solved(weight: Tensor, pattern: Count, dtype: torch.dtype) -> Solution:
+        return checked_solution("it", methods.get(method), weight, fed, pattern, seeded(0, "it"), dtype)
+
+    found = solved(weight_OI, pattern, dtype)
+    by_hand = solved(weight_OI.float() * scale_O1, replace(pattern, row_levels=b""), torch.float32)
+    assert torch.equal(found.keep_OI, by_hand.keep_OI)
+    torch.testing.assert_close(found.weight_OI, (by_hand.weight_OI / scale_O1).to(dtype))
+    kept_O = found.keep_OI.sum(1)
+    assert kept_O[0] < kept_O[1:5].min() and kept_O[7] > kept_O[1:5].max()
+    if method in ("magnitude", "obd", "wanda"):
+        assert torch.equal(found.weight_OI, weight_OI * found.keep_OI)
+    if found.change_O is not None:
+        assert isinstance(fed, Gram)
+        change_O = fed.energy_O(weight_OI.float() - found.weight_OI.float())
+        torch.testing.assert_close(found.change_O, change_O, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_that_are_alike_have_no_levels() -> None:
+    assert row_levels(torch.tensor([2.0, 2.0, 2.04])) == b""
+    assert row_levels(torch.tensor([1.0, 2.0, 4.0])) == bytes([120, 128, 136])

@@ -24,10 +24,12 @@ class Curve:
     """A cost measured at a few rising shares: between them, and beyond, its logarithm is a straight line.
 
     Output errors of a pruned layer grow about geometrically with sparsity, so that few points are enough.
+    `row_levels` tell what an error in each output costs beside the others, where that is known: see `Count`.
     """
 
     shares: tuple[float, ...]
     costs: tuple[float, ...]
+    row_levels: bytes = b""
 
     def __call__(self, at_E: Floats) -> Floats:
         log = np.log(np.maximum(self.costs, _LEAST))

@@ -27,12 +27,24 @@ class Choice:
     Attributes:
         patterns: of every site, by name.
         allocation: where a sparsity was shared out, plain values: `by`, `range`, `sequences`, and `sites` with, for
-            each, `removed` weights, its `sparsity`, the `cost` foretold, and the `curve` of costs at sparsities. By a file
-            of measured curves, `model` is the one measured there, and no `sequences` were needed.
+            each, `removed` weights, its `sparsity`, the `cost` foretold, the `curve` of costs at sparsities, and `rows`, the
+            `row_levels` of its `Count` in hexadecimal. By a file of measured curves, `model` is the one measured there,
+            and no `sequences` were needed.
     """
 
     patterns: dict[str, Pattern]
     allocation: dict[str, Any] | None = None
+
+    @property
+    def told(self) -> dict[str, Any] | None:
+        """Return the allocation as reports tell it: without what is known of every row."""
+        if self.allocation is None:
+            return None
+        sites = {
+            name: {key: value for key, value in entry.items() if key != "rows"}
+            for name, entry in self.allocation["sites"].items()
+        }
+        return self.allocation | {"sites": sites}
 
 
 @dataclass
@@ -75,8 +87,9 @@ class Chooser:
             return Choice(patterns)
         allocation = known or self.team.tell(self._allocate(plan, recipe, shared))
         for site in shared:
-            removed = allocation["sites"][site.name]["removed"]
-            patterns[site.name] = _count(recipe, site, removed, site.shape[0] * site.shape[1])
+            entry = allocation["sites"][site.name]
+            levels, size = bytes.fromhex(entry.get("rows", "")), site.shape[0] * site.shape[1]
+            patterns[site.name] = _count(recipe, site, entry["removed"], size, levels)
         return Choice(patterns, allocation)
 
     def _allocate(self, plan: Plan, recipe: Recipe, shared: list[Site]) -> dict[str, Any]:
@@ -131,15 +144,18 @@ def _entry(removed: int, size: int, cost: Cost | None) -> dict[str, Any]:
             "cost": float(cost(np.array([removed / size]))[0]),
             "curve": [list(point) for point in zip(cost.shares, cost.costs, strict=True)],
         }
+        if cost.row_levels:
+            entry["rows"] = cost.row_levels.hex()
     return entry
 
 
-def _count(recipe: Recipe, site: Site, removed: int, size: int) -> Count:
+def _count(recipe: Recipe, site: Site, removed: int, size: int, levels: bytes = b"") -> Count:
     """Return a site's pattern: within it weights compare over the whole matrix where the method can, if not as it does."""
     part = recipe.at(site.tensor)
     method = part.solver()
     own: ComparisonGroup = "layer" if "layer" in method.comparison_groups else method.comparison_group
-    return Count(removed, size, own if part.comparison_group is None else part.group(method))
+    group = own if part.comparison_group is None else part.group(method)
+    return Count(removed, size, group, b"" if group == "row" else levels)
 
 
 def _weights(host: Host, plan: Plan) -> Iterator[tuple[str, Tensor]]:

@@ -31,7 +31,7 @@ from llmprune.model.groups import Group
 from llmprune.model.memory import home_device, most_kept, parameter_bytes, statistics_budget
 from llmprune.model.sharing import collector_of
 from llmprune.model.sites import Site, Stage
-from llmprune.patterns import Count
+from llmprune.patterns import Count, row_levels
 from llmprune.planning import Host
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
@@ -41,6 +41,7 @@ from llmprune.team.team import Team, deal
 MOST_SEQUENCES = 8  # of the calibration; curves do not need more
 MOST_FOLLOWED = 4  # of these, backward
 POINTS = 2  # of a curve: the ends of the range
+_ROW_POWER = 0.25  # of F_o, by which rows are scaled; a half would be right if few gradients told F_o exactly
 _TINY = 1e-30
 
 Solver = Callable[[Recipe, Site], tuple[Method, Callable[[int, int], Count]]]
@@ -142,11 +143,13 @@ class DensePass:
             for site, gradient in gradients.items():
                 if not gradient.tokens:
                     continue
-                square_R = sampled(gradient.square_O.cpu()) / gradient.tokens
-                share = len(square_R) / len(gradient.square_O)
+                square_O = gradient.square_O.cpu() / gradient.tokens
+                square_R, levels = sampled(square_O), row_levels(square_O.clamp_min(_TINY).pow(_ROW_POWER))
+                share = len(square_R) / len(square_O)
                 for recipe, of_recipe, to in zip(self.recipes, found, costs, strict=True):
                     if site.name in of_recipe:
-                        to[site.name] = _curve(recipe, of_recipe[site.name].error_PR @ square_R / (2 * tokens * share))
+                        cost_P = of_recipe[site.name].error_PR @ square_R / (2 * tokens * share)
+                        to[site.name] = _curve(recipe, cost_P, levels)
         return costs
 
     def _blocks(self, lanes: Lanes, tape: Tape | None) -> Iterator[tuple[Stage, Generator[Group, None, None]]]:
@@ -174,8 +177,8 @@ def _shares(recipe: Recipe) -> tuple[float, ...]:
     return tuple(low + (high - low) * point / (POINTS - 1) for point in range(POINTS))
 
 
-def _curve(recipe: Recipe, cost_P: Tensor) -> Curve:
-    return Curve(_shares(recipe), tuple(cost_P.tolist()))
+def _curve(recipe: Recipe, cost_P: Tensor, levels: bytes = b"") -> Curve:
+    return Curve(_shares(recipe), tuple(cost_P.tolist()), levels)
 
 
 def _cost(group: Group) -> float:
