@@ -49,7 +49,7 @@ def _prune(opened: Opened, out: Path, recipe: Recipe, output: Output, team: Team
     tokens = opened.tokens if recipe.calibrates else None
     report = Report.begin(opened.name, recipe.to_json(), host, plan, tokens)
     report.notes.extend(host.notes())
-    decisive = fingerprint(source, report) | ({"compressed": True} if output.compressed else {})
+    decisive = fingerprint(source, report, output.compressed)
     require_alike(team, decisive)
     sink = Sink(source, out, decisive, output.resume, output.compressed)
     with sink if team.leads else nullcontext():  # the lock, and all that is written, is the first rank's

@@ -42,6 +42,7 @@ def prune(
     pattern: list[str] | tuple[str, ...],
     overwrite: bool = False,
     resume: bool = False,
+    compressed: bool = False,
     **options: Any,
 ) -> list[Report]: ...
 
@@ -94,8 +95,6 @@ def _prune_several(
         raise RecipeError("several patterns need a model on disk and an output folder: prune('org/model', 'out', ...)")
     if tokenizer is not None:
         raise RecipeError("a tokenizer goes with a loaded model: one on disk has its own")
-    if output.compressed:
-        raise RecipeError("several patterns are written dense: leave out --compressed, and compress each afterwards")
     others = {name: value for name, value in options.items() if name != "pattern"}
     return prune_patterns(model, Path(out), options["pattern"], output, others)
 

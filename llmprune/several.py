@@ -9,6 +9,8 @@ from typing import Any
 from llmprune import patterns
 from llmprune.apart import prune_apart
 from llmprune.branches import SOLVE
+from llmprune.checkpoint.compressed import is_compressed
+from llmprune.checkpoint.source import read_fields
 from llmprune.determinism import repeatable
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.opening import Output
@@ -67,7 +69,7 @@ def prune_several(
             require_shared_inputs(recipe)
     with joined() as team, repeatable(any(recipe.deterministic for recipe in recipes.values())):
         complete = team.tell([out for out in recipes if output.resume and _is_complete(out)])
-        done = {out: _finished(out, model, recipes[out], apart) for out in complete}
+        done = {out: _finished(out, model, recipes[out], apart, output.compressed) for out in complete}
         missing = {out: recipe for out, recipe in recipes.items() if out not in done}
         if missing and apart:
             done |= prune_apart(model, missing, output, team)
@@ -122,12 +124,16 @@ def _is_complete(out: Path) -> bool:
     return out.exists() and not out.with_name(out.name + ".partial").exists()
 
 
-def _finished(out: Path, model: str | Path, recipe: Recipe, apart: bool) -> Report:
+def _finished(out: Path, model: str | Path, recipe: Recipe, apart: bool, compressed: bool) -> Report:
     """Return the report of a result that is there.
 
     Raises:
-        RecipeError: it is of another recipe, or of a pass of the other kind.
+        RecipeError: it is of another recipe, of a pass of the other kind, or not compressed as the others will be.
     """
+    if is_compressed(read_fields(out)) != compressed:
+        raise RecipeError(
+            f"{out} is {'not compressed' if compressed else 'compressed'}: choose another folder, or delete it"
+        )
     report = Report.from_json(read_run(out), out)
     same = report.recipe == json.loads(json.dumps(recipe.to_json())) and report.model == str(model)
     if not same or (report.one_pass is None) != apart:

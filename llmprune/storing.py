@@ -166,10 +166,11 @@ class Beside(OnDisk):
         self._reported = len(self._report.sites)
 
 
-def fingerprint(source: Source, report: Report) -> dict[str, Any]:
+def fingerprint(source: Source, report: Report, compressed: bool) -> dict[str, Any]:
     """Return all that decides the bytes of a run's result."""
     installed = versions()
-    return {
+    decisive: dict[str, Any] = {"compressed": True} if compressed else {}
+    return decisive | {
         "recipe": report.recipe,
         "source": source.fingerprint(),
         "calibration": report.calibration,

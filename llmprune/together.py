@@ -14,7 +14,7 @@ from typing import Any
 
 from llmprune import methods
 from llmprune.branches import BesideBranch, Branch, Branches, OnBranch, Pass
-from llmprune.checkpoint import Sink, Source
+from llmprune.checkpoint import Sink
 from llmprune.model.memory import out_of_memory_in
 from llmprune.opening import Opened, Output, open_model
 from llmprune.portions import Loads
@@ -66,10 +66,11 @@ def prune_together(
     plan = next(iter(plans.values()))
     shared = Report.begin(opened.name, widest.to_json(), host, plan, tokens)
     reports = _begun(opened, recipes)
-    decisive = {out: _decisive(opened.source, reports[out], widest) for out in recipes}
+    way = {"one_pass": methods.name_of(widest.solver())}  # blocks see the dense model's activations
+    decisive = {out: fingerprint(opened.source, reports[out], output.compressed) | way for out in recipes}
     for of_one in decisive.values():
         require_alike(team, of_one)
-    sinks = {out: Sink(opened.source, out, decisive[out], output.resume) for out in recipes}
+    sinks = {out: Sink(opened.source, out, decisive[out], output.resume, output.compressed) for out in recipes}
     with _opened(list(sinks.values())) if team.leads else nullcontext():  # the first rank writes
         branches, thrift, loads = list[Branch](), Thrift(), Loads()
         for out, recipe in recipes.items():
@@ -105,11 +106,6 @@ def _begun(opened: Opened, recipes: Mapping[Path, Recipe]) -> dict[Path, Report]
             report.notes.append("one of several results of a calibration pass through the dense model")
         reports[out] = report
     return reports
-
-
-def _decisive(source: Source, report: Report, widest: Recipe) -> dict[str, Any]:
-    """Return all that decides the bytes of a result; that its blocks saw the dense model's activations is part of it."""
-    return fingerprint(source, report) | {"one_pass": methods.name_of(widest.solver())}
 
 
 @contextmanager

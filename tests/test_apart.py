@@ -171,7 +171,7 @@ def test_all_places_are_checked_before_any_work_and_can_be_overwritten(
         ({"pattern": ["50%", "1:7"]}, PatternError, "not divisible by 7"),
         ({"allocation": "fisher"}, RecipeError, "2:4 is the same everywhere"),
         ({"tune_rate": -1}, RecipeError, "tune_rate must be"),
-        ({"compressed": True}, RecipeError, "leave out --compressed"),
+        ({"compressed": True, "pattern": ["50%", "2%"]}, RecipeError, "2% leaves too few zeros"),
     ],
 )
 def test_what_cannot_be_had_for_one_is_refused_before_any_work(

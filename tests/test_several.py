@@ -14,6 +14,7 @@ import llmprune
 import tiny
 from llmprune import cli, runs, several
 from llmprune.branches import SOLVE, Pass
+from llmprune.checkpoint.compressed import compress
 from llmprune.errors import CheckpointError, LlmpruneError, PatternError, RecipeError
 from llmprune.model import Streamed
 from llmprune.model.collect import Collector
@@ -207,6 +208,24 @@ def test_a_complete_result_is_left_as_it_is(folders: dict[str, Path], tmp_path: 
         llmprune.prune(folders["llama"], tmp_path / "out", pattern=["50%"], resume=True, **OPTIONS | {"seed": 3})
     with pytest.raises(CheckpointError, match="exists: choose another folder"):
         llmprune.prune(folders["llama"], tmp_path / "out", pattern=["50%"], **OPTIONS)
+
+
+@pytest.mark.parametrize("way", [{}, {"true_sequential": True}], ids=["in one pass", "one after another"])
+def test_results_are_compressed_as_each_would_be(folders: dict[str, Path], tmp_path: Path, way: dict[str, Any]) -> None:
+    options = OPTIONS | way | {"pattern": PATTERNS}
+    llmprune.prune(folders["llama"], tmp_path / "dense", **options)
+    reports = llmprune.prune(folders["llama"], tmp_path / "small", compressed=True, **options)
+    for name, report in zip(NAMES, reports, strict=True):
+        compress(tmp_path / "dense" / name, tmp_path / name)
+        assert report.out == tmp_path / "small" / name
+        for file in (tmp_path / name).glob("*.safetensors"):
+            assert (report.out / file.name).read_bytes() == file.read_bytes(), name
+    again = llmprune.prune(folders["llama"], tmp_path / "small", compressed=True, resume=True, **options)
+    assert [report.zeros for report in again] == [report.zeros for report in reports]
+    with pytest.raises(RecipeError, match="50% is compressed: choose another folder"):
+        llmprune.prune(folders["llama"], tmp_path / "small", resume=True, **options)
+    with pytest.raises(RecipeError, match="50% is not compressed: choose another folder"):
+        llmprune.prune(folders["llama"], tmp_path / "dense", resume=True, compressed=True, **options)
 
 
 def test_the_report_says_what_the_pass_ran_through(folders: dict[str, Path], tmp_path: Path) -> None:
