@@ -84,6 +84,7 @@ RESUMED: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "narrower than stored": ("llama", torch.float32, {"calibration": IDS, "dtype": "bfloat16"}),
     "random": ("llama", torch.float32, {"method": "random", "seed": 3}),
     "one budget": ("llama-tied", torch.float32, QUICK | {"comparison_group": "model", "include": "*"}),
+    "shared out by the loss, rows too": ("llama", torch.float32, {"calibration": IDS, "preset": "balanced"}),
     "blocks left dense": ("llama", torch.float32, {"calibration": IDS, "exclude": "model.layers.0.*"}),
 }
 

@@ -1,7 +1,9 @@
 """Sensitivity and sweep: each figure is that of a model pruned by hand, and a stopped run goes on."""
 
+import errno
 import importlib
 import json
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -110,6 +112,25 @@ def test_a_stopped_run_says_what_is_kept(
     with pytest.raises(KeyboardInterrupt) as without_a_folder:
         llmprune.sensitivity(folder, sparsities=(0.5,), data=DATA)
     assert not isinstance(without_a_folder.value, Interrupted)
+
+
+def test_an_earlier_result_stays_whole_where_the_disk_is_full(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llmprune.sensitivity(folder, tmp_path / "out", sparsities=(0.5,), data=DATA)
+    result = tmp_path / "out" / room.RESULT
+    before, write = result.read_text("utf-8"), Path.write_text
+
+    def half(path: Path, text: str, *rest: str) -> int:
+        if not path.name.startswith(room.RESULT):
+            return write(path, text, *rest)
+        write(path, text[: len(text) // 2], *rest)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        llmprune.sensitivity(folder, tmp_path / "out", sparsities=(0.5,), data=DATA)
+    assert result.read_text("utf-8") == before
 
 
 def test_sensitivity_as_text_as_json_and_as_a_page(folder: Path, tmp_path: Path) -> None:

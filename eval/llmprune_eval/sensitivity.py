@@ -24,6 +24,7 @@ from llmprune.page import html
 from llmprune.planning import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
 from llmprune.pruning import prune
+from llmprune.runs import json_text, replace_text
 from llmprune_eval.pages import sensitivity_page
 from llmprune_eval.perplexity import cut_for, perplexity_of, read_text
 from llmprune_eval.scores import score
@@ -140,7 +141,7 @@ def sensitivity(
         loss = score(batches_BL, dense.logits(batches_BL)).loss
         result = Sensitivity(settings, perplexity_of(str(model), loss), cells)
         if folder is not None:
-            (folder / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+            replace_text(folder / RESULT, json_text(result.to_json()))  # `--allocation` reads it
             html.write(folder / PAGE, sensitivity_page(result))
     return result
 
