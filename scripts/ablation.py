@@ -50,6 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
     REFERENCE: {"method": "sparsegpt"},
     "sparsegpt, true sequential": {"method": "sparsegpt", **_SEQUENTIAL},
     "sparsegpt, dense target": {"method": "sparsegpt", **_TARGET},
+    "sparsegpt, dense target, allocation": {"method": "sparsegpt", **_TARGET, **_ALLOCATED},
     "sparsegpt, tuning": {"method": "sparsegpt", **_SEQUENTIAL, **_TUNED},
     "admm": {"method": "admm", **_SEQUENTIAL},
     "admm, dense target": {"method": "admm", **_TARGET},
