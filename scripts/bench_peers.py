@@ -10,7 +10,7 @@ presets. All tasks of a method are compared with the same runs of llm-compressor
 The model is a randomly initialised 110 M-parameter Llama in float32 and the calibration set is random tokens, both
 seeded. Every run is a process of its own, llmprune's in the interpreter that runs this script, the peer's in its own
 environment; the tools take turns, `--repeat` times each. llm-compressor gets one sequence a forward pass, its default:
-eight took it longer, and more memory.
+eight took it longer, and more memory. `--peer-dtype bfloat16` loads its model in bfloat16.
 
 Prints JSON rows. One for each tool, task and pattern:
 
@@ -232,7 +232,7 @@ def run_peer(arguments: argparse.Namespace) -> Row:
     marks = [time.perf_counter()]
     with open(arguments.tokens) as file:
         rows = [json.loads(line) for line in file]
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     marks.append(time.perf_counter())
     llmcompressor.oneshot(
@@ -261,6 +261,7 @@ def peer_main(words: list[str]) -> None:
     for name in ("model", "out", "tokens", "method", "pattern"):
         parser.add_argument(name)
     parser.add_argument("batch_size", type=int)
+    parser.add_argument("dtype")
     arguments = parser.parse_args(words)
     # The peer logs to stdout, below Python too: keep the real one aside and point descriptor 1 at stderr.
     answers = os.fdopen(os.dup(1), "w")
@@ -327,7 +328,8 @@ def command_of(series: Series, arguments: argparse.Namespace, work: Path) -> lis
     model, tokens, out = str(work / "model"), str(work / "tokens.jsonl"), str(series.out)
     if series.tool == PEER:
         script = str(Path(__file__).resolve())
-        task = [model, out, tokens, series.task, series.pattern, str(arguments.peer_batch_size)]
+        how = [str(arguments.peer_batch_size), arguments.peer_dtype]
+        task = [model, out, tokens, series.task, series.pattern, *how]
         return [str(arguments.peer_python), script, PEER_COMMAND, *task]
     task = [*TASKS[series.task][1], "--pattern", series.pattern, "--calibration", tokens, "--dtype", "float32"]
     return [sys.executable, "-m", "llmprune", "prune", model, out, *task, "--json"]
@@ -395,7 +397,8 @@ def compare(arguments: argparse.Namespace, work: Path) -> None:
         ours = [Series("llmprune", task, pattern, work / f"llmprune-{task}-{stem}") for task in tasks]
         run_in_turns([*ours, peer], arguments, work)
         comparisons = [in_child(compare_outputs, own.out, peer.out, pattern) | shape for own in ours]
-        peer_environment = peer.runs[-1].answer["environment"] | {"batch_size": arguments.peer_batch_size}
+        how = {"batch_size": arguments.peer_batch_size, "dtype": arguments.peer_dtype}
+        peer_environment = peer.runs[-1].answer["environment"] | how
         for own, comparison in zip(ours, comparisons, strict=True):
             print(json.dumps(row_of(own, environment, comparison)), flush=True)
             ratios.append(ratios_of(own, peer))
@@ -410,6 +413,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     peer.add_argument("--peer-python", type=Path, help="interpreter of an environment that has llm-compressor")
     peer.add_argument("--make-peer-env", type=Path, metavar="DIR", help="create that environment here first")
     parser.add_argument("--peer-batch-size", type=int, default=1, help="sequences a forward pass in llm-compressor")
+    parser.add_argument("--peer-dtype", choices=("float32", "bfloat16"), default="float32", help="of its model")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--patterns", nargs="+", choices=("50%", "2:4"), default=["50%"])
     parser.add_argument("--sequences", type=int, default=32)
