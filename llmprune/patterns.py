@@ -28,9 +28,9 @@ _LEVEL_OF_ONE = 128
 _MOST_LEVELS = 24  # up or down: an eighth to eight
 
 
-def row_levels(scale_O: Tensor) -> bytes:
-    """Return rows' scales beside their median in the form that `Count` has them; nothing where they are alike."""
-    level_O = (scale_O / scale_O.median()).log2().mul(_LEVELS).round().clamp(-_MOST_LEVELS, _MOST_LEVELS)
+def as_row_levels(scale_O: Tensor) -> bytes:
+    """Return what rows are to be multiplied by in the form that `Count` has it; nothing where they are alike."""
+    level_O = scale_O.log2().mul(_LEVELS).round().clamp(-_MOST_LEVELS, _MOST_LEVELS)
     return bytes(level_O.add(_LEVEL_OF_ONE).byte().tolist()) if level_O.any() else b""
 
 
@@ -117,7 +117,7 @@ class Count:
 
     Of a comparison group smaller than the matrix each gets a share: as equal as whole weights allow, and in all exact.
     An error in one output may cost more than in another, so rows may be multiplied by `row_scales` while they are solved:
-    `row_levels` has a byte for each, see `row_levels`; none where rows are alike.
+    `row_levels` has a byte for each, see `as_row_levels`; none where rows are alike.
     """
 
     removed: int

@@ -42,9 +42,9 @@ class Recipe:
             outputs that the dense matrix has on the pruned model's inputs. `auto` is up to 0.7, less where there are few
             tokens for each input (`CrossGram.share`). Needs `true_sequential`.
         allocation: how a sparsity is shared out over the sites: `uniform`; by cost, `error` (of a site's outputs) or
-            `fisher` (of the loss, by one backward pass, which also weighs the rows of each matrix); `owl` by the outliers of
-            blocks; or the path of a `sensitivity.json`, by the curves that `llmprune sensitivity` measured. In all the
-            sites it is exact.
+            `fisher` (of the loss, by one backward pass, which also weighs the rows of matrices whose weights compete as a
+            whole); `owl` by the outliers of blocks; or the path of a `sensitivity.json`, by the curves that `llmprune
+            sensitivity` measured. In all the sites it is exact.
         allocation_range: how far a site's sparsity may then be from the pattern's.
         sparsities: sparsities of sites by glob, as `pattern` has them. The first glob that matches counts; all other
             sites have the pattern's own sparsity, in their sum if that is shared out.

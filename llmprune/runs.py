@@ -78,8 +78,12 @@ def update_run(folder: str | Path, **fields: Any) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a text file, all at once or not at all."""
     temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def json_text(run: dict[str, Any]) -> str:

@@ -128,13 +128,13 @@ def _finished(out: Path, model: str | Path, recipe: Recipe, apart: bool, compres
     """Return the report of a result that is there.
 
     Raises:
+        CheckpointError: it is no output of llmprune.
         RecipeError: it is of another recipe, of a pass of the other kind, or not compressed as the others will be.
     """
-    if is_compressed(read_fields(out)) != compressed:
-        raise RecipeError(
-            f"{out} is {'not compressed' if compressed else 'compressed'}: choose another folder, or delete it"
-        )
     report = Report.from_json(read_run(out), out)
+    if is_compressed(read_fields(out)) != compressed:
+        found, way_out = ("not compressed", "leave out") if compressed else ("compressed", "give")
+        raise RecipeError(f"{out} is {found}: {way_out} --compressed, choose another folder, or delete it")
     same = report.recipe == json.loads(json.dumps(recipe.to_json())) and report.model == str(model)
     if not same or (report.one_pass is None) != apart:
         raise RecipeError(f"{out} is of another recipe: choose another folder, or delete it")

@@ -157,13 +157,15 @@ def checked_solution(
 def _solved(
     method: Method, weight_OI: Tensor, statistic: Any, pattern: Pattern, generator: torch.Generator
 ) -> Solution:
-    """Solve, with rows scaled by what their errors count for: that decides between rows, and not within one."""
+    """Solve, with rows scaled by what their errors count for, which decides between them: what is kept as it was stays so."""
     if not isinstance(pattern, Count) or not pattern.row_levels:
         return method.solve(weight_OI, statistic, pattern, generator)
     scale_O = pattern.row_scales.to(weight_OI.device)
     scaled_OI = weight_OI.float() * scale_O.unsqueeze(1)
     solution = method.solve(scaled_OI, statistic, pattern, generator)
-    solved_OI = torch.where(solution.weight_OI == scaled_OI, weight_OI, solution.weight_OI / scale_O.unsqueeze(1))
+    unchanged_OI = solution.weight_OI == scaled_OI
+    del scaled_OI  # before more is made
+    solved_OI = torch.where(unchanged_OI, weight_OI, solution.weight_OI.div_(scale_O.unsqueeze(1)))
     change_O = None if solution.change_O is None else solution.change_O / scale_O.square()
     return Solution(solved_OI, solution.keep_OI, solution.notes, change_O)
 

@@ -86,7 +86,7 @@ def prune_together(
                     sink.copy_source()
         stores = Branches(host, [branch.store for branch in branches])
         Pass(host, plan, tokens, widest, home, shared, stores, thrift, tuple(branches), team=team).prune()
-        for out, sink in sinks.items():
+        for out, sink in reversed(sinks.items()):  # the first one last, as it tells what is kept
             if team.leads:
                 sink.commit(reports[out].to_json())
             reports[out].out = out
@@ -110,11 +110,12 @@ def _begun(opened: Opened, recipes: Mapping[Path, Recipe]) -> dict[Path, Report]
 
 @contextmanager
 def _opened(sinks: Sequence[Sink]) -> Iterator[None]:
-    """Enter all sinks; if an error ends the pass, one of them says for all that what is done is kept."""
+    """Enter all sinks; if an error ends the pass, the first one, which has the most, says that what is done is kept."""
+    first, *others = sinks
     with ExitStack() as stack:
-        for sink in sinks[1:]:
+        for sink in others:
             stack.enter_context(_silent(sink))
-        stack.enter_context(sinks[0])
+        stack.enter_context(first)
         yield
 
 

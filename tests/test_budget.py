@@ -16,6 +16,7 @@ from llmprune import methods, preview
 from llmprune.allocation import Curve, Measured, Part
 from llmprune.budget import dense
 from llmprune.budget.curves import Loss, Trials, cut_short, losses, sampled
+from llmprune.budget.dense import _row_levels
 from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.checkpoint import Sink
 from llmprune.errors import PatternError, RecipeError, UnsupportedModelError
@@ -126,18 +127,32 @@ def test_rows_compete_by_what_their_errors_cost(
     monkeypatch.setattr("llmprune.run.prune_matrix", see)
     options: dict[str, Any] = {"pattern": pattern, "calibration": IDS, "comparison_group": group}
     options |= {"preset": "balanced"} if pattern == "2:4" else {"method": "admm", "allocation": "fisher"}
-    fisher = fisher_of(made)
+    fisher = fisher_of(made) if pattern == "50%" and group is None else {}
     report = llmprune.prune(made, **options)
     levels = {name: getattr(pattern, "row_levels", b"") for name, pattern in met.items()}
-    if pattern == "2:4" or group == "row":
+    if not fisher:
         assert set(levels.values()) == {b""}
         return
     for name, square_O in fisher.items():
-        scale_O = (square_O / square_O.median()) ** 0.25
+        scale_O = (square_O / square_O.median()) ** (0.25 * IDS.numel() / (IDS.numel() + 16))
         count = Count(0, 0, "layer", levels[name] or bytes([128] * len(square_O)))
         torch.testing.assert_close(count.row_scales, scale_O.clamp(1 / 8, 8), rtol=0.045, atol=0)  # half of an eighth
     assert len(set(levels["model.layers.0.mlp.up_proj.weight"])) > 8
     assert report.allocation is not None and all("rows" not in site for site in report.allocation["sites"].values())
+
+
+def test_rows_without_gradients_do_not_decide_what_the_others_count_for() -> None:
+    square_O = torch.cat([torch.zeros(55), torch.logspace(-8, -2, 45)])
+    scale_O = Count(0, 0, "layer", _row_levels(square_O, 1 << 20)).row_scales
+    assert scale_O[:55].eq(1 / 8).all()  # errors in these cost nothing
+    torch.testing.assert_close(scale_O[55:], (square_O[55:] / 1e-5) ** 0.25, rtol=0.045, atol=0)
+    assert _row_levels(torch.zeros(8), 5) == b""
+
+
+@pytest.mark.parametrize(("tokens", "octaves"), [(1, 1.5 / 17), (16, 1.5 / 2), (1 << 20, 1.5)])
+def test_rows_of_an_expert_with_few_tokens_are_nearly_alike(tokens: int, octaves: float) -> None:
+    scale_O = Count(0, 0, "layer", _row_levels(torch.tensor([1.0, 1.0, 64.0]), tokens)).row_scales
+    assert scale_O.log2().tolist() == pytest.approx([0, 0, octaves], abs=1 / 16)
 
 
 def test_costs_by_the_loss_are_fisher_times_error() -> None:

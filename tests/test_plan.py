@@ -637,3 +637,14 @@ def test_setting_out_backward_takes_what_is_foretold(
             next(tape.backward(host, last, {}))
     assert foretold["predictions"] + foretold["head"] == pytest.approx(live.peak, rel=0.1)  # the head is read within
     assert foretold["head"] == 8000 * 64 * dtype.itemsize
+
+
+@pytest.mark.parametrize(("method", "more"), [("admm", 4), ("sparsegpt", 4), ("magnitude", 0)])
+def test_weighing_rows_takes_a_copy_of_a_matrix(method: str, more: int) -> None:
+    """Where that is solved from copies of its own; else it is among them, as the whole matrix is solved at once."""
+    plain, weighed = (
+        solving_bytes(get(method), Unstructured(0.5, "layer"), (256, 128), torch.float32, CPU, 0.0, rows)
+        for rows in (False, True)
+    )
+    assert weighed - plain >= more * 256 * 128
+    assert weighed <= plain + 8 * 256 * 128

@@ -114,23 +114,28 @@ def test_a_stopped_run_says_what_is_kept(
     assert not isinstance(without_a_folder.value, Interrupted)
 
 
-def test_an_earlier_result_stays_whole_where_the_disk_is_full(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [room.RESULT, room.JOURNAL])
+def test_what_is_there_stays_whole_where_the_disk_is_full(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     llmprune.sensitivity(folder, tmp_path / "out", sparsities=(0.5,), data=DATA)
-    result = tmp_path / "out" / room.RESULT
-    before, write = result.read_text("utf-8"), Path.write_text
+    if name == room.JOURNAL:
+        with (tmp_path / "out" / name).open("a", encoding="utf-8") as file:
+            file.write('{"half a')  # so that a run that goes on writes it anew
+    before = {path.name: path.read_text("utf-8") for path in (tmp_path / "out").iterdir()}
+    write, met = Path.write_text, list[str]()
 
     def half(path: Path, text: str, *rest: str) -> int:
-        if not path.name.startswith(room.RESULT):
+        if path.name not in (name, f"{name}.new"):
             return write(path, text, *rest)
+        met.append(path.name)
         write(path, text[: len(text) // 2], *rest)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space left"):
         llmprune.sensitivity(folder, tmp_path / "out", sparsities=(0.5,), data=DATA)
-    assert result.read_text("utf-8") == before
+    assert met and {path.name: path.read_text("utf-8") for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_sensitivity_as_text_as_json_and_as_a_page(folder: Path, tmp_path: Path) -> None:

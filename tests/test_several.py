@@ -1,5 +1,6 @@
 """Several results from one calibration pass: what each is, that blocks are loaded and measured once, and resuming."""
 
+import itertools
 import json
 import shlex
 import sys
@@ -14,7 +15,7 @@ import llmprune
 import tiny
 from llmprune import cli, runs, several
 from llmprune.branches import SOLVE, Pass
-from llmprune.checkpoint.compressed import compress
+from llmprune.checkpoint.compressed import compress, compress_shards
 from llmprune.errors import CheckpointError, LlmpruneError, PatternError, RecipeError
 from llmprune.model import Streamed
 from llmprune.model.collect import Collector
@@ -222,10 +223,30 @@ def test_results_are_compressed_as_each_would_be(folders: dict[str, Path], tmp_p
             assert (report.out / file.name).read_bytes() == file.read_bytes(), name
     again = llmprune.prune(folders["llama"], tmp_path / "small", compressed=True, resume=True, **options)
     assert [report.zeros for report in again] == [report.zeros for report in reports]
-    with pytest.raises(RecipeError, match="50% is compressed: choose another folder"):
+    with pytest.raises(RecipeError, match="50% is compressed: give --compressed"):
         llmprune.prune(folders["llama"], tmp_path / "small", resume=True, **options)
-    with pytest.raises(RecipeError, match="50% is not compressed: choose another folder"):
+    with pytest.raises(RecipeError, match="50% is not compressed: leave out --compressed"):
         llmprune.prune(folders["llama"], tmp_path / "dense", resume=True, compressed=True, **options)
+
+
+@pytest.mark.parametrize("stopped", [1, 2, 3])
+def test_a_pass_that_is_stopped_while_a_result_is_compressed_says_how_to_go_on(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
+    options: dict[str, Any] = OPTIONS | {"pattern": PATTERNS, "compressed": True}
+    count = itertools.count(1)
+
+    def stop(shards: Any) -> None:
+        if next(count) == stopped:
+            raise KeyboardInterrupt
+        compress_shards(shards)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="run the same with --resume"):
+        patch.setattr("llmprune.checkpoint.sink.compress_shards", stop)
+        llmprune.prune(folders["llama"], tmp_path / "out", **options)
+    assert sum((tmp_path / "out" / name).exists() for name in NAMES) == stopped - 1
+    llmprune.prune(folders["llama"], tmp_path / "out", resume=True, **options)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(NAMES)
 
 
 def test_the_report_says_what_the_pass_ran_through(folders: dict[str, Path], tmp_path: Path) -> None:

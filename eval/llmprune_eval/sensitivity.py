@@ -193,7 +193,8 @@ class _Journal:
         first, *rest = whole.splitlines()
         if first != json.dumps(settings):
             raise RecipeError(f"{self._path} is of other settings: choose another folder, or delete it")
-        self._path.write_text(whole, "utf-8")
+        if whole != text:
+            replace_text(self._path, whole)
         self.cells = [Cell(**json.loads(line)) for line in rest]
 
     def kept(self) -> str:

@@ -1,5 +1,7 @@
 """The pattern of every site: stated for it, the recipe's own, or its exact part of a budget over several sites."""
 
+import zlib
+from base64 import b85decode, b85encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +30,7 @@ class Choice:
         patterns: of every site, by name.
         allocation: where a sparsity was shared out, plain values: `by`, `range`, `sequences`, and `sites` with, for
             each, `removed` weights, its `sparsity`, the `cost` foretold, the `curve` of costs at sparsities, and `rows`, the
-            `row_levels` of its `Count` in hexadecimal. By a file of measured curves, `model` is the one measured there,
+            `row_levels` of its `Count` as text. By a file of measured curves, `model` is the one measured there,
             and no `sequences` were needed.
     """
 
@@ -88,7 +90,7 @@ class Chooser:
         allocation = known or self.team.tell(self._allocate(plan, recipe, shared))
         for site in shared:
             entry = allocation["sites"][site.name]
-            levels, size = bytes.fromhex(entry.get("rows", "")), site.shape[0] * site.shape[1]
+            levels, size = _unpacked(entry.get("rows", "")), site.shape[0] * site.shape[1]
             patterns[site.name] = _count(recipe, site, entry["removed"], size, levels)
         return Choice(patterns, allocation)
 
@@ -145,8 +147,17 @@ def _entry(removed: int, size: int, cost: Cost | None) -> dict[str, Any]:
             "curve": [list(point) for point in zip(cost.shares, cost.costs, strict=True)],
         }
         if cost.row_levels:
-            entry["rows"] = cost.row_levels.hex()
+            entry["rows"] = _packed(cost.row_levels)
     return entry
+
+
+def _packed(levels: bytes) -> str:
+    """Return levels as text; they are many and much alike."""
+    return b85encode(zlib.compress(levels)).decode()
+
+
+def _unpacked(text: str) -> bytes:
+    return zlib.decompress(b85decode(text)) if text else b""
 
 
 def _count(recipe: Recipe, site: Site, removed: int, size: int, levels: bytes = b"") -> Count:

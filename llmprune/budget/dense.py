@@ -6,7 +6,8 @@ Block by block, each in memory alone: the Gram matrix of every group is collecte
 * `fisher`: the expected increase of the loss in nats a token, ½ Σ_o F_o E[(Δy_o)²] with F_o = E[(dL/dy_o)²] for labels
   that the model samples itself: second order in a site's outputs, with the Hessian taken to be the diagonal of the
   Fisher matrix, and errors to be independent of gradients (compare Optimal Brain Damage; LeCun et al., NIPS 1989).
-  The gradients take one more pass, backward.
+  The gradients take one more pass, backward. They also tell what an error in each row of a matrix costs; trials are
+  solved with rows alike, as they come before.
 * `owl`: the outliers of each block; nothing is solved.
 
 Several sparsities share the pass: each is measured as it would be alone, from the same statistics and gradients.
@@ -31,7 +32,7 @@ from llmprune.model.groups import Group
 from llmprune.model.memory import home_device, most_kept, parameter_bytes, statistics_budget
 from llmprune.model.sharing import collector_of
 from llmprune.model.sites import Site, Stage
-from llmprune.patterns import Count, row_levels
+from llmprune.patterns import Count, as_row_levels
 from llmprune.planning import Host
 from llmprune.progress import Progress
 from llmprune.recipe import Recipe
@@ -41,7 +42,9 @@ from llmprune.team.team import Team, deal
 MOST_SEQUENCES = 8  # of the calibration; curves do not need more
 MOST_FOLLOWED = 4  # of these, backward
 POINTS = 2  # of a curve: the ends of the range
-_ROW_POWER = 0.25  # of F_o, by which rows are scaled; a half would be right if few gradients told F_o exactly
+_ROW_POWER = 0.25  # of F_o, by which rows are scaled; a half would be right if gradients told F_o exactly
+_ROW_TOKENS = 16  # of an expert, at which half of that is taken
+_MOST_OCTAVES = 12  # of F_o, up or down
 _TINY = 1e-30
 
 Solver = Callable[[Recipe, Site], tuple[Method, Callable[[int, int], Count]]]
@@ -144,7 +147,7 @@ class DensePass:
                 if not gradient.tokens:
                     continue
                 square_O = gradient.square_O.cpu() / gradient.tokens
-                square_R, levels = sampled(square_O), row_levels(square_O.clamp_min(_TINY).pow(_ROW_POWER))
+                square_R, levels = sampled(square_O), _row_levels(square_O, gradient.tokens)
                 share = len(square_R) / len(square_O)
                 for recipe, of_recipe, to in zip(self.recipes, found, costs, strict=True):
                     if site.name in of_recipe:
@@ -179,6 +182,15 @@ def _shares(recipe: Recipe) -> tuple[float, ...]:
 
 def _curve(recipe: Recipe, cost_P: Tensor, levels: bytes = b"") -> Curve:
     return Curve(_shares(recipe), tuple(cost_P.tolist()), levels)
+
+
+def _row_levels(square_O: Tensor, tokens: int) -> bytes:
+    """Return the levels of rows that are scaled by F_o^(1/4) beside that of the median row; less where few tokens tell F_o."""
+    live = square_O[square_O > 0]
+    if not len(live):
+        return b""
+    octave_O = (square_O / live.median()).log2().clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
+    return as_row_levels((octave_O * _ROW_POWER * tokens / (tokens + _ROW_TOKENS)).exp2())
 
 
 def _cost(group: Group) -> float:

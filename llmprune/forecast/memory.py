@@ -164,10 +164,9 @@ def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, towards
     """Return what solving the most demanding of the sites, with that dense target, takes beside it and its statistic."""
     method, pattern = recipe.solver(), recipe.target()
     shapes = {site.shape for site in sites}
-    scaled = 4 if recipe.weighs_rows else 0  # bytes of a weight, in a copy with scaled rows
+    weighed = recipe.weighs_rows
     needed = {
-        shape: solving_bytes(method, pattern, shape, host.dtype, host.place, towards) + scaled * shape[0] * shape[1]
-        for shape in shapes
+        shape: solving_bytes(method, pattern, shape, host.dtype, host.place, towards, weighed) for shape in shapes
     }
     shape = max(shapes, key=lambda shape: (needed[shape], shape))
     return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)

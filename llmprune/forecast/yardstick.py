@@ -16,7 +16,7 @@ from torch import Tensor
 from llmprune.methods import Method
 from llmprune.model.groups import StatisticType
 from llmprune.model.live import LiveBytes
-from llmprune.patterns import NM, Unstructured
+from llmprune.patterns import NM, Count, Unstructured
 from llmprune.solving import ROW_CHUNK, prune_matrix
 from llmprune.statistics import CrossGram, DenseTarget, Gradient, Gram
 
@@ -122,21 +122,27 @@ def solving_bytes(
     dtype: torch.dtype,
     device: torch.device,
     dense_target: DenseTarget = 0.0,
+    weighed: bool = False,
 ) -> int:
     """Return the memory that solving a matrix takes beside it and its statistic.
 
     Measured on a matrix of the same proportions with at most a million weights, and scaled by the number of weights;
-    a method that goes through a large matrix in parts takes no more for the whole than for one of them.
+    a method that goes through a large matrix in parts takes no more for the whole than for one of them. `weighed` says
+    whether its rows compete by what their errors cost.
     """
     outputs, inputs = shape
     part = min(1.0, ROW_CHUNK / (outputs * inputs))
-    if method.row_wise and pattern.row_wise:
+    if method.row_wise and pattern.row_wise and not weighed:
         sample, scale = (max(1, int(outputs * part)), inputs), 1.0
     else:
         side = math.sqrt(part)
         sample = max(1, int(outputs * side)), _fit(int(inputs * side), pattern)
         scale = outputs * inputs / (sample[0] * sample[1])
-    solve = _sample(method, pattern, *sample, dtype, device, dense_target)()
+    met: Unstructured | NM | Count = pattern
+    if weighed and isinstance(pattern, Unstructured):
+        size = sample[0] * sample[1]
+        met = Count(int(size * pattern.sparsity), size, row_levels=bytes(sample[0]))
+    solve = _sample(method, met, *sample, dtype, device, dense_target)()
     live = LiveBytes()
     with live:
         solve()
@@ -145,7 +151,7 @@ def solving_bytes(
 
 def _sample(
     method: Method,
-    pattern: Unstructured | NM,
+    pattern: Unstructured | NM | Count,
     outputs: int,
     inputs: int,
     dtype: torch.dtype,
