@@ -165,7 +165,8 @@ def _solved(
     solution = method.solve(scaled_OI, statistic, pattern, generator)
     unchanged_OI = solution.weight_OI == scaled_OI
     del scaled_OI  # before more is made
-    solved_OI = torch.where(unchanged_OI, weight_OI, solution.weight_OI.div_(scale_O.unsqueeze(1)))
+    solved_OI = solution.weight_OI.div_(scale_O.unsqueeze(1))
+    torch.where(unchanged_OI, weight_OI.float(), solved_OI, out=solved_OI)
     change_O = None if solution.change_O is None else solution.change_O / scale_O.square()
     return Solution(solved_OI, solution.keep_OI, solution.notes, change_O)
 
