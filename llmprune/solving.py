@@ -161,12 +161,13 @@ def _solved(
     if not isinstance(pattern, Count) or not pattern.row_levels:
         return method.solve(weight_OI, statistic, pattern, generator)
     scale_O = pattern.row_scales.to(weight_OI.device)
-    scaled_OI = weight_OI.float() * scale_O.unsqueeze(1)
+    dtype = torch.promote_types(weight_OI.dtype, scale_O.dtype)
+    scaled_OI = weight_OI.to(dtype) * scale_O.unsqueeze(1)
     solution = method.solve(scaled_OI, statistic, pattern, generator)
     unchanged_OI = solution.weight_OI == scaled_OI
     del scaled_OI  # before more is made
     solved_OI = solution.weight_OI.div_(scale_O.unsqueeze(1))
-    torch.where(unchanged_OI, weight_OI.float(), solved_OI, out=solved_OI)
+    torch.where(unchanged_OI, weight_OI.to(dtype), solved_OI, out=solved_OI)
     change_O = None if solution.change_O is None else solution.change_O / scale_O.square()
     return Solution(solved_OI, solution.keep_OI, solution.notes, change_O)
 

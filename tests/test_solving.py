@@ -169,11 +169,11 @@ def test_norms_will_do_for_wanda_only() -> None:
 
 
 @pytest.mark.parametrize("method", ["admm", "magnitude", "obd", "sparsegpt", "wanda"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_solved_as_large_as_their_errors_count(method: str, dtype: torch.dtype) -> None:
     """As scaled rows are by themselves; weights that are only kept stay what they are, to the bit."""
     generator = torch.Generator().manual_seed(0)
-    weight_OI = (0.02 * torch.randn(8, 32, generator=generator)).to(dtype)
+    weight_OI = (0.02 * torch.randn(8, 32, generator=generator, dtype=torch.float64)).to(dtype)
     x_TI = torch.randn(200, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
     fed = (ColumnNorm if method == "wanda" else Gram)(32, x_TI.device)
     fed.add(x_TI, 1)
@@ -186,7 +186,8 @@ def test_rows_are_solved_as_large_as_their_errors_count(method: str, dtype: torc
         return checked_solution("it", methods.get(method), weight, fed, pattern, seeded(0, "it"), dtype)
 
     found = solved(weight_OI, pattern, dtype)
-    by_hand = solved(weight_OI.float() * scale_O1, replace(pattern, row_levels=b""), torch.float32)
+    wide_OI = weight_OI if dtype == torch.float64 else weight_OI.float()
+    by_hand = solved(wide_OI * scale_O1, replace(pattern, row_levels=b""), wide_OI.dtype)
     assert torch.equal(found.keep_OI, by_hand.keep_OI)
     torch.testing.assert_close(found.weight_OI, (by_hand.weight_OI / scale_O1).to(dtype))
     kept_O = found.keep_OI.sum(1)
