@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.cardheader import read_metadata
-from llmprune.checkpoint.compressed import is_compressed, size_in_bytes
-from llmprune.checkpoint.source import read_fields
+from llmprune.checkpoint.compressed import holds_compressed, size_in_bytes
 from llmprune.errors import CheckpointError
 from llmprune.runs import command_of, update_run
 
@@ -175,7 +174,7 @@ def _cells(evaluation: dict[str, Any]) -> list[str]:
 def _size_and_speed(folder: Path, run: dict[str, Any]) -> str:
     """Return what was measured of either, with the machine that it was measured on."""
     lines, size = [], run.get("size")
-    if _is_compressed(folder):  # it says so itself, whoever compressed it
+    if holds_compressed(folder):  # it says so itself, whoever compressed it
         size = dict(zip(("dense_bytes", "compressed_bytes"), size_in_bytes(folder), strict=True))
     if size:
         both = f"{size['compressed_bytes'] / 1e6:,.1f} MB instead of {size['dense_bytes'] / 1e6:,.1f} MB"
@@ -199,7 +198,7 @@ def _loading(folder: Path, repo: str) -> str:
         "[llmprune](https://pypi.org/project/llmprune) installed (`pip install llmprune`):\n\n"
         "```python\nimport llmprune\n\nllmprune.sparsify(model)\n```"
     )
-    if _is_compressed(folder):
+    if holds_compressed(folder):
         how = (
             "It is stored without its zeros. With [llmprune](https://pypi.org/project/llmprune) installed "
             "(`pip install llmprune`) and imported it loads as any model of its architecture; "
@@ -224,7 +223,7 @@ def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     zeros = (
         "Loaded as it stands, it is dense in memory and no faster, unless `SparseConfig` keeps it sparse."
-        if _is_compressed(folder)
+        if holds_compressed(folder)
         else "Stored as ordinary weights, zeros make a model neither smaller nor faster: that needs software that makes "
         "use of them."
     )
@@ -238,10 +237,6 @@ def _limits(folder: Path, run: dict[str, Any], inherited: dict[str, Any]) -> str
     if (folder / BASE_CARD).is_file():
         lines.append(f"- The card of the base model, with its notices, is [{BASE_CARD}]({BASE_CARD}).")
     return "\n".join(lines + [f"- {note}." for note in run["notes"]])
-
-
-def _is_compressed(folder: Path) -> bool:
-    return is_compressed(read_fields(folder))
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -28,9 +28,9 @@ _LEVEL_OF_ONE = 128
 _MOST_LEVELS = 24  # up or down: an eighth to eight
 
 
-def as_row_levels(scale_O: Tensor) -> bytes:
-    """Return what rows are to be multiplied by in the form that `Count` has it; nothing where they are alike."""
-    level_O = scale_O.log2().mul(_LEVELS).round().clamp(-_MOST_LEVELS, _MOST_LEVELS)
+def as_row_levels(octave_O: Tensor) -> bytes:
+    """Return what rows are to be multiplied by, as powers of two, in the form that `Count` has it; nothing where alike."""
+    level_O = octave_O.mul(_LEVELS).round().clamp(-_MOST_LEVELS, _MOST_LEVELS)
     return bytes(level_O.add(_LEVEL_OF_ONE).byte().tolist()) if level_O.any() else b""
 
 

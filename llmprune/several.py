@@ -9,8 +9,7 @@ from typing import Any
 from llmprune import patterns
 from llmprune.apart import prune_apart
 from llmprune.branches import SOLVE
-from llmprune.checkpoint.compressed import is_compressed
-from llmprune.checkpoint.source import read_fields
+from llmprune.checkpoint.compressed import holds_compressed
 from llmprune.determinism import repeatable
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.opening import Output
@@ -132,7 +131,7 @@ def _finished(out: Path, model: str | Path, recipe: Recipe, apart: bool, compres
         RecipeError: it is of another recipe, of a pass of the other kind, or not compressed as the others will be.
     """
     report = Report.from_json(read_run(out), out)
-    if is_compressed(read_fields(out)) != compressed:
+    if holds_compressed(out) != compressed:
         found, way_out = ("not compressed", "leave out") if compressed else ("compressed", "give")
         raise RecipeError(f"{out} is {found}: {way_out} --compressed, choose another folder, or delete it")
     same = report.recipe == json.loads(json.dumps(recipe.to_json())) and report.model == str(model)

@@ -139,6 +139,7 @@ def test_rows_compete_by_what_their_errors_cost(
         torch.testing.assert_close(count.row_scales, scale_O.clamp(1 / 8, 8), rtol=0.045, atol=0)  # half of an eighth
     assert len(set(levels["model.layers.0.mlp.up_proj.weight"])) > 8
     assert report.allocation is not None and all("rows" not in site for site in report.allocation["sites"].values())
+    assert "rows" not in report.allocation
 
 
 def test_rows_without_gradients_do_not_decide_what_the_others_count_for() -> None:

@@ -63,9 +63,8 @@ def test_admm_takes_few_operations_an_iteration(pattern: Pattern, an_iteration: 
     done = solving(ADMM(iterations=20, stages=5, refit=10), pattern).done
     assert done.total <= 21 * an_iteration + 10 * 15 + 40 + 5 * 6, done.calls
     assert done.calls["mm"] == 20 + 10 + 1 + 5  # the last ones make inverses
-    assert done.waits == {
-        "_local_scalar_dense": 5 + 1
-    }  # for each factorisation's success, and whether its change is known
+    # for each factorisation's success, and whether its change is known
+    assert done.waits == {"_local_scalar_dense": 5 + 1}
 
 
 def test_admm_multiplies_in_tf32_and_factors_in_fp32() -> None:

@@ -29,9 +29,9 @@ class Choice:
     Attributes:
         patterns: of every site, by name.
         allocation: where a sparsity was shared out, plain values: `by`, `range`, `sequences`, and `sites` with, for
-            each, `removed` weights, its `sparsity`, the `cost` foretold, the `curve` of costs at sparsities, and `rows`, the
-            `row_levels` of its `Count` as text. By a file of measured curves, `model` is the one measured there,
-            and no `sequences` were needed.
+            each, `removed` weights, its `sparsity`, the `cost` foretold, and the `curve` of costs at sparsities. By a file
+            of measured curves, `model` is the one measured there, and no `sequences` were needed. `rows` has the
+            `row_levels` of sites as text, where those are known.
     """
 
     patterns: dict[str, Pattern]
@@ -40,13 +40,7 @@ class Choice:
     @property
     def told(self) -> dict[str, Any] | None:
         """Return the allocation as reports tell it: without what is known of every row."""
-        if self.allocation is None:
-            return None
-        sites = {
-            name: {key: value for key, value in entry.items() if key != "rows"}
-            for name, entry in self.allocation["sites"].items()
-        }
-        return self.allocation | {"sites": sites}
+        return self.allocation and {name: value for name, value in self.allocation.items() if name != "rows"}
 
 
 @dataclass
@@ -88,10 +82,10 @@ class Chooser:
         if recipe.allocation == "uniform" or not shared:
             return Choice(patterns)
         allocation = known or self.team.tell(self._allocate(plan, recipe, shared))
+        rows = allocation.get("rows", {})  # which journals of earlier versions lack
         for site in shared:
-            entry = allocation["sites"][site.name]
-            levels, size = _unpacked(entry.get("rows", "")), site.shape[0] * site.shape[1]
-            patterns[site.name] = _count(recipe, site, entry["removed"], size, levels)
+            removed, levels = allocation["sites"][site.name]["removed"], _unpacked(rows.get(site.name, ""))
+            patterns[site.name] = _count(recipe, site, removed, site.shape[0] * site.shape[1], levels)
         return Choice(patterns, allocation)
 
     def _allocate(self, plan: Plan, recipe: Recipe, shared: list[Site]) -> dict[str, Any]:
@@ -112,6 +106,11 @@ class Chooser:
             "range": list(bounds(sparsity, recipe.allocation_range)),
             **how,
             "sites": {name: _entry(removed[name], size, costs.get(name)) for name, size in sizes.items()},
+            "rows": {
+                name: _packed(cost.row_levels)
+                for name, cost in costs.items()
+                if isinstance(cost, Curve) and cost.row_levels
+            },
         }
 
     def _measured(self, plan: Plan, recipe: Recipe, shared: list[Site]) -> dict[str, Cost]:
@@ -146,8 +145,6 @@ def _entry(removed: int, size: int, cost: Cost | None) -> dict[str, Any]:
             "cost": float(cost(np.array([removed / size]))[0]),
             "curve": [list(point) for point in zip(cost.shares, cost.costs, strict=True)],
         }
-        if cost.row_levels:
-            entry["rows"] = _packed(cost.row_levels)
     return entry
 
 

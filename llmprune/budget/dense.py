@@ -190,7 +190,7 @@ def _row_levels(square_O: Tensor, tokens: int) -> bytes:
     if not len(live):
         return b""
     octave_O = (square_O / live.median()).log2().clamp(-_MOST_OCTAVES, _MOST_OCTAVES)
-    return as_row_levels((octave_O * _ROW_POWER * tokens / (tokens + _ROW_TOKENS)).exp2())
+    return as_row_levels(octave_O * _ROW_POWER * tokens / (tokens + _ROW_TOKENS))
 
 
 def _cost(group: Group) -> float:

@@ -22,7 +22,7 @@ from llmprune.checkpoint.folder import appearing
 from llmprune.checkpoint.header import TensorEntry, read_header
 from llmprune.checkpoint.packed import Bytes, Layout, can_pack, matrix_of, pack, values_of
 from llmprune.checkpoint.place import require_place
-from llmprune.checkpoint.source import Source
+from llmprune.checkpoint.source import Source, read_fields
 from llmprune.errors import CheckpointError
 from llmprune.progress import Progress
 from llmprune_kernels.bitmask.layout import expand
@@ -149,6 +149,15 @@ def is_compressed(config: dict[str, Any]) -> bool:
     """Say whether a checkpoint's configuration is that of a compressed one."""
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def holds_compressed(folder: Path) -> bool:
+    """Say whether a folder holds a compressed checkpoint.
+
+    Raises:
+        CheckpointError: as `read_fields`.
+    """
+    return is_compressed(read_fields(folder))
 
 
 def require_readable(source: Source) -> None:
