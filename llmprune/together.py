@@ -17,6 +17,7 @@ from llmprune.branches import BesideBranch, Branch, Branches, OnBranch, Pass
 from llmprune.checkpoint import Sink
 from llmprune.model.memory import out_of_memory_in
 from llmprune.opening import Opened, Output, open_model
+from llmprune.options import current
 from llmprune.portions import Loads
 from llmprune.recipe import Recipe
 from llmprune.report import Report
@@ -71,7 +72,8 @@ def prune_together(
     for of_one in decisive.values():
         require_alike(team, of_one)
     sinks = {out: Sink(opened.source, out, decisive[out], output.resume, output.compressed) for out in recipes}
-    with _opened(list(sinks.values())) if team.leads else nullcontext():  # the first rank writes
+    writing = _opened(list(sinks.values())) if team.leads else nullcontext()  # the first rank writes
+    with writing, current(host.place):
         branches, thrift, loads = list[Branch](), Thrift(), Loads()
         for out, recipe in recipes.items():
             sinks[out].done = team.tell(sinks[out].done)
