@@ -178,9 +178,15 @@ def fingerprint(source: Source, report: Report, compressed: bool) -> dict[str, A
         "hardware": hardware(),
         "arithmetic": {
             "instructions": torch.backends.cpu.get_cpu_capability(),
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "float32_products": _float32_products(),
         },
     }
+
+
+def _float32_products() -> dict[str, str]:
+    """Return the precision of products of float32; torch's older question for it fails where it was set the newer way."""
+    backends = {"cuda": torch.backends.cuda.matmul, "mkldnn": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
+    return {name: settings.fp32_precision.replace("none", "ieee") for name, settings in backends.items()}
 
 
 def require_alike(team: Team, decisive: dict[str, Any]) -> None:
