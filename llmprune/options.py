@@ -48,6 +48,11 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def host_by_default() -> AbstractContextManager[Any]:
+    """Return the context in which tensors for no device in particular are the host's, as without `set_default_device`."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 def as_globs(name: str, value: Any) -> tuple[str, ...]:
     """Return the globs that the option called `name` gives, one or several.
 

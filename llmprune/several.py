@@ -13,6 +13,7 @@ from llmprune.checkpoint.compressed import holds_compressed
 from llmprune.determinism import repeatable
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.opening import Output
+from llmprune.options import host_by_default
 from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.runs import read_run
@@ -66,7 +67,8 @@ def prune_several(
     if not apart:
         for recipe in recipes.values():
             require_shared_inputs(recipe)
-    with joined() as team, repeatable(any(recipe.deterministic for recipe in recipes.values())):
+    deterministic = any(recipe.deterministic for recipe in recipes.values())
+    with joined() as team, repeatable(deterministic), host_by_default():
         complete = team.tell([out for out in recipes if output.resume and _is_complete(out)])
         done = {out: _finished(out, model, recipes[out], apart, output.compressed) for out in complete}
         missing = {out: recipe for out, recipe in recipes.items() if out not in done}
