@@ -47,7 +47,7 @@ def dense_seconds(
         seconds += _BACKWARD * back * math.ceil(min(MOST_FOLLOWED, sequences) / ranks)
     for trial in trials:
         work = [fed * statistic_work(Gram, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)]
-        share = statistics_share(trial.groups, trial.fed, Gram, host, workload) if work else 0.0
+        share = statistics_share(trial.groups, trial.fed, Gram, host.place, workload) if work else 0.0
         seconds += sequences * workload.length * sum(work) * each * share
     if recipe.allocation != "owl":
         times = solving_time(cut_short(recipe.solver()), recipe.target(), host.dtype, host.place)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from llmprune.forecast.dense import collected, dense_seconds
 from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import network_seconds, seen, solving_share, statistics_share
@@ -14,7 +16,7 @@ from llmprune.recipe import Recipe
 
 
 def duration(
-    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial], ranks: int = 1
+    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial], ranks: int
 ) -> list[Part]:
     """Return the parts of a run's time; see `memory` for the arguments."""
     method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
@@ -31,7 +33,7 @@ def duration(
     parts = [
         *dense_seconds(host, recipe, workload, stages, widest),
         forward_seconds(stages, workload, blocks if workload.twins else (), bool(recipe.tune_epochs)),
-        statistics_seconds(stages, workload, needs, each, host),
+        statistics_seconds(stages, workload, needs, each, host.place),
         solving_seconds([trial.groups for trial in stages], times, recipe, ranks),
     ]
     if recipe.tune_epochs:
@@ -98,7 +100,7 @@ def statistics_seconds(
     workload: Workload,
     needs: StatisticType,
     seconds_per_operation: float,
-    host: Outline | None = None,
+    device: torch.device,
 ) -> Part:
     """Return the time that summing the statistics takes."""
     work = 0.0
@@ -107,18 +109,16 @@ def statistics_seconds(
         whole = sum(
             fed * statistic_work(kind, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)
         )
-        if host and workload.ranks > 1 and trial.groups:
-            whole *= statistics_share(trial.groups, trial.fed, kind, host, workload)
+        if workload.ranks > 1 and trial.groups:
+            whole *= statistics_share(trial.groups, trial.fed, kind, device, workload)
         work += whole
     seconds = workload.tokens * work * seconds_per_operation
     return Part("statistics", seconds, "timed here on a sample, scaled by tokens and size")
 
 
-def solving_seconds(
-    stages: Sequence[Sequence[Group]], times: SolvingTime, recipe: Recipe | None = None, ranks: int = 1
-) -> Part:
+def solving_seconds(stages: Sequence[Sequence[Group]], times: SolvingTime, recipe: Recipe, ranks: int) -> Part:
     """Return the time that solving all sites takes; with several ranks that of those which have the most to do."""
-    if recipe is None or ranks == 1:
+    if ranks == 1:
         seconds = sum(times.seconds([site.shape for site in group.sites]) for groups in stages for group in groups)
     else:
         seconds = sum(solving_share(groups, times, recipe, ranks) for groups in stages)

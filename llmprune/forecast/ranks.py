@@ -33,7 +33,7 @@ def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: 
     row = sum(group.inputs * fed for group, fed in zip(trial.groups, trial.fed, strict=True)) * workload.dtype.itemsize
     size = 0 if needs is ColumnNorm else int(_fed_in(needs) * workload.tokens_at_once * row)
     handed = most_bytes(size, workload.ranks) if size else 0
-    sums = max(_dealt_bytes(needs, group.inputs, host, workload) for group in trial.groups)
+    sums = max(_dealt_bytes(needs, group.inputs, host.place, workload) for group in trial.groups)
     return [
         Part("inputs handed round", handed, "copies of a batch's inputs, and what comes from other ranks", on),
         Part("sums handed round", sums, "a rank's share of the widest Gram matrix, in one buffer", on),
@@ -41,11 +41,11 @@ def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: 
 
 
 def statistics_share(
-    groups: Sequence[Group], fed: Sequence[float], needs: StatisticType, host: Outline, workload: Workload
+    groups: Sequence[Group], fed: Sequence[float], needs: StatisticType, device: torch.device, workload: Workload
 ) -> float:
     """Return the largest share of the work of the statistics that a rank has."""
     work = [part * statistic_work(needs, group.inputs) for group, part in zip(groups, fed, strict=True)]
-    if needs is ColumnNorm or _in_tiles(host, workload):
+    if needs is ColumnNorm or _in_tiles(device, workload):
         return 1 / workload.ranks
     load = [0.0] * workload.ranks
     for one in work:
@@ -111,8 +111,9 @@ def _gradient_bytes(recipe: Recipe, workload: Workload, host: Outline) -> float:
     return host.dtype.itemsize * recipe.tune_epochs * workload.sequences / workload.batch
 
 
-def _in_tiles(host: Outline, workload: Workload) -> bool:
-    return len(Gram.tiles(torch.empty(1, 1 << 12, dtype=workload.dtype, device=host.place))) > 1
+def _in_tiles(device: torch.device, workload: Workload) -> bool:
+    """Say whether a Gram matrix is dealt out in tiles; else it is summed as a whole by one rank."""
+    return len(Gram.tiles(torch.empty(1, 1 << 12, dtype=workload.dtype, device=device))) > 1
 
 
 def _fed_in(needs: StatisticType) -> int:
@@ -125,7 +126,8 @@ def _handed_bytes(needs: StatisticType, inputs: int) -> float:
     return needs.nbytes(inputs) - (Gram.nbytes(inputs) / 2 if issubclass(needs, Gram) else 0)
 
 
-def _dealt_bytes(needs: StatisticType, inputs: int, host: Outline, workload: Workload) -> float:
+def _dealt_bytes(needs: StatisticType, inputs: int, device: torch.device, workload: Workload) -> float:
+    """Return the bytes of a statistic's sums that one rank makes and hands round."""
     if needs is ColumnNorm:
         return 0.0
-    return _handed_bytes(needs, inputs) / workload.ranks if _in_tiles(host, workload) else needs.nbytes(inputs)
+    return _handed_bytes(needs, inputs) / workload.ranks if _in_tiles(device, workload) else needs.nbytes(inputs)

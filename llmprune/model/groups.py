@@ -53,25 +53,20 @@ def identity(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr() or id(x), x.shape, x.stride(), x._version
 
 
-def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
-    """Group the sites of stage `index` by the tensors they read, in reading order, as the first lane tells.
-
-    Sites that it does not reach, such as experts that it did not choose, come last, each in a group of its own.
-    """
-    return first_lane(lanes, index, sites)[0]
-
-
 def first_lane(
     lanes: Lanes, index: int, sites: Sequence[Site], goes_on: bool = False
 ) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
-    """Run one lane, holding on to every input so that no two of them can share an address, and compare addresses.
+    """Run the first lane through stage `index`, and group the sites by the tensors that they read.
+
+    Tensors are told apart by their addresses. All inputs are held until the end, so that no two can share one.
 
     Args:
-        lanes, index, sites: as `find_groups`.
         goes_on: let the lane's output be the one with which `Lanes.advance` goes on.
 
     Returns:
-        the groups, and each site's inputs; None for those if the model has changed one since the site has read it.
+        the groups in reading order, and each site's inputs. Sites that the lane does not reach, such as experts that it
+        did not choose, come last, each in a group of its own. In place of the inputs None, if the model has changed one
+        of them after a site has read it.
     """
     inputs: dict[Site, list[Tensor]] = defaultdict(list)
     identities: dict[Site, list[Any]] = defaultdict(list)

@@ -42,7 +42,7 @@ class Outline:
         self.config = read_config(folder, fields, trust_remote_code)
         self.dtype = dtype or configured_dtype(self.config)
         self.model = empty_model(self.config, self.dtype, trust_remote_code)
-        self.blocks_name, self.blocks, self.embedding, self.head = find_stages(self.model)
+        _, self.blocks, self.embedding, self.head = find_stages(self.model)
         self._tied = self.model.all_tied_weights_keys
 
     def open(self, home: torch.device) -> None:

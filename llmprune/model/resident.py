@@ -27,7 +27,7 @@ class Resident:
             raise UnsupportedModelError(f"{type(model).__name__} is quantized: prune the original checkpoint instead")
         self.model = model
         self.config, self.dtype = model.config, model.dtype
-        self.blocks_name, self.blocks, self.embedding, self.head = find_stages(model)
+        _, self.blocks, self.embedding, self.head = find_stages(model)
         self._offloaded = _offloaded_weights(model)
         self.home = self.place = self.device_of(self.embedding)
 
