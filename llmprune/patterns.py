@@ -267,6 +267,12 @@ def column_blocks(columns: int, width: int = BLOCK_COLUMNS) -> list[tuple[int, i
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
+def block_width(pattern: Pattern, width: int) -> int:
+    """Return `width` rounded down so that no N:M group straddles two blocks of columns; at least one group."""
+    group = pattern.m if isinstance(pattern, NM) else 1
+    return max(width // group * group, group)
+
+
 def _share(count: int, parts: int, start: int, stop: int) -> int:
     """Return how much of `count`, spread over `parts`, is in those from `start` to `stop`; over all parts it is exact."""
     return count * stop // parts - count * start // parts
