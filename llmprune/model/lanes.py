@@ -221,9 +221,8 @@ class Lanes:
         try:
             self._arrivals[-1] = self._resume(len(self._lanes) - 1)
         except (TypeError, ValueError) as error:
-            cause = " ".join(str(error).split())
             raise UnsupportedModelError(
-                f"{type(self._model).__name__} does not run on token ids alone: {cause}"
+                f"{type(self._model).__name__} does not run on token ids alone: {error}"
             ) from error
         if self._arrivals[-1] is None:
             raise UnsupportedModelError(
