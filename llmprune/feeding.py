@@ -80,11 +80,11 @@ class Feed:
         needs, twins = self.recipe.needs, self.recipe.dense_stream
         if lanes is None or needs is None or self.tokens is None:
             return None
-        room = statistics_budget(max(parameter_bytes(block.module) for block in self.host.blocks), self.host.place)
+        room = statistics_budget(max(parameter_bytes(block.module) for block in self.host.blocks), self.host.device)
         budget = room if thrift.budget is None else min(room, thrift.budget)
         tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
         fits = thrift.side_by_side and fits_side_by_side(
-            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
+            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.device
         )
         budget, fits = self.team.tell((budget, fits))
         if self.recipe.dense_target and not fits:

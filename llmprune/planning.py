@@ -14,6 +14,7 @@ from llmprune.allocation import Measured, Part, kind_of
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
 from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
+from llmprune.model.ties import Ties
 from llmprune.recipe import Recipe
 from llmprune.statistics import Gradient
 
@@ -25,21 +26,38 @@ _log = logging.getLogger(__name__)
 
 
 class Host(Protocol):
-    """A model whose stages can be had one at a time: on disk (`Streamed`), in memory (`Resident`), or made up (`Outline`)."""
+    """A model whose stages can be had one at a time: on disk (`Streamed`), in memory (`Resident`), or made up (`Outline`).
+
+    Attributes:
+        model: the transformers model, of which only what is loaded has weights.
+        config: its configuration.
+        dtype: of its weights.
+        device: where stages are loaded.
+        blocks, embedding, head: its stages.
+    """
 
     model: Any
     config: Any
     dtype: torch.dtype
-    place: torch.device
+    device: torch.device
     blocks: list[Stage]
     embedding: Stage
     head: Stage
 
-    def load(self, stage: Stage) -> None: ...
-    def free(self, stage: Stage) -> None: ...
-    def keeping(self) -> AbstractContextManager[None]: ...
-    def device_of(self, stage: Stage) -> torch.device: ...
-    def weight(self, site: Site) -> Tensor: ...
+    def load(self, stage: Stage) -> None:
+        """Bring a stage's weights into memory."""
+
+    def free(self, stage: Stage) -> None:
+        """Let go of them, unless the rest of the model shares them."""
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Return the context in which freed stages may stay in memory, as they will be loaded again, unchanged."""
+
+    def device_of(self, stage: Stage) -> torch.device:
+        """Return where a loaded stage's weights are."""
+
+    def weight(self, site: Site) -> Tensor:
+        """Return the matrix [outputs, inputs] of a site whose stage is loaded, as a view: writing to it prunes."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +80,7 @@ class Plan:
     def coverage(self) -> float:
         """Share of the parameters beside embeddings and head that are in sites."""
         stages = self.sites.keys() - {self.embedding, self.head}
-        return sum(s.shape[0] * s.shape[1] for stage in stages for s in self.sites[stage]) / max(
-            self.inner_parameters, 1
-        )
+        return sum(site.numel for stage in stages for site in self.sites[stage]) / max(self.inner_parameters, 1)
 
 
 def asks_autocast(host: Host, recipe: Recipe) -> bool:
@@ -75,7 +91,7 @@ def asks_autocast(host: Host, recipe: Recipe) -> bool:
 def multiplied_in(host: Host, recipe: Recipe) -> torch.dtype | None:
     """Return the dtype that calibration multiplies in, if not that of the weights."""
     asked = asks_autocast(host, recipe) and sums_inputs(recipe)
-    return torch.bfloat16 if asked and kernels.multiplies_bfloat16(host.place) else None
+    return torch.bfloat16 if asked and kernels.multiplies_bfloat16(host.device) else None
 
 
 def sums_inputs(recipe: Recipe) -> bool:
@@ -97,17 +113,18 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     ends = {host.embedding.name: "embedding", host.head.name: "output head"}
     left_dense = {name: what for stage in host.blocks for name, what in dense_parameters(stage)}
     left_dense |= outer_parameters(host.model, [host.embedding, *host.blocks, host.head])
-    twins = _twins(host.model.all_tied_weights_keys)
+    ties = Ties(host.model.all_tied_weights_keys, ())
     chosen: dict[str, list[Site]] = {}
     taken = set[str]()
     for stage, sites in every.items():
         for site in sites:
             reason = ends.get(stage) or ("router" if is_router(site.tensor) else None)
-            if twin := next((twin for twin in twins.get(site.tensor, ()) if twin in taken), None):
+            twins = [name for name in ties.names(site.tensor) if name != site.tensor]
+            if twin := next((name for name in twins if name in taken), None):
                 left_dense[site.tensor] = f"one with {twin}"
             elif selection.takes(site.tensor, by_default=reason is None):
                 taken.add(site.tensor)
-                left_dense |= {twin: f"one with {site.tensor}" for twin in twins.get(site.tensor, ())}
+                left_dense |= {name: f"one with {site.tensor}" for name in twins}
                 chosen.setdefault(stage, []).append(site)
             else:
                 left_dense[site.tensor] = reason or "excluded"
@@ -120,19 +137,11 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
 def parts_of(host: Host) -> dict[str, Part]:
     """Return where every site of the blocks belongs, by its name, but for routers: what `llmprune sensitivity` measures."""
     return {
-        site.name: Part(str(index), kind_of(site.tensor), site.shape[0] * site.shape[1])
+        site.name: Part(str(index), kind_of(site.tensor), site.numel)
         for index, stage in enumerate(host.blocks)
         for site in sites_of(stage)
         if not is_router(site.tensor)
     }
-
-
-def _twins(tied: dict[str, str]) -> dict[str, set[str]]:
-    """Return, for each tied parameter, the other names of the same weights."""
-    groups: dict[str, set[str]] = {}
-    for target, source in tied.items():
-        groups.setdefault(source, {source}).add(target)
-    return {name: group - {name} for group in groups.values() for name in group}
 
 
 def _parameters(host: Host) -> tuple[int, int]:

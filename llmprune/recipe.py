@@ -201,7 +201,12 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether calibration data is needed."""
-        return self.needs is not None or (self.allocation != "uniform" and not self.allocation_file)
+        return self.needs is not None or self.measures_costs
+
+    @property
+    def measures_costs(self) -> bool:
+        """Whether a pass through the dense model measures how to share out the sparsity."""
+        return self.allocation != "uniform" and not self.allocation_file
 
     @property
     def allocation_file(self) -> str | None:

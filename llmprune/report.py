@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -75,7 +75,7 @@ class SiteReport:
         notes: tuple[str, ...] = (),
     ) -> "SiteReport":
         """Return the report on a solved site."""
-        sparsity = outcome.zeros / (site.shape[0] * site.shape[1])
+        sparsity = outcome.zeros / site.numel
         norm = "gram" if isinstance(statistic, Gram) else "gradient" if isinstance(statistic, Gradient) else None
         norm = norm or ("column_norm" if statistic else "weights")
         tokens = statistic.tokens if statistic else 0
@@ -255,7 +255,7 @@ class Report:
             f"  output error  {self._errors()}",
             *self._tuning(),
             f"  pruned        {self.coverage:.1%} of the parameters beside embeddings are in these matrices",
-            f"  left dense    {self._left_dense()}",
+            f"  left dense    {left_dense_text(self.left_dense)}",
             "  time          " + ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items()),
             f"  peak memory   {self.peak['host'] / 2**30:.2f} GiB",
         ]
@@ -264,11 +264,6 @@ class Report:
         if len(notes) > _SHOWN_NOTES:
             lines.append(f"  note          and {len(notes) - _SHOWN_NOTES} more in llmprune.json")
         return "\n".join(lines)
-
-    def _left_dense(self) -> str:
-        reasons = Counter(self.left_dense.values())
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        return f"{len(self.left_dense)} tensors beside norms and biases" + (f": {listed}" if listed else "")
 
     def _errors(self) -> str:
         if not self.sites:
@@ -288,6 +283,12 @@ class Report:
     def all_notes(self) -> list[str]:
         """Return the run's notes, then the sites'."""
         return self.notes + self.retries + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
+
+
+def left_dense_text(reasons: Mapping[str, str]) -> str:
+    """Return how many tensors stay dense, and for which reasons, in words; `reasons` are by the tensors' names."""
+    listed = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
+    return f"{len(reasons)} tensors beside norms and biases" + (f": {listed}" if listed else "")
 
 
 def peak_memory() -> dict[str, int]:

@@ -82,7 +82,7 @@ class Run:
                 if self.team.size > 1:
                     raise  # only one of the ranks knows that memory ran out
                 self._portions.forget()
-                self.thrift.retry(error, self.store, self.report, self.host.place.type != "cpu")
+                self.thrift.retry(error, self.store, self.report, self.host.device.type != "cpu")
             else:
                 continue
             make_room()  # not above, where the error holds on to what it met

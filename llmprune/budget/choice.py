@@ -85,11 +85,11 @@ class Chooser:
         rows = allocation.get("rows", {})  # which journals of earlier versions lack
         for site in shared:
             removed, levels = allocation["sites"][site.name]["removed"], _unpacked(rows.get(site.name, ""))
-            patterns[site.name] = _count(recipe, site, removed, site.shape[0] * site.shape[1], levels)
+            patterns[site.name] = _count(recipe, site, removed, site.numel, levels)
         return Choice(patterns, allocation)
 
     def _allocate(self, plan: Plan, recipe: Recipe, shared: list[Site]) -> dict[str, Any]:
-        sizes = {site.name: site.shape[0] * site.shape[1] for site in shared}
+        sizes = {site.name: site.numel for site in shared}
         sparsity = recipe.target().sparsity
         if recipe.allocation_file:
             measured = Measured.read(recipe.allocation_file)

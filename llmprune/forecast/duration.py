@@ -21,19 +21,19 @@ def duration(
     """Return the parts of a run's time; see `memory` for the arguments."""
     method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
     towards = recipe.dense_target if any(trial.side_by_side for trial in stages) else 0.0
-    times = solving_time(method, recipe.target(), host.dtype, host.place, towards)
+    times = solving_time(method, recipe.target(), host.dtype, host.device, towards)
     needs = collected(recipe)
     if workload is None or needs is None:
         return [
             solving_seconds([[Group([site]) for site in sites] for sites in plan.sites.values()], times, recipe, ranks)
         ]
     widest = max(site.shape[1] for site in plan.all_sites())
-    each = statistic_time(needs, widest, workload.dtype, host.place)
+    each = statistic_time(needs, widest, workload.dtype, host.device)
     blocks = [trials[block.name] for block in host.blocks]
     parts = [
         *dense_seconds(host, recipe, workload, stages, widest),
         forward_seconds(stages, workload, blocks if workload.twins else (), bool(recipe.tune_epochs)),
-        statistics_seconds(stages, workload, needs, each, host.place),
+        statistics_seconds(stages, workload, needs, each, host.device),
         solving_seconds([trial.groups for trial in stages], times, recipe, ranks),
     ]
     if recipe.tune_epochs:
@@ -92,7 +92,7 @@ def _spared(trial: Trial) -> float:
     """Return the operations per token of what is computed only after the last input has been seen."""
     if not trial.groups or any(group.calls is None for group in trial.groups):
         return 0.0
-    return 2.0 * trial.fed[-1] * sum(site.shape[0] * site.shape[1] for site in trial.groups[-1].sites)
+    return 2.0 * trial.fed[-1] * sum(site.numel for site in trial.groups[-1].sites)
 
 
 def statistics_seconds(

@@ -7,8 +7,8 @@ from llmprune.forecast.parts import Part, Workload
 from llmprune.forecast.ranks import handed_memory, seen
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
 from llmprune.model import Outline
-from llmprune.model.memory import give_back_freed_memory
-from llmprune.model.probe import Trial, kind_of, waiting_bytes
+from llmprune.model.memory import give_back_freed_memory, hidden_size
+from llmprune.model.probe import Trial, block_kind, waiting_bytes
 from llmprune.model.sites import Site, Stage
 from llmprune.model.skeleton import merged_on_load
 from llmprune.planning import Plan
@@ -40,7 +40,7 @@ def _steps(
     host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial]
 ) -> Iterator[list[Part]]:
     """Yield what each step of the run adds on the device: for one block of each kind load, collect and solve."""
-    on = "device" if host.place.type == "cuda" else "host"
+    on = "device" if host.device.type == "cuda" else "host"
     merged = merged_on_load(host.model)
     if workload and follows_gradients(recipe):
         yield backward_memory(host, recipe, workload, on)
@@ -71,7 +71,7 @@ def _different(host: Outline, plan: Plan) -> list[tuple[Stage, list[Site]]]:
     """Return one stage of each kind that a run loads, and its sites."""
     ends = [stage for stage in (host.embedding, host.head) if stage.name in plan.sites]
     stages = [(stage, plan.sites.get(stage.name, [])) for stage in [*ends, *host.blocks]]
-    return list({kind_of(stage, sites): (stage, sites) for stage, sites in stages}.values())
+    return list({block_kind(stage, sites): (stage, sites) for stage, sites in stages}.values())
 
 
 def _place(workload: Workload | None) -> str:
@@ -132,15 +132,15 @@ def beside_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: 
     held = workload.lanes * workload.tokens_at_once * trial.held_bytes
     parts = [Part("all batches within a block", held, f"measured on a few tokens, {workload.lanes} batches", on)]
     if workload.twins:
-        dense = host.dtype.itemsize * sum(site.shape[0] * site.shape[1] for site in sites)
+        dense = host.dtype.itemsize * sum(site.numel for site in sites)
         parts.append(Part("dense weights", dense, "copies of what is pruned in a block", on))
     return parts
 
 
 def outputs_memory(host: Outline, workload: Workload, on: str, streams: int = 1) -> Part:
     """Return what the outputs of a block take, of the dense model alone or (two streams) of the pruned one too."""
-    hidden = getattr(host.config.get_text_config(), "hidden_size", 0)
-    amount = streams * workload.batches * workload.tokens_at_once * hidden * host.dtype.itemsize
+    hidden_bytes = hidden_size(host.config) * host.dtype.itemsize
+    amount = streams * workload.batches * workload.tokens_at_once * hidden_bytes
     return Part("outputs of a block", amount, f"{streams * workload.batches} batches", on)
 
 
@@ -149,7 +149,7 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
     scaled = "measured on a few tokens of one block, scaled by tokens"
     widest = max(group.inputs for group in trial.groups)
     needs = collected(recipe)
-    copies = copied_bytes(seen(needs, trial), widest, workload.length, workload.dtype, host.place) if needs else 0
+    copies = copied_bytes(seen(needs, trial), widest, workload.length, workload.dtype, host.device) if needs else 0
     if workload.dtype != host.dtype:
         copies += workload.tokens_at_once * widest * workload.dtype.itemsize
     inputs = 0 if trial.side_by_side else trial.input_bytes  # those are among what is held
@@ -166,7 +166,7 @@ def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, towards
     shapes = {site.shape for site in sites}
     weighed = recipe.weighs_rows
     needed = {
-        shape: solving_bytes(method, pattern, shape, host.dtype, host.place, towards, weighed) for shape in shapes
+        shape: solving_bytes(method, pattern, shape, host.dtype, host.device, towards, weighed) for shape in shapes
     }
     shape = max(shapes, key=lambda shape: (needed[shape], shape))
     return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
@@ -176,7 +176,7 @@ def tuning_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: 
     """Return what tuning a block takes beside it: four copies in fp32, three in its own dtype, and batches' gradients."""
     gradients = workload.step[1] if workload.ranks > 1 else 1
     each = 4 * 4 + (3 + gradients) * host.dtype.itemsize
-    state = each * sum(site.shape[0] * site.shape[1] for site in sites)
+    state = each * sum(site.numel for site in sites)
     forward = trial.forward_memory(workload.tokens_at_once)
     return [
         outputs_memory(host, workload, on, streams=2 if trial.side_by_side else 1),

@@ -63,7 +63,7 @@ class Workload:
         batch = min(sequences_a_forward(host, recipe, length, sequences), sequences)
         lanes = math.ceil(sequences / batch / ranks) * (2 if recipe.dense_stream else 1)
         rows = [torch.empty(length, device="meta")] * (lanes * batch)
-        home = home_device(host.place, rows, host.config, host.dtype)
+        home = home_device(host.device, rows, host.config, host.dtype)
         workload = cls(
             sequences, length, batch, home, ranks, recipe.dense_stream, dtype=multiplied_in(host, recipe) or host.dtype
         )
@@ -72,7 +72,7 @@ class Workload:
 
     def fits_side_by_side(self, host: Outline) -> bool:
         """Say whether a run on this machine would hold all lanes within a block: a dense target asks for that."""
-        return fits_side_by_side(self.lanes * self.tokens_at_once, host.config, host.dtype, host.place)
+        return fits_side_by_side(self.lanes * self.tokens_at_once, host.config, host.dtype, host.device)
 
     @property
     def tokens(self) -> int:

@@ -33,7 +33,7 @@ def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: 
     row = sum(group.inputs * fed for group, fed in zip(trial.groups, trial.fed, strict=True)) * workload.dtype.itemsize
     size = 0 if needs is ColumnNorm else int(_fed_in(needs) * workload.tokens_at_once * row)
     handed = most_bytes(size, workload.ranks) if size else 0
-    sums = max(_dealt_bytes(needs, group.inputs, host.place, workload) for group in trial.groups)
+    sums = max(_dealt_bytes(needs, group.inputs, host.device, workload) for group in trial.groups)
     return [
         Part("inputs handed round", handed, "copies of a batch's inputs, and what comes from other ranks", on),
         Part("sums handed round", sums, "a rank's share of the widest Gram matrix, in one buffer", on),
@@ -69,7 +69,7 @@ def network_seconds(
     """Return the time that all exchanges take at `NETWORK`."""
     others = 1 - 1 / workload.ranks
     inputs, sums = _fed_bytes([trials[stage.name] for stage in plan.stages], workload.sequences, needs, workload)
-    weights = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
+    weights = sum(site.numel for site in plan.all_sites())
     gradients = weights * _gradient_bytes(recipe, workload, host)
     dense = _allocation_bytes([trials[block.name] for block in host.blocks], workload, recipe)
     total = others * (inputs + sums + weights * host.dtype.itemsize + gradients + dense)
@@ -95,7 +95,7 @@ def _fed_bytes(
 
 def _allocation_bytes(blocks: Sequence[Trial], workload: Workload, recipe: Recipe) -> float:
     """Return the bytes of the pass of the dense model that shares out a sparsity, if there is one."""
-    if recipe.allocation == "uniform" or recipe.allocation_file:
+    if not recipe.measures_costs:
         return 0.0
     handed = sum(_fed_bytes(blocks, min(MOST_SEQUENCES, workload.sequences), Gram, workload))
     if recipe.allocation == "fisher":  # squares of the gradient of each output, of one sequence after another

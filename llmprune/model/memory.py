@@ -42,15 +42,13 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
     """Return where the hidden states of all `rows` of tokens wait: on the device if they fit there, else the host."""
     if device.type != "cuda":
         return device
-    hidden, _ = _widths(config)
-    needed = sum(len(row) for row in rows) * hidden * dtype.itemsize
+    needed = sum(len(row) for row in rows) * hidden_size(config) * dtype.itemsize
     return device if needed < _HIDDEN_SHARE * free_bytes(device) else torch.device("cpu")
 
 
 def most_kept(rows: Sequence[Tensor], blocks: int, config: Any, dtype: torch.dtype) -> int:
     """Return how many of the first `rows` of tokens may have their hidden states kept before every block; one at least."""
-    hidden, _ = _widths(config)
-    room = _KEPT_SHARE * psutil.virtual_memory().available / (blocks * hidden * dtype.itemsize)
+    room = _KEPT_SHARE * psutil.virtual_memory().available / (blocks * hidden_size(config) * dtype.itemsize)
     for count, row in enumerate(rows):
         room -= len(row)
         if room < 0:
@@ -107,10 +105,14 @@ def _held_bytes(config: Any, dtype: torch.dtype) -> int:
     return max(6 * hidden, 2 * hidden + 2 * widest) * dtype.itemsize
 
 
+def hidden_size(config: Any) -> int:
+    """Return the width of a model's hidden states, or a guess where its configuration does not tell."""
+    return int(getattr(config.get_text_config(), "hidden_size", 1024))
+
+
 def _widths(config: Any) -> tuple[int, int]:
-    text = config.get_text_config()
-    hidden = getattr(text, "hidden_size", 1024)
-    widest = getattr(text, "intermediate_size", None)
+    """Return the widths of the hidden states and of the MLP."""
+    hidden, widest = hidden_size(config), getattr(config.get_text_config(), "intermediate_size", None)
     return hidden, widest if isinstance(widest, int) else 4 * hidden
 
 

@@ -38,7 +38,7 @@ class Outline:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.place = device
+        self.device = device
         self.config = read_config(folder, fields, trust_remote_code)
         self.dtype = dtype or configured_dtype(self.config)
         self.model = empty_model(self.config, self.dtype, trust_remote_code)
@@ -56,8 +56,8 @@ class Outline:
         """Make a stage's weights: matrices of zeros, and vectors of ones, so that norms let pass what they are fed."""
         for name, parameter in stage.module.named_parameters(stage.name):
             if parameter.is_meta:
-                self._fill(name, self.place)
-        _fill_buffers(stage.module.modules(), self.place)
+                self._fill(name, self.device)
+        _fill_buffers(stage.module.modules(), self.device)
 
     def keeping(self) -> AbstractContextManager[None]:
         """Nothing to do: weights are made in no time."""

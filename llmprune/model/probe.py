@@ -83,8 +83,8 @@ class Trial:
 Kind = tuple[Any, ...]
 
 
-def kind_of(stage: Stage, sites: Sequence[Site]) -> Kind:
-    """Return what blocks of one kind have in common."""
+def block_kind(stage: Stage, sites: Sequence[Site]) -> Kind:
+    """Return what blocks of one kind have in common: their class, their parameters, and their sites to prune."""
     shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in stage.module.named_parameters())
     return type(stage.module), shapes, tuple(site.name.removeprefix(stage.name) for site in sites)
 
@@ -109,7 +109,7 @@ def try_blocks(
     Raises:
         UnsupportedModelError: the model's forward cannot be led block by block.
     """
-    kinds = {block.name: kind_of(block, sites.get(block.name, [])) for block in host.blocks}
+    kinds = {block.name: block_kind(block, sites.get(block.name, [])) for block in host.blocks}
     trials: dict[Kind, Trial] = {}
     long = min(_long(host, _LONG_ROUNDED if autocast else _LONG[1]), longest)
     lengths = min(_SHORT, long // 2), long

@@ -46,6 +46,11 @@ class Site:
         return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
 
     @property
+    def numel(self) -> int:
+        """How many weights it has."""
+        return math.prod(self.shape)
+
+    @property
     def family(self) -> str:
         """One name for all experts that do the same job in a block; the site's own for what is no expert."""
         return re.sub(r"\.experts\.\d+\.", ".experts.*.", self.tensor)

@@ -40,7 +40,7 @@ class Streamed:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.source, self.place = source, device
+        self.source, self.device = source, device
         self.config = read_config(source.folder, source.config, trust_remote_code)
         _require_as_many_tensors(source, self.config)
         self.dtype = dtype or stored_dtype(source)
@@ -91,10 +91,10 @@ class Streamed:
             for module, name, parameter in kept:
                 module._parameters[name] = parameter
             return
-        self._loader.load(self._names[stage.name], self.place, source)
+        self._loader.load(self._names[stage.name], self.device, source)
         self._loader.ties.link(self.model, _names_in(stage.module, stage.name))
         for module in stage.module.modules():
-            _move_buffers(module, self.place)
+            _move_buffers(module, self.device)
         for name, parameter in stage.module.named_parameters(stage.name):
             self._require_loaded(name, parameter)
             require_finite(name, parameter)
@@ -122,7 +122,7 @@ class Streamed:
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Let stages that are freed within the block, unchanged, stay on a GPU where it has room, for `load` to find."""
-        self._most_kept = room_for_blocks(self.place)
+        self._most_kept = room_for_blocks(self.device)
         try:
             yield
         finally:
