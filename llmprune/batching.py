@@ -6,7 +6,7 @@ from llmprune.recipe import Recipe
 from llmprune.statistics import Gradient
 from llmprune.tuning import sequences_at_once
 
-_AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
+_AUTOCAST_TOKENS = 2048  # about so many in a forward on a CPU, as each forward rounds all weights to bfloat16 anew
 
 
 def sequences_a_forward(host: Host, recipe: Recipe, longest: int, sequences: int) -> int:

@@ -84,7 +84,7 @@ class Plan:
 
 
 def asks_autocast(host: Host, recipe: Recipe) -> bool:
-    """Say whether calibration is to multiply in bfloat16: only a float32 model would otherwise not."""
+    """Say whether calibration is asked to multiply in bfloat16; of models in 16 bits it does not, as they are that already."""
     return recipe.autocast and host.dtype == torch.float32
 
 
@@ -95,12 +95,14 @@ def multiplied_in(host: Host, recipe: Recipe) -> torch.dtype | None:
 
 
 def sums_inputs(recipe: Recipe) -> bool:
-    """Say whether blocks are run forward for statistics of what they are fed."""
+    """Say whether calibration sums up the inputs of matrices: not for methods that need none, or gradients."""
     return recipe.needs not in (None, Gradient)
 
 
 def make_plan(host: Host, recipe: Recipe) -> Plan:
-    """Choose the sites.
+    """Choose the sites: the matrices of the blocks, but for routers, with what the recipe includes and excludes.
+
+    Of tied tensors, which are one tensor under several names, only one is a site.
 
     Raises:
         RecipeError: nothing is left to prune, a glob matches nothing, an embedding is to be pruned by a method that

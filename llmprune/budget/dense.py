@@ -57,7 +57,7 @@ class DensePass:
     Args:
         recipes: each with a sparsity to be shared out, all in one way and with one seed.
         tokens: the calibration, of which the first sequences are used.
-        home: device of the model's glue.
+        home: device of what lies between the blocks (embedding, masks), where hidden states wait.
         sites: those to be measured, by the names of their blocks.
         autocast: the dtype that the forward multiplies in, if not that of the weights.
         solver: of a recipe; see `Trials`.

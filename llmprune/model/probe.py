@@ -48,14 +48,14 @@ class Trial:
         fed: the share of the tokens that each group is fed: below 1 for experts.
         flops: of a forward of one sequence: per token, and per token squared (attention).
         seconds_per_flop: of a forward.
-        plain_seconds_per_flop: of one that multiplies in the dtype of the weights.
+        plain_seconds_per_flop: of a forward without autocast, in the dtype of the weights.
         forward_bytes: the most that the activations of a forward take, per token.
-        rounded_bytes: what it takes beside them, for a weight in the dtype that it multiplies in.
+        rounded_bytes: what it takes whatever the tokens: the copy of a weight in the dtype that autocast multiplies in.
         input_bytes: what the inputs of all groups take, per token.
         statistics_bytes: the most that the statistics of all groups take at once.
         runs: in how many runs the statistics are summed.
         held_bytes: the most that the activations of a forward which is held before a site take, per token.
-        side_by_side: all lanes are held before each site.
+        side_by_side: whether all lanes are held before each site.
     """
 
     groups: list[Group]
