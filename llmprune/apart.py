@@ -1,4 +1,4 @@
-"""Results of a model on disk, one after another, each to the byte that of a run of its own; one is the plain case.
+"""Prune a model on disk into one folder, or into several one after another, each as a run of its own would to the byte.
 
 Where blocks see what the pruned ones before them put out, no two results can share a pass. They share what comes before:
 the model is opened and every plan checked once, the calibration tokens are drawn once, and one pass through the dense

@@ -22,7 +22,7 @@ from llmprune.thrift import Thrift
 
 @dataclass(frozen=True)
 class Feed:
-    """What a recipe, a machine and a team make of the calibration sequences.
+    """Decides how calibration goes through the model, by what the recipe asks for and what the machine has room for.
 
     Attributes:
         host: the model.

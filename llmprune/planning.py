@@ -199,6 +199,7 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 
 
 def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
+    """Raise what `make_plan` does for a recipe that cannot be followed in this model, whose chosen `sites` these are."""
     if not sites:
         cause = "--exclude takes every matrix away" if recipe.exclude else "the model's blocks hold no matrix"
         raise RecipeError(f"nothing is left to prune: {cause}")
@@ -218,7 +219,7 @@ def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], si
 
 
 def warn_of_small_share(plan: Plan, recipe: Recipe) -> None:
-    """A model of which most stays dense should not be called pruned without a word, unless that was asked for."""
+    """Warn where most of the model stays dense, unless the recipe excludes matrices."""
     if plan.coverage < _SMALL_SHARE and not recipe.exclude:
         _log.warning(
             "only %.1f%% of the parameters beside embeddings are in matrices to prune: `left_dense` of the report "

@@ -22,7 +22,7 @@ from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
 from llmprune.progress import resident_bytes
 from llmprune.solving import Outcome
-from llmprune.statistics import ColumnNorm, Gradient, Gram
+from llmprune.statistics import Gradient, Gram, Statistic
 from llmprune.tuning import BlockTuning
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class SiteReport:
         site: Site,
         outcome: Outcome,
         pattern: Pattern,
-        statistic: ColumnNorm | Gram | None,
+        statistic: Statistic | None,
         notes: tuple[str, ...] = (),
     ) -> "SiteReport":
         """Return the report on a solved site."""
@@ -116,28 +116,46 @@ class Clock:
 class Report:
     """The whole run; `to_json` is what `llmprune.json` holds.
 
-    Times are in seconds, of several ranks those of the first; but solving several results in one pass is summed over all.
-    What results that come one after another share is timed with the first that needs it.
+    Attributes:
+        model: as the user named it.
+        recipe: all options, as plain values.
+        blocks: how many decoder blocks the model has.
+        parameters: of the whole model.
+        coverage: share of the parameters beside embeddings and head that are in matrices to prune, 0 to 1.
+        calibration: `data`, `fingerprint`, `sequences`, `tokens` and a `note`; None where none was needed.
+        sites: a `SiteReport` for each pruned matrix, in the order of the model.
+        left_dense: why each other tensor of two dimensions or more was not pruned, by its name.
+        notes: what a user should know of the run.
+        allocation: how a sparsity was shared out over the matrices, see `budget.Choice`; None where it was not.
+        retries: what was given up where memory ran out.
+        clock: seconds in each phase, with several ranks the first one's. In one pass for several results, solving is
+            summed over all ranks; what results share that come one after another counts for the first that needs it.
+        peak: the most bytes in use, on the `host` and on the `device` (a GPU).
+        memory: the same while each stage was pruned, by its name.
+        one_pass: the patterns of the results that share a calibration pass with this one.
+        most_runs: how often a block was run to collect its statistics, at most.
+        out: the output folder; None for a model that was pruned in place.
+        tuning: what tuning each block came to, where that was asked for.
     """
 
     model: str
     recipe: dict[str, Any]
     blocks: int
     parameters: int
-    coverage: float = 1.0  # share of the parameters beside embeddings and head that are in matrices to prune
+    coverage: float = 1.0
     calibration: dict[str, Any] | None = None
     sites: list[SiteReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    allocation: dict[str, Any] | None = None  # how a sparsity was shared out over the sites, see `budget.Choice`
-    retries: list[str] = field(default_factory=list)  # what was given up where memory ran out
+    allocation: dict[str, Any] | None = None
+    retries: list[str] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
-    peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)  # the most of either while a stage was pruned
-    one_pass: list[str] | None = None  # the patterns of the results that share a calibration pass with this one
-    most_runs: int = 0  # how often a block was run to collect its statistics, at most
-    out: Path | None = None  # the output folder; None for a model that was pruned in place
-    tuning: list[BlockTuning] = field(default_factory=list)  # of each block, where that was asked for
+    peak: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    one_pass: list[str] | None = None
+    most_runs: int = 0
+    out: Path | None = None
+    tuning: list[BlockTuning] = field(default_factory=list)
 
     @classmethod
     def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan, tokens: Tokens | None) -> "Report":

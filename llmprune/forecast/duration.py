@@ -6,7 +6,7 @@ import torch
 
 from llmprune.forecast.dense import collected, dense_seconds
 from llmprune.forecast.parts import Part, Workload
-from llmprune.forecast.ranks import network_seconds, seen, solving_share, statistics_share
+from llmprune.forecast.ranks import network_seconds, solving_share, statistic_of, statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
@@ -105,7 +105,7 @@ def statistics_seconds(
     """Return the time that summing the statistics takes."""
     work = 0.0
     for trial in trials:
-        kind = seen(needs, trial)
+        kind = statistic_of(needs, trial)
         whole = sum(
             fed * statistic_work(kind, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)
         )

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from llmprune.forecast.dense import backward_memory, collected, follows_gradients, kept_blocks, kept_memory
 from llmprune.forecast.parts import Part, Workload
-from llmprune.forecast.ranks import handed_memory, seen
+from llmprune.forecast.ranks import handed_memory, statistic_of
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
 from llmprune.model import Outline
 from llmprune.model.memory import give_back_freed_memory, hidden_size
@@ -29,7 +29,7 @@ def memory(
         workload: of calibration; None for methods that need none.
         trials: of the stages, by their names, for methods that need calibration.
     """
-    always = [base_memory(), outer_memory(host, _place(workload))]
+    always = [base_memory(), outer_memory(host, _home(workload))]
     if workload:
         always.append(waiting_memory(workload, waiting_bytes(host, workload.batch, workload.length, workload.home)))
         always += kept_memory(host, recipe, workload) + kept_blocks(host, recipe)
@@ -74,7 +74,8 @@ def _different(host: Outline, plan: Plan) -> list[tuple[Stage, list[Site]]]:
     return list({block_kind(stage, sites): (stage, sites) for stage, sites in stages}.values())
 
 
-def _place(workload: Workload | None) -> str:
+def _home(workload: Workload | None) -> str:
+    """Return the side on which hidden states wait, and what lies between the blocks: `host` or `device`."""
     return "device" if workload and workload.home.type == "cuda" else "host"
 
 
@@ -101,7 +102,7 @@ def waiting_memory(workload: Workload, per_batch: int) -> Part:
     """Return what the calibration sequences take while they wait between blocks."""
     origin = f"measured with one batch of {workload.batch} x {workload.length} tokens, {workload.lanes} batches"
     dense = ", half of them of the dense model" if workload.twins else ""
-    return Part("hidden states", per_batch * workload.lanes, origin + dense, _place(workload))
+    return Part("hidden states", per_batch * workload.lanes, origin + dense, _home(workload))
 
 
 def stage_memory(host: Outline, stage: Stage, on: str) -> Part:
@@ -149,7 +150,9 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
     scaled = "measured on a few tokens of one block, scaled by tokens"
     widest = max(group.inputs for group in trial.groups)
     needs = collected(recipe)
-    copies = copied_bytes(seen(needs, trial), widest, workload.length, workload.dtype, host.device) if needs else 0
+    copies = (
+        copied_bytes(statistic_of(needs, trial), widest, workload.length, workload.dtype, host.device) if needs else 0
+    )
     if workload.dtype != host.dtype:
         copies += workload.tokens_at_once * widest * workload.dtype.itemsize
     inputs = 0 if trial.side_by_side else trial.input_bytes  # those are among what is held

@@ -22,14 +22,14 @@ from llmprune.team.team import deal
 NETWORK = 1.25e9  # bytes a second: 10 Gbit/s
 
 
-def seen(needs: StatisticType, trial: Trial) -> StatisticType:
+def statistic_of(needs: StatisticType, trial: Trial) -> StatisticType:
     """Return the statistic of a stage: inputs of the dense model come where lanes are held side by side."""
     return needs if trial.side_by_side else without_dense(needs)
 
 
 def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: Outline, on: str) -> list[Part]:
     """Return what a rank holds to hand round: the inputs of its batch and of others', and the sums that it has made."""
-    needs = seen(needs, trial)
+    needs = statistic_of(needs, trial)
     row = sum(group.inputs * fed for group, fed in zip(trial.groups, trial.fed, strict=True)) * workload.dtype.itemsize
     size = 0 if needs is ColumnNorm else int(_fed_in(needs) * workload.tokens_at_once * row)
     handed = most_bytes(size, workload.ranks) if size else 0
@@ -85,7 +85,7 @@ def _fed_bytes(
     """Return the bytes of all inputs that so many sequences feed to stages, and those of the sums."""
     inputs = sums = 0.0
     for trial in trials:
-        kind = seen(needs, trial)
+        kind = statistic_of(needs, trial)
         row = 4 / workload.length if kind is ColumnNorm else _fed_in(kind) * workload.dtype.itemsize
         for group, fed in zip(trial.groups, trial.fed, strict=True):
             inputs += sequences * workload.length * fed * group.inputs * row

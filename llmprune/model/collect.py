@@ -27,7 +27,7 @@ from llmprune.model.observe import observing
 from llmprune.model.originals import Originals
 from llmprune.model.sites import Site
 from llmprune.model.walks import Walks
-from llmprune.statistics import ColumnNorm, CrossGram, Gram
+from llmprune.statistics import CrossGram, Gram, Statistic
 
 
 class _Enough(Exception):
@@ -139,12 +139,15 @@ class Collector:
         return first_lane(self.lanes, index, sites, self._goes_on(index, lane=0))
 
     def _goes_on(self, index: int, lane: int) -> bool:
-        """Say whether a lane goes on from its next run: from the first, and where no experts run one by one to be seen."""
+        """Say whether `Lanes.advance` is to go on with the output of a lane's next run, rather than run the stage again.
+
+        It can with that of the first run, unless experts run one by one in it, to be seen: that may round otherwise.
+        """
         if not self.stays_dense or self.lanes.is_provided(lane):
             return False
         return not any(map(is_of_interface, self.lanes.stage(index).module.modules()))
 
-    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
+    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> Statistic | None:
         group = Group([site])
         given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))
         for lane, x in given.items():

@@ -12,9 +12,9 @@ from torch import Tensor
 from llmprune.model.lanes import Lanes
 from llmprune.model.observe import observing
 from llmprune.model.sites import Site
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import Statistic
 
-StatisticType = type[ColumnNorm] | type[Gram]
+StatisticType = type[Statistic]
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Group:
 
     sites: list[Site]
     calls: int | None = None  # how often the input is read in one forward, where the first lane told
-    statistic: ColumnNorm | Gram | None = None
+    statistic: Statistic | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -108,17 +108,17 @@ def is_starved(group: Group) -> bool:
     return group.of_expert and group.tokens < group.inputs
 
 
-def pool(groups: Sequence[Group], pooled: ColumnNorm | Gram | None = None) -> ColumnNorm | Gram | None:
+def pool(groups: Sequence[Group], pooled: Statistic | None = None) -> Statistic | None:
     """Add up the statistics of groups, always in their order, so that the sum does not depend on the budget."""
     for group in groups:
         if group.statistic is not None:
             pooled = pooled or type(group.statistic)(group.inputs, group.statistic.device)
-            pooled.merge(group.statistic)  # type: ignore[arg-type]  # of one type, as all of a collector's
+            pooled.merge(group.statistic)
     return pooled if pooled is not None and pooled.tokens else None
 
 
-def feed(starved: Sequence[Group], pooled: ColumnNorm | Gram | None) -> None:
-    """Shrink the statistics of starved experts towards the pooled one: by all that they lack in tokens."""
+def feed(starved: Sequence[Group], pooled: Statistic | None) -> None:
+    """Shrink the statistics of starved experts towards the pooled one, by 1 - tokens / inputs of the way."""
     family = starved[0].family
     if pooled is None:
         _log.warning("%s: no token reached any expert; all are solved by magnitude", family)
@@ -132,5 +132,5 @@ def feed(starved: Sequence[Group], pooled: ColumnNorm | Gram | None) -> None:
             continue
         share = 1 - group.tokens / group.inputs
         group.statistic = group.statistic or type(pooled)(group.inputs, pooled.device)
-        group.statistic.shrink(pooled, share)  # type: ignore[arg-type]
+        group.statistic.shrink(pooled, share)
         group.notes = (f"{count}: statistic shrunk by {share:.1%} towards that of all experts",)

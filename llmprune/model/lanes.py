@@ -250,6 +250,8 @@ class Lanes:
         return arrival
 
     def _parking(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward for stage `index` that parks the lane which calls it; the coordinator runs the real one."""
+
         def park(*args: Any, **kwargs: Any) -> Any:
             if getcurrent() in self._passing:
                 return forward(*args, **kwargs)

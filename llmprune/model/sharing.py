@@ -13,7 +13,7 @@ from llmprune.model.lanes import Lanes
 from llmprune.model.sites import Site
 from llmprune.model.tally import Tally
 from llmprune.model.walks import Walks
-from llmprune.statistics import ColumnNorm, CrossGram, Gram
+from llmprune.statistics import CrossGram, Statistic
 from llmprune.team.parcels import Parcels
 from llmprune.team.team import Team
 
@@ -83,7 +83,7 @@ class SharedCollector(Collector):
         self._tally.complete()
         require_all_finite(groups)
 
-    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
+    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> Statistic | None:
         group = Group([site])
         self._begin(index, [group])
         given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))

@@ -106,7 +106,7 @@ class Streamed:
             self._usual_bytes = give_back_growth(self._usual_bytes)
 
     def _let_go(self, stage: Stage) -> None:
-        """Put parameters without memory in the place of a stage's own, and keep these where that is asked for."""
+        """Free a stage's own parameters, or keep them for `load` within `keeping`, and put empty ones in their place."""
         held = [
             (module, name, parameter)
             for path, module in stage.module.named_modules(prefix=stage.name)

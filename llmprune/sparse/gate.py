@@ -25,7 +25,8 @@ from llmprune.sparse.machine import Machine, machine_of
 from llmprune_kernels.native import cache_folder
 
 TOKENS = (1, 4, 16, 64, 256)
-_WRONG = 0.02  # of the largest output: more than rounding explains
+WRONG = 0.02  # of the largest output: more than rounding explains
+SAMPLE_BYTES = 256 << 20  # dense weights that are measured: more than a processor's cache holds
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _working(form: Form, kernel: str, x_TI: Tensor, expected_TO: Tensor) -> int 
     except Exception as failure:  # whatever a compiler, a driver or a library may raise: dense is left
         logger.warning("sparse kernel %s is not used, as it fails here: %s", kernel, first_line(failure))
         return None
-    if not error <= _WRONG * float(expected_TO.float().abs().max()):
+    if not error <= WRONG * float(expected_TO.float().abs().max()):
         logger.warning("sparse kernel %s is not used, as its results are off by %g here", kernel, error)
         return None
     return setting
