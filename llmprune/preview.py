@@ -147,10 +147,18 @@ def _trials(host: Outline, plan: Plan, recipe: Recipe, workload: Workload) -> di
     assert needs is not None
     host.open(workload.home)
     budget = statistics_budget(max(host.bytes_of(block) for block in host.blocks), host.device)
-    held, home, length = workload.side_by_side, workload.home, workload.length
-    autocast, at_once = multiplied_in(host, recipe), workload.tokens_at_once
-    sequential = recipe.true_sequential
-    trials = try_blocks(host, plan.sites, needs, budget, sequential, home, length, held, autocast, at_once)
+    trials = try_blocks(
+        host,
+        plan.sites,
+        needs,
+        budget,
+        true_sequential=recipe.true_sequential,
+        home=workload.home,
+        longest=workload.length,
+        side_by_side=workload.side_by_side,
+        autocast=multiplied_in(host, recipe),
+        at_once=workload.tokens_at_once,
+    )
     if head := plan.sites.get(host.head.name):
         trials[host.head.name] = try_head(host, head, needs, trials[host.blocks[-1].name])
     return trials

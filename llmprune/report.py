@@ -75,15 +75,19 @@ class SiteReport:
         notes: tuple[str, ...] = (),
     ) -> "SiteReport":
         """Return the report on a solved site."""
-        sparsity = outcome.zeros / site.numel
         norm = "gram" if isinstance(statistic, Gram) else "gradient" if isinstance(statistic, Gradient) else None
-        norm = norm or ("column_norm" if statistic else "weights")
-        tokens = statistic.tokens if statistic else 0
-        notes = notes + outcome.notes
         return cls(
-            site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, notes,
-            outcome.magnitude_error,
-        )  # fmt: skip
+            name=site.name,
+            shape=site.shape,
+            pattern=str(pattern),
+            zeros=outcome.zeros,
+            sparsity=outcome.zeros / site.numel,
+            error=outcome.error,
+            error_norm=norm or ("column_norm" if statistic else "weights"),
+            tokens=statistic.tokens if statistic else 0,
+            notes=notes + outcome.notes,
+            magnitude_error=outcome.magnitude_error,
+        )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "SiteReport":

@@ -148,8 +148,7 @@ class Run:
         recipe, tied = self.recipe, self.host.model.all_tied_weights_keys
         fixed = {*tied, *tied.values()}
         with self.report.clock.phase("tune"):
-            how = recipe.tune_epochs, recipe.tune_rate, recipe.seed
-            tuning = tune(lanes, index, sites, fixed, *how, self.team)
+            tuning = tune(lanes, index, sites, fixed, recipe.tune_epochs, recipe.tune_rate, recipe.seed, self.team)
         self.report.tuning.append(tuning)
 
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:

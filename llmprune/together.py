@@ -44,7 +44,7 @@ def why_apart(recipe: Recipe) -> str | None:
     return None
 
 
-def widest(recipes: Iterable[Recipe]) -> Recipe:
+def widest_of(recipes: Iterable[Recipe]) -> Recipe:
     """Return the recipe whose statistic serves all of them."""
     return max(recipes, key=lambda recipe: (_NEEDS.index(recipe.needs), recipe.calibrates))
 
@@ -56,7 +56,7 @@ def prune_together(
 
     Args:
         recipes: for each output folder.
-        widest: the recipe whose statistic serves them all, see `widest`.
+        widest: the recipe whose statistic serves them all, see `widest_of`.
 
     Raises:
         LlmpruneError: as `llmprune.prune`, before any work for any result that cannot be had.

@@ -134,12 +134,17 @@ def try_blocks(
 def try_head(host: Outline, sites: Sequence[Site], needs: StatisticType, like: Trial) -> Trial:
     """Return what an output head needs that is to be pruned, as its one matrix tells; `like` is a block's trial."""
     (outputs, inputs), size = sites[0].shape, host.dtype.itemsize
-    groups = [Group(list(sites), calls=1)]
-    flops = 2.0 * outputs * inputs, 0.0
-    statistic = without_dense(needs).nbytes(inputs)
-    speed, plain = like.seconds_per_flop, like.plain_seconds_per_flop
-    needed = outputs * size, inputs * size, statistic
-    return Trial(groups, [1.0], flops, speed, *needed, runs=1, plain_seconds_per_flop=plain)
+    return Trial(
+        groups=[Group(list(sites), calls=1)],
+        fed=[1.0],
+        flops=(2.0 * outputs * inputs, 0.0),
+        seconds_per_flop=like.seconds_per_flop,
+        forward_bytes=outputs * size,
+        input_bytes=inputs * size,
+        statistics_bytes=without_dense(needs).nbytes(inputs),
+        runs=1,
+        plain_seconds_per_flop=like.plain_seconds_per_flop,
+    )
 
 
 def waiting_bytes(host: Outline, sequences: int, length: int, home: torch.device) -> int:

@@ -73,6 +73,11 @@ class Site:
         return self.transposed and shape == tuple(self.module.get_parameter(self.parameter).shape)
 
 
+def tensor_of(name: str) -> str:
+    """Return the tensor that holds the site of this name: `Site.name` less the number of an expert in brackets."""
+    return name.partition("[")[0]
+
+
 def sites_of(stage: Stage) -> list[Site]:
     """Return the sites of a stage in the order in which its modules are registered."""
     return list(_sites(stage))
