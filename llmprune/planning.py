@@ -121,12 +121,12 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     for stage, sites in every.items():
         for site in sites:
             reason = ends.get(stage) or ("router" if is_router(site.tensor) else None)
-            twins = [name for name in ties.names(site.tensor) if name != site.tensor]
-            if twin := next((name for name in twins if name in taken), None):
-                left_dense[site.tensor] = f"one with {twin}"
+            namesakes = [name for name in ties.names(site.tensor) if name != site.tensor]
+            if other := next((name for name in namesakes if name in taken), None):
+                left_dense[site.tensor] = f"one with {other}"
             elif selection.takes(site.tensor, by_default=reason is None):
                 taken.add(site.tensor)
-                left_dense |= {name: f"one with {site.tensor}" for name in twins}
+                left_dense |= {name: f"one with {site.tensor}" for name in namesakes}
                 chosen.setdefault(stage, []).append(site)
             else:
                 left_dense[site.tensor] = reason or "excluded"

@@ -154,9 +154,9 @@ class Run:
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
         """Load a stage that an earlier run has pruned; the dense model's lanes are led through it while it is dense."""
         with self.report.clock.phase("recall"):
-            if collector and collector.twins:
+            if collector and collector.dense_stream:
                 self.host.load(stage)
-                collector.run_twins(index)
+                collector.run_dense(index)
             self.store.recall(stage)
 
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:

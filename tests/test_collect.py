@@ -234,7 +234,7 @@ def test_the_dense_models_lanes_stay_those_of_the_dense_model(family: str) -> No
     expected = [tiny.logits(host.model, batch) for batch in batches]
     stages = [*host.blocks, host.head]
     with Lanes(host.model, stages, batches * 2, CPU, host.device_of) as lanes:
-        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, twins=True)
+        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, dense_stream=True)
         for index, block in enumerate(host.blocks):
             for group in collector.groups(index, sites_of(block)):
                 for site in group.sites:
@@ -274,7 +274,7 @@ def test_the_dense_models_inputs_are_related_to_the_pruned_ones() -> None:
     model.forward = lambda input_ids, use_cache: block(x)
     stage = Stage("block", block)
     with Lanes(model, [stage], [tiny.ids(2, 50)] * 2, CPU, lambda stage: CPU) as lanes:
-        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, twins=True)
+        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, dense_stream=True)
         groups = collector.groups(0, sites_of(stage))
         next(groups).sites[0].module.get_parameter("weight").data.mul_(0.5)
         second: Any = next(groups).statistic

@@ -470,7 +470,7 @@ def test_a_dense_target_holds_the_sequences_twice(saved: Callable[[str], Path]) 
 
 
 def test_sequences_in_the_dense_model_take_a_forward_each() -> None:
-    work = Workload(3, 10, 1, CPU, twins=True, side_by_side=True)
+    work = Workload(3, 10, 1, CPU, dense_stream=True, side_by_side=True)
     whole = 3 * (1000 * 10 + 2 * 10**2) * 0.001
     held = replace(trial([Group([site(8, 4)], calls=1)], [1.0]), side_by_side=True)
     assert forward_seconds([held, held], work).amount == pytest.approx(2 * whole)

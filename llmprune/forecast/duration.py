@@ -32,7 +32,7 @@ def duration(
     blocks = [trials[block.name] for block in host.blocks]
     parts = [
         *dense_seconds(host, recipe, workload, stages, widest),
-        forward_seconds(stages, workload, blocks if workload.twins else (), bool(recipe.tune_epochs)),
+        forward_seconds(stages, workload, blocks if workload.dense_stream else (), bool(recipe.tune_epochs)),
         statistics_seconds(stages, workload, needs, each, host.device),
         solving_seconds([trial.groups for trial in stages], times, recipe, ranks),
     ]

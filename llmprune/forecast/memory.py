@@ -101,7 +101,7 @@ def outer_memory(host: Outline, on: str = "host") -> Part:
 def waiting_memory(workload: Workload, per_batch: int) -> Part:
     """Return what the calibration sequences take while they wait between blocks."""
     origin = f"measured with one batch of {workload.batch} x {workload.length} tokens, {workload.lanes} batches"
-    dense = ", half of them of the dense model" if workload.twins else ""
+    dense = ", half of them of the dense model" if workload.dense_stream else ""
     return Part("hidden states", per_batch * workload.lanes, origin + dense, _home(workload))
 
 
@@ -129,10 +129,10 @@ def statistics_memory(trial: Trial, on: str) -> Part:
 def beside_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: Workload, on: str) -> list[Part]:
     """Return what a block takes all along while it is pruned, for lanes held side by side and for the dense model."""
     if not trial.side_by_side:
-        return [outputs_memory(host, workload, on)] if workload.twins else []
+        return [outputs_memory(host, workload, on)] if workload.dense_stream else []
     held = workload.lanes * workload.tokens_at_once * trial.held_bytes
     parts = [Part("all batches within a block", held, f"measured on a few tokens, {workload.lanes} batches", on)]
-    if workload.twins:
+    if workload.dense_stream:
         dense = host.dtype.itemsize * sum(site.numel for site in sites)
         parts.append(Part("dense weights", dense, "copies of what is pruned in a block", on))
     return parts

@@ -37,7 +37,7 @@ class Workload:
         batch: sequences that go through a block at once.
         home: device on which hidden states wait between blocks.
         ranks: processes that share the work.
-        twins: the same sequences go through the dense model too.
+        dense_stream: the same sequences go through the dense model too.
         side_by_side: all of them are held within a block while its matrices are pruned, but for blocks with experts.
         dtype: that is multiplied in.
     """
@@ -47,7 +47,7 @@ class Workload:
     batch: int
     home: torch.device
     ranks: int = 1
-    twins: bool = False
+    dense_stream: bool = False
     side_by_side: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -92,7 +92,7 @@ class Workload:
     @property
     def lanes(self) -> int:
         """Batches that a rank leads from block to block: those of the dense model beside those of the pruned one."""
-        return self.batches * (2 if self.twins else 1)
+        return self.batches * (2 if self.dense_stream else 1)
 
     @property
     def step(self) -> tuple[int, int]:

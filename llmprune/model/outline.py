@@ -103,9 +103,9 @@ class Outline:
         self._set(name, filled)
 
     def _set(self, name: str, value: Tensor) -> None:
-        twins = [name, *(twin for twin, source in self._tied.items() if source == name)]
+        names = [name, *(target for target, source in self._tied.items() if source == name)]
         parameter = nn.Parameter(value, requires_grad=False)
-        for path, _, own in (twin.rpartition(".") for twin in twins):
+        for path, _, own in (each.rpartition(".") for each in names):
             self.model.get_submodule(path)._parameters[own] = parameter
 
 

@@ -164,8 +164,8 @@ class Streamed:
         """Yield the source's tensors, names and dtypes as there, that hold these parameters of a loaded stage."""
         state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
         ties = self._loader.ties
-        state |= {twin: state[name] for name in list(state) for twin in ties.names(name)}
-        wanted = {twin for name in parameters for twin in ties.names(name)}
+        state |= {namesake: state[name] for name in list(state) for namesake in ties.names(name)}
+        wanted = {namesake for name in parameters for namesake in ties.names(name)}
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
                 yield key, _cast(key, tensor, self.source.entries[key].torch_dtype)
