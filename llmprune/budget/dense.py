@@ -1,4 +1,4 @@
-"""One pass of the dense model over some of the calibration, from which the sites' parts of a budget follow.
+"""One pass through the dense model with a few calibration sequences, which measures what sparsity costs in each site.
 
 Block by block, each in memory alone: the Gram matrix of every group is collected, and the cost of sparsity measured.
 

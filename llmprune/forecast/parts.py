@@ -1,4 +1,4 @@
-"""A part of a sum that is foretold, and the work that calibration is."""
+"""One named part of a forecast, and the calibration work that forecasts are made from."""
 
 import math
 from collections.abc import Sequence

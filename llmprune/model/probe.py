@@ -191,7 +191,7 @@ def _try(
     with one_by_one(lanes.stage(index).module):
         flops = [_flops(lanes, index, lane) for lane in (0, 1)]
         peaks, held = zip(*(_forward_bytes(lanes, index, lane, sites) for lane in (0, 1)), strict=True)
-        plain = _seconds(lambda: lanes.walk(index, 1)) / max(flops[1], 1)
+        plain = _seconds(partial(lanes.walk, index, 1)) / max(flops[1], 1)
         times = [_seconds(partial(lanes.run, index, lane)) for lane in (0, 1) if rounded_for]
     statistics_bytes, runs = collector.demand(groups)
     side_by_side = bool(sites) and collector.holds(sites)
@@ -278,11 +278,16 @@ def _per_flop(flops: Sequence[int], seconds: Sequence[float], wanted: float) -> 
 
 
 def _seconds(forward: Callable[[], object]) -> float:
-    """Return the least time that a forward takes."""
+    return least_seconds(lambda: forward)
+
+
+def least_seconds(set_up: Callable[[], Callable[[], object]]) -> float:
+    """Return the least time of a few calls, each of what `set_up` has made ready."""
     times = []
     for _ in range(_REPEATS):
+        call = set_up()
         started = time.perf_counter()
-        forward()
+        call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
