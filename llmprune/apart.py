@@ -1,4 +1,4 @@
-"""Results of a model on disk, one after another, each to the byte that of a run of its own; one is the plain case.
+"""Prune a model on disk into one folder, or into several one after another, each as a run of its own would to the byte.
 
 Where blocks see what the pruned ones before them put out, no two results can share a pass. They share what comes before:
 the model is opened and every plan checked once, the calibration tokens are drawn once, and one pass through the dense
@@ -39,7 +39,7 @@ def prune_apart(model: str | Path, recipes: Mapping[Path, Recipe], output: Outpu
     widest = max(recipes.values(), key=lambda recipe: recipe.calibrates)
     opened, done = open_model(model, recipes, widest, output, team), dict[Path, Report]()
     kept = saying_what_is_kept(lambda: _kept(done) if len(done) < len(recipes) else "")
-    with kept, current(opened.host.place):
+    with kept, current(opened.host.device):
         for out, recipe in recipes.items():
             done[out] = _prune(opened, out, recipe, output, team)
     return done

@@ -126,7 +126,7 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
     store = InMemory(host, report, once=recipe.dense_stream or recipe.needs is Gradient)
     try:
-        with current(host.place):
+        with current(host.device):
             run_of(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
     except BaseException:
         store.go_back()  # every block is as it was, or pruned

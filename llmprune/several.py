@@ -18,7 +18,7 @@ from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.runs import read_run
 from llmprune.team.joining import joined
-from llmprune.together import prune_together, why_apart, widest
+from llmprune.together import prune_together, why_apart, widest_of
 
 _PLAIN = Output()
 
@@ -75,7 +75,7 @@ def prune_several(
         if missing and apart:
             done |= prune_apart(model, missing, output, team)
         elif missing:
-            done |= prune_together(model, missing, widest(recipes.values()), output, team)
+            done |= prune_together(model, missing, widest_of(recipes.values()), output, team)
     return [done[out] for out in recipes]
 
 

@@ -26,8 +26,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmprune.checkpoint import Source
-from llmprune.errors import CheckpointError, UnsupportedModelError
-from llmprune.model.configuration import first_line
+from llmprune.errors import CheckpointError, UnsupportedModelError, first_line
 from llmprune.model.memory import is_out_of_memory
 from llmprune.model.ties import Ties, untied
 
