@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, DenseTarge
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 128  # of a matrix, from which the error of magnitude is taken
 _GPU_ROW_CHUNK = 1 << 26  # on a GPU, which small pieces leave idle
-_TARGET_DAMP = 0.01  # SparseGPT's own: its factor then serves both
+_TARGET_DAMP = 0.01  # of methods without a damping of their own; that of SparseGPT has one factor serve both
+Goal = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -97,15 +99,15 @@ def prune_matrix(
     where sums are rounded otherwise.
     """
     generator, rows_apart = seeded(seed, name), method.row_wise and pattern.row_wise
-    towards = dense_target if method.needs is Gram else 0.0
+    goal_of = _goal_of(method, statistic, dense_target if method.needs is Gram else 0.0)
     measured = Retry(name, False, generator, reliefs(statistic, on_host))
     yardstick: float | None = None
     if not isinstance(statistic, Gradient):  # which knows no outputs of the matrix
-        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, towards))
+        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, goal_of))
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
-        goal_OI = _goal(here_OI, statistic, towards)
+        goal_OI = goal_of(here_OI)
         solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
         zeros = int((solution.weight_OI == 0).sum())  # ten times as fast as count_nonzero
         part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic, solution.change_O), solution.notes)
@@ -121,12 +123,19 @@ def prune_matrix(
     return Outcome(sum(part.zeros for part in parts), error, tuple(notes), yardstick)
 
 
-def _goal(weight_OI: Tensor, statistic: Any, dense_target: DenseTarget) -> Tensor:
-    """Return the weights without a pattern that the pruned ones are to come close to."""
-    return statistic.target(weight_OI, dense_target, _TARGET_DAMP) if isinstance(statistic, CrossGram) else weight_OI
+def _goal_of(method: Method, statistic: Any, dense_target: DenseTarget) -> Goal:
+    """Return what makes of dense weights those without a pattern that the pruned ones are to come close to."""
+    if not isinstance(statistic, CrossGram):
+        return _as_they_are
+    damp = statistic.damping(getattr(method, "damp", _TARGET_DAMP), getattr(method, "sampling_damp", 0.0))
+    return lambda weight_OI: statistic.target(weight_OI, dense_target, damp)
 
 
-def magnitude_error(weight_OI: Tensor, statistic: Any, pattern: Pattern, dense_target: DenseTarget = 0.0) -> float:
+def _as_they_are(weight_OI: Tensor) -> Tensor:
+    return weight_OI
+
+
+def magnitude_error(weight_OI: Tensor, statistic: Any, pattern: Pattern, goal_of: Goal = _as_they_are) -> float:
     """Return the relative output error that magnitude pruning to the same sparsity would have.
 
     Measured as a method's own error is, but on 128 rows at most, evenly spaced: it is no more than a yardstick. Of a
@@ -136,7 +145,7 @@ def magnitude_error(weight_OI: Tensor, statistic: Any, pattern: Pattern, dense_t
     rows_OI = rows_OI.to(statistic.device) if statistic else rows_OI
     choice = pattern if isinstance(pattern, NM) else Unstructured(pattern.sparsity)
     kept_OI = rows_OI * choice.keep(rows_OI.abs().float())
-    change, whole = energies(_goal(rows_OI, statistic, dense_target), kept_OI, statistic)
+    change, whole = energies(goal_of(rows_OI), kept_OI, statistic)
     return change / whole if whole else 0.0
 
 

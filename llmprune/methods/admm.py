@@ -42,7 +42,7 @@ class ADMM:
     """`stages` values of rho from `first_rho` to `last_rho`, `iterations` in all, then `refit` steps on the mask.
 
     `fast` arithmetic searches with products of bfloat16 in all stages but the last, where those are faster: other masks,
-    which are as good.
+    which are as good. `damp`, and `sampling_damp` for few tokens, are as in `Gram.damping`.
     """
 
     damp: float = 0.01
@@ -52,6 +52,7 @@ class ADMM:
     last_rho: float = 1.0
     refit: int = 10
     arithmetic: str = "paper"
+    sampling_damp: float = 0.0
     needs: ClassVar[type[Gram]] = Gram
     row_wise: ClassVar[bool] = False
     comparison_group: ClassVar[ComparisonGroup] = "layer"
@@ -59,6 +60,7 @@ class ADMM:
 
     def __post_init__(self) -> None:
         require_from_zero(self, "damp")
+        require_from_zero(self, "sampling_damp")
         if not 1 <= self.stages <= self.iterations:
             asked = f"{self.stages} stages of {self.iterations} iterations"
             raise RecipeError(f"method 'admm': there must be at least 1 stage, and an iteration for each, not {asked}")
@@ -68,7 +70,8 @@ class ADMM:
         require_arithmetic(self)
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
-        hessian_II = statistic.damped_II(self.damp)
+        damp = statistic.damping(self.damp, self.sampling_damp)
+        hessian_II = statistic.damped_II(damp)
         scale_I = hessian_II.diagonal().sqrt()
         hessian_II.div_(scale_I).div_(scale_I.unsqueeze(1))
         target_OI = (weight_OI.float() * scale_I).masked_fill_(statistic.hessian_II.diagonal() == 0, 0)
@@ -76,7 +79,7 @@ class ADMM:
         sparse_OI, keep_OI = self._search(target_OI, hessian_II, pattern, kept)
         fit = refit(target_OI, hessian_II, keep_OI, sparse_OI, self.refit)
         square_O = ((target_OI - fit.weight_OI) / scale_I).square().sum(1)
-        change_O = statistic.undamped(fit.left_O, square_O, self.damp)
+        change_O = statistic.undamped(fit.left_O, square_O, damp)
         return Solution((fit.weight_OI / scale_I).to(weight_OI.dtype), keep_OI, change_O=change_O)
 
     def _search(
@@ -90,7 +93,9 @@ class ADMM:
             rho, products = self._rho(stage), self._products(stage, hessian_II.device)
             inverse = _pays_to_invert(hessian_II, self._share(stage) * len(target_OI), products)
             division = partial(_division, hessian_II, rho, inverse, products)
-            divided = kept.once((self.damp, rho, inverse, products), division) if kept else division()
+            divided = (
+                kept.once((self.damp, self.sampling_damp, rho, inverse, products), division) if kept else division()
+            )
             dual_OI.mul_(before / rho)  # scaled by 1/rho
             for _ in range(self._share(stage)):
                 split_OI = dual_OI.add_(target_OI)

@@ -34,11 +34,12 @@ _FACTORS: dict[str, FactorKind] = {"paper": "inverse", "fast": "root"}  # that e
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """Second-order pruning with weight updates; `damp` is relative to the mean of the Hessian's diagonal."""
+    """Second-order pruning with weight updates; `damp`, and `sampling_damp` for few tokens, are as in `Gram.damping`."""
 
     damp: float = 0.01
     block_size: int = 128
     arithmetic: str = "paper"
+    sampling_damp: float = 0.0
     needs: ClassVar[type[Gram]] = Gram
     row_wise: ClassVar[bool] = False
     comparison_group: ClassVar[ComparisonGroup] = "block"
@@ -46,11 +47,12 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         require_from_zero(self, "damp")
+        require_from_zero(self, "sampling_damp")
         require_at_least(self, "block_size", 1)
         require_arithmetic(self)
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
-        factor = statistic.factor(self.damp, _FACTORS[self.arithmetic])
+        factor = statistic.factor(statistic.damping(self.damp, self.sampling_damp), _FACTORS[self.arithmetic])
         weight_IO = torch.empty_like(weight_OI.T, dtype=torch.float32, memory_format=torch.contiguous_format)
         weight_IO.copy_(weight_OI.T)  # four times as fast as `to`
         weight_IO.masked_fill_(factor.dead_I.unsqueeze(1), 0)

@@ -160,6 +160,15 @@ class Gram:
         self._factors.clear()
         self._made.clear()
 
+    def damping(self, damp: float, sampling_damp: float) -> float:
+        """Return what to damp H by, relative to the mean of its diagonal: `damp` + `sampling_damp` · min(I/T, 1).
+
+        With T tokens for I inputs the variance of what is fitted by least squares is in proportion to I/T, and so is the
+        ridge that bears it best (Hoerl, Kennard & Baldwin, Communications in Statistics 4, 1975). `damp` alone where T is
+        not known. What presets take was measured (eval/results/LOG.md).
+        """
+        return damp + sampling_damp * min(self.inputs / self.tokens, 1.0) if self.tokens else damp
+
     def damped_II(self, damp: float) -> Tensor:
         """Return a copy of H with `damp` x mean(diag H) on its diagonal, dead inputs as in `factorize`."""
         return damped(self.hessian_II, damp)
