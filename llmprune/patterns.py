@@ -158,7 +158,7 @@ class Count:
     @property
     def row_scales(self) -> Tensor:
         """What each row is to be multiplied by."""
-        return torch.tensor(list(self.row_levels)).sub(_LEVEL_OF_ONE).div(_LEVELS).exp2()
+        return torch.tensor(list(self.row_levels), dtype=torch.float32).sub(_LEVEL_OF_ONE).div(_LEVELS).exp2()
 
     def _of_rows(self, rows: int) -> list[int]:
         return [_share(self.removed, rows, row, row + 1) for row in range(rows)]

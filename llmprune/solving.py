@@ -19,6 +19,7 @@ from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, DenseTarge
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 128  # of a matrix, from which the error of magnitude is taken
 _GPU_ROW_CHUNK = 1 << 26  # on a GPU, which small pieces leave idle
+_OF_ONE_MATRIX = ("preset", "method", "pattern", "comparison_group", "method_options", "seed")
 _TARGET_DAMP = 0.01  # SparseGPT's own: its factor then serves both
 
 
@@ -32,7 +33,7 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
             the inputs themselves [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods
             that need no more, their norms [inputs]; for `dsnot` the inputs, or a `ColumnMoments`; for `taylor` a
             `Gradient`, or the gradient of the loss [outputs, inputs]. None for methods that need nothing.
-        options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`.
+        options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`, or `preset`.
 
     Raises:
         RecipeError: an option is wrong, or the statistic is missing or of the wrong kind.
@@ -40,11 +41,13 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
         NumericalError: a weight or the statistic is not finite.
     """
     recipe = Recipe.of(options)
+    if idle := [name for name in options if name not in _OF_ONE_MATRIX]:
+        raise RecipeError(f"{idle[0]} means nothing for a single matrix: solve takes {', '.join(_OF_ONE_MATRIX)}")
     method, pattern = recipe.solver(), recipe.target()
-    if weight.ndim != 2:
-        raise PatternError(f"a matrix [outputs, inputs] is needed, not a tensor of {weight.ndim} dimensions")
-    if not weight.is_floating_point():
-        raise PatternError(f"a matrix of floating point numbers is needed, not one of {weight.dtype}")
+    if weight.ndim != 2 or not weight.numel():
+        raise PatternError(f"a matrix [outputs, inputs] is needed, not a tensor {list(weight.shape)}")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise PatternError(f"floating point numbers of 16 bits or more are needed, not a matrix of {weight.dtype}")
     if why := pattern.misfit(*weight.shape):
         raise PatternError(f"the matrix {why}")
     require_finite("the matrix", weight)
@@ -217,6 +220,8 @@ def _fed(method: Method, statistic: Any, weight: Tensor) -> ColumnNorm | Gram | 
     known = (needs,) if needs is ColumnMoments else (needs, Gram)  # a Gram also knows the column norms, but no means
     if not isinstance(statistic, known):
         raise RecipeError(f"{type(method).__name__} needs calibration inputs or a {needs.__name__} as its statistic")
+    if not statistic.sequences:
+        raise RecipeError("the statistic has seen no inputs: add some, or use --method magnitude, which needs none")
     if statistic.inputs != weight.shape[1]:
         raise RecipeError(f"the statistic is of {statistic.inputs} inputs, the matrix has {weight.shape[1]}")
     statistic.require_finite("the matrix")
@@ -242,10 +247,13 @@ def _from_tensor(needs: type[ColumnNorm] | type[Gram], tensor: Tensor, inputs: i
     if tensor.ndim != 2 or tensor.shape[1] != inputs:
         other = "" if needs is ColumnMoments else " or a Gram matrix"
         raise RecipeError(f"the statistic must be inputs [tokens, {inputs}]{other}, not {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise RecipeError(f"the statistic must be of floating point numbers, not of {tensor.dtype}")
     if tensor.shape[0] == inputs and needs is not ColumnMoments and torch.allclose(tensor, tensor.T):
         return Gram.from_matrix(tensor) if needs is Gram else ColumnNorm.from_norms(tensor.diagonal().sqrt())
     statistic = needs(inputs, tensor.device)
-    statistic.add(tensor, 1)
+    if len(tensor):
+        statistic.add(tensor, 1)
     return statistic
 
 
