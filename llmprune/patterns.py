@@ -249,6 +249,8 @@ def parse(text: str | float) -> Unstructured | NM:
             hint = f"; did you mean '{text}%'?" if not match[2] and 1 < sparsity < 100 else ""
             raise PatternError(f"pattern '{text}': the sparsity must lie between 0 and 1, both excluded{hint}")
         return Unstructured(sparsity)
+    if "," in text:
+        raise PatternError(f"one pattern is needed here, not '{text}': only prune takes several, in Python as a list")
     raise PatternError(f"pattern '{text}' is not a sparsity such as '50%' or '0.5', nor N:M such as '2:4'")
 
 

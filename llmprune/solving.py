@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.errors import PatternError, RecipeError
+from llmprune.errors import PatternError, RecipeError, naming
 from llmprune.methods import Method, Solution
 from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import NM, Count, Pattern, Unstructured, as_numbers
@@ -99,11 +99,15 @@ def prune_matrix(
     measured = Retry(name, False, generator, reliefs(statistic, on_host))
     yardstick: float | None = None
     if not isinstance(statistic, Gradient):  # which knows no outputs of the matrix
-        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, towards))
+        with naming(name):
+            (yardstick,) = measured.solved(
+                weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, towards)
+            )
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
-        goal_OI = _goal(here_OI, statistic, towards)
+        with naming(name):
+            goal_OI = _goal(here_OI, statistic, towards)
         solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
         zeros = int((solution.weight_OI == 0).sum())  # ten times as fast as count_nonzero
         part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic, solution.change_O), solution.notes)
@@ -148,7 +152,8 @@ def checked_solution(
     dtype: torch.dtype | None = None,
 ) -> Solution:
     """Solve, and vouch for the result: exactly the pattern, in `dtype`, finite, every zero a positive one."""
-    solution = _solved(method, weight_OI, statistic, pattern, generator)
+    with naming(name):
+        solution = _solved(method, weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
     pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype) * as_numbers(solution.keep_OI)
     pruned_OI = pruned_OI.add_(0.0).contiguous()  # turns -0.0 into +0.0

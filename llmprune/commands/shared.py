@@ -54,8 +54,9 @@ what = options(
     click.option("--method", help=f"{METHODS}  [default: sparsegpt]"),
     click.option(
         "--pattern",
-        help="50% or 0.5 (unstructured), or N:M: N KEPT of every M; several with commas make OUT/50%, OUT/2of4, ..., in "
-        "one calibration pass through the dense model, or with presets and the like one after another  [default: 50%]",
+        help="50% or 0.5 (unstructured), or N:M: N KEPT of every M; of prune, several with commas make OUT/50%, OUT/2of4, "
+        "..., in one calibration pass through the dense model, or with presets and the like one after another  "
+        "[default: 50%]",
     ),
     click.option(
         "--comparison-group", help="Compare per row, layer, block (128 columns) or model  [default: the paper's]"

@@ -51,7 +51,10 @@ def factorize(hessian_II: Tensor, damp: float, kind: FactorKind = "inverse") -> 
         raised = max(damp, _LEAST_DAMPING) * 10 ** (step + 1)
         notes.append(f"not positive definite at damping {tried:g}, raised to {raised:g}")
         _log.warning("Gram matrix of %d inputs: %s", len(hessian_II), notes[-1])
-    raise NumericalError(f"the Gram matrix is not positive definite even at damping {tried:g}: use more calibration")
+    raise NumericalError(
+        f"the Gram matrix is not positive definite even at damping {tried:g}: its inputs are out of the range of float32, "
+        "or it is no Gram matrix; --exclude it, or use --method wanda"
+    )
 
 
 def damped(hessian_II: Tensor, damp: float) -> Tensor:
