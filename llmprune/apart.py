@@ -1,4 +1,4 @@
-"""Results of a model on disk, one after another, each to the byte that of a run of its own; one is the plain case.
+"""Prune a model on disk into one folder, or into several one after another, each as a run of its own would to the byte.
 
 Where blocks see what the pruned ones before them put out, no two results can share a pass. They share what comes before:
 the model is opened and every plan checked once, the calibration tokens are drawn once, and one pass through the dense
@@ -14,6 +14,7 @@ from llmprune.errors import saying_what_is_kept
 from llmprune.locate import require_own_name
 from llmprune.model.memory import out_of_memory_in
 from llmprune.opening import Opened, Output, open_model
+from llmprune.options import current
 from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.reverse import ReverseRun
@@ -37,7 +38,8 @@ def prune_apart(model: str | Path, recipes: Mapping[Path, Recipe], output: Outpu
         require_own_name(out)
     widest = max(recipes.values(), key=lambda recipe: recipe.calibrates)
     opened, done = open_model(model, recipes, widest, output, team), dict[Path, Report]()
-    with saying_what_is_kept(lambda: _kept(done) if len(done) < len(recipes) else ""):
+    kept = saying_what_is_kept(lambda: _kept(done) if len(done) < len(recipes) else "")
+    with kept, current(opened.host.device):
         for out, recipe in recipes.items():
             done[out] = _prune(opened, out, recipe, output, team)
     return done

@@ -6,7 +6,7 @@ from llmprune.recipe import Recipe
 from llmprune.statistics import Gradient
 from llmprune.tuning import sequences_at_once
 
-_AUTOCAST_TOKENS = 2048  # in a forward on a CPU: weights are rounded once for each
+_AUTOCAST_TOKENS = 2048  # about so many in a forward on a CPU, as each forward rounds all weights to bfloat16 anew
 
 
 def sequences_a_forward(host: Host, recipe: Recipe, longest: int, sequences: int) -> int:
@@ -20,7 +20,7 @@ def sequences_a_forward(host: Host, recipe: Recipe, longest: int, sequences: int
     """
     if recipe.needs is Gradient:
         return 1
-    most = batch_size(longest, host.config, host.dtype, host.place)
-    if multiplied_in(host, recipe) and host.place.type == "cpu":
+    most = batch_size(longest, host.config, host.dtype, host.device)
+    if multiplied_in(host, recipe) and host.device.type == "cpu":
         most = max(1, _AUTOCAST_TOKENS // longest)
     return recipe.batch_size or (sequences_at_once(most, sequences) if recipe.tune_epochs else most)

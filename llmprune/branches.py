@@ -196,7 +196,7 @@ class Pass(Run):
         self._add_up(before)
 
     def _add_up(self, before: Sequence[float]) -> None:
-        """Let each branch's time to solve be that of all ranks, since `before`, when it was so."""
+        """Let the time that each branch has solved since `before`, its time then, be the sum over all ranks."""
         took = self.team.gather([branch.solving - then for branch, then in zip(self.branches, before, strict=True)])
         for branch, then, *of_ranks in zip(self.branches, before, *took, strict=True):
             branch.run.report.clock.seconds[SOLVE] = then + sum(of_ranks)

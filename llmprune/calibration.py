@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from llmprune.documents import Documents
-from llmprune.errors import DataError
+from llmprune.errors import DataError, first_line
 from llmprune.progress import Progress
 
 _MOST_TOKENS = 1 << 28  # a thousand times the papers' 128 x 2048; two gigabytes of token ids
@@ -172,8 +172,7 @@ def _chat(name: str, index: int, row: list[dict[str, str]], tokenizer: Tokenizer
     try:
         return str(tokenizer.apply_chat_template(row, tokenize=False))
     except Exception as error:  # a template is a program of the model's authors and may raise anything
-        cause = str(error).partition("\n")[0]
-        raise DataError(f"{name}: the chat template cannot render row {index + 1}: {cause}") from error
+        raise DataError(f"{name}: the chat template cannot render row {index + 1}: {first_line(error)}") from error
 
 
 def _draw(encode: Encode, documents: int, count: int, length: int, rng: random.Random) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, first_line
 
 _HEADER = re.compile(r"\A(\s*---[ \t]*\r?\n)(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
@@ -34,5 +34,5 @@ def _place(error: Exception, header: re.Match[str]) -> str:
     """Return the line of the file at which the header cannot be read, and why."""
     mark, position = getattr(error, "problem_mark", None), getattr(error, "position", 0)
     before = header[1].count("\n") + (mark.line if mark else header[2].count("\n", 0, position))
-    cause = getattr(error, "problem", None) or str(error).splitlines()[0]
+    cause = getattr(error, "problem", None) or first_line(error)
     return f"line {before + 1}: no valid YAML ({cause})"

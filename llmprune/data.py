@@ -163,7 +163,7 @@ def _parquet(name: str, data: bytes) -> "datasets.Dataset":
         try:
             table: datasets.Dataset = module.Dataset.from_parquet(str(copy), cache_dir=folder, keep_in_memory=True)
         except Exception as error:  # pyarrow and datasets have no error class in common
-            raise DataError(f"{name} is not a readable parquet file ({hub.one_line(error)})") from None
+            raise DataError(f"{name} is not a readable parquet file ({hub.brief(error)})") from None
     return table
 
 
@@ -179,7 +179,7 @@ def _from_hub(name: str, source: _Source, purpose: Purpose) -> Documents:
                 revision=source.revision,
             )
     except Exception as error:  # any class: ConnectionError, ValueError, those of pyarrow and of the transport
-        cause = f"{source.repo}: {hub.one_line(error)}" if online else f"{hub.obstacle()}, nor is {source.repo} cached"
+        cause = f"{source.repo}: {hub.brief(error)}" if online else f"{hub.obstacle()}, nor is {source.repo} cached"
         raise DataError(f"cannot read '{name}' ({cause}); pass a local file: {_OPTIONS[purpose]}") from error
     table = splits[_split(name, source.split, purpose, list(splits))]
     if source.first is not None:

@@ -98,6 +98,11 @@ def one_line(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
+def first_line(error: object) -> str:
+    """Return the first line of what an error says, its class where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def redact(text: str, mark: str = "***") -> str:
     """Return a text with a mark in place of the Hub's access tokens, and of user names and passwords in addresses."""
     return _SECRET.sub(mark, text)

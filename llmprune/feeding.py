@@ -22,7 +22,7 @@ from llmprune.thrift import Thrift
 
 @dataclass(frozen=True)
 class Feed:
-    """What a recipe, a machine and a team make of the calibration sequences.
+    """Decides how calibration goes through the model, by what the recipe asks for and what the machine has room for.
 
     Attributes:
         host: the model.
@@ -77,14 +77,14 @@ class Feed:
         Raises:
             RecipeError: a dense target needs more memory than there is.
         """
-        needs, twins = self.recipe.needs, self.recipe.dense_stream
+        needs, dense_stream = self.recipe.needs, self.recipe.dense_stream
         if lanes is None or needs is None or self.tokens is None:
             return None
-        room = statistics_budget(max(parameter_bytes(block.module) for block in self.host.blocks), self.host.place)
+        room = statistics_budget(max(parameter_bytes(block.module) for block in self.host.blocks), self.host.device)
         budget = room if thrift.budget is None else min(room, thrift.budget)
-        tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if twins else 1)
+        tokens = sum(len(row) for row in self.team.share(self.tokens.rows)) * (2 if dense_stream else 1)
         fits = thrift.side_by_side and fits_side_by_side(
-            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.place
+            tokens * self.team.neighbours, self.host.config, self.host.dtype, self.host.device
         )
         budget, fits = self.team.tell((budget, fits))
         if self.recipe.dense_target and not fits:
@@ -92,8 +92,16 @@ class Feed:
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
         statistic = CrossGram if self.recipe.dense_target else needs
-        how = {"true_sequential": self.recipe.true_sequential, "side_by_side": fits, "twins": twins}
-        return collector_of(self.team, lanes, statistic, budget, settle, **how)
+        return collector_of(
+            self.team,
+            lanes,
+            statistic,
+            budget,
+            settle,
+            true_sequential=self.recipe.true_sequential,
+            side_by_side=fits,
+            dense_stream=dense_stream,
+        )
 
     @property
     def _autocast(self) -> torch.dtype | None:

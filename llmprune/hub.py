@@ -75,7 +75,7 @@ def endpoint() -> str:
     return redact(constants.ENDPOINT, "")
 
 
-def one_line(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """Return the kind of `error` and the first line of its message, tokens and passwords blotted out."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return redact(": ".join([type(error).__name__, *lines[:1]]))
@@ -121,7 +121,7 @@ def _refusal(error: Exception, model_id: str, revision: str | None, online: bool
         return f"{place} refuses access to '{model_id}' (HTTP {error.response.status_code}): check HF_TOKEN"
     if isinstance(error, errors.LocalEntryNotFoundError) and not online:
         return _not_cached(model_id, revision)
-    return f"cannot fetch '{model_id}' from {place} ({one_line(error)}): try again, or pass a local folder"
+    return f"cannot fetch '{model_id}' from {place} ({brief(error)}): try again, or pass a local folder"
 
 
 def _not_cached(model_id: str, revision: str | None) -> str:

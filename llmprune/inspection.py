@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from llmprune.checkpoint.unpacked import Unpacked, open_dense
 from llmprune.errors import CheckpointError, PatternError
 from llmprune.locate import locate
 from llmprune.model import Streamed
-from llmprune.model.sites import Site, dense_parameters, is_router, outer_parameters, sites_of
+from llmprune.model.sites import Site, dense_parameters, is_router, outer_parameters, sites_of, tensor_of
 from llmprune.patterns import NM, Unstructured, parse
 
 GROUP_SIZES = (4, 8, 16, 32, 64, 128)
@@ -187,9 +186,9 @@ def _promises(folder: Path) -> list[dict[str, Any]]:
     promises: dict[tuple[str, str], int] = {}
     try:
         for site in _report(folder).get("sites", []):
-            key = re.sub(r"\[\d+\]$", "", site["name"]), site["pattern"]
+            key = tensor_of(site["name"]), site["pattern"]
             promises[key] = promises.get(key, 0) + int(site["zeros"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder / REPORT} is damaged: delete it to inspect the weights alone") from None
     return [{"name": name, "pattern": pattern, "zeros": zeros} for (name, pattern), zeros in promises.items()]
 

@@ -1,5 +1,6 @@
 """Options that are checked, and turned into what they stand for, each on its own."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError):
         raise RecipeError(f"device '{name}' is not available here; use --device cpu or --device auto") from None
     return made.device  # with its number, as tensors have it: `cuda` and `cuda:0` do not compare as equal
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which a GPU is the current one, which torch's clocks and counts of memory are of."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def host_by_default() -> AbstractContextManager[Any]:
+    """Return the context in which tensors for no device in particular are the host's, as without `set_default_device`."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def as_globs(name: str, value: Any) -> tuple[str, ...]:

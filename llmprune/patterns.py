@@ -23,13 +23,13 @@ COMPARISON_GROUPS: tuple[ComparisonGroup, ...] = get_args(ComparisonGroup)
 BLOCK_COLUMNS = 128
 _CHUNK_ELEMENTS = 1 << 20  # selection copies its scores; a chunk of rows bounds the copy to 4 MiB
 
-_LEVELS = 8  # of a row's scale, from one to its double
-_LEVEL_OF_ONE = 128
-_MOST_LEVELS = 24  # up or down: an eighth to eight
+_LEVELS = 8  # of a row's scale, between one power of two and the next
+_LEVEL_OF_ONE = 128  # the byte that stands for a scale of 1
+_MOST_LEVELS = 24  # up or down: scales from an eighth to eight
 
 
 def as_row_levels(octave_O: Tensor) -> bytes:
-    """Return what rows are to be multiplied by, as powers of two, in the form that `Count` has it; nothing where alike."""
+    """Return row scales, given as logarithms to base two, in the form of `Count.row_levels`; none where all are 1."""
     level_O = octave_O.mul(_LEVELS).round().clamp(-_MOST_LEVELS, _MOST_LEVELS)
     return bytes(level_O.add(_LEVEL_OF_ONE).byte().tolist()) if level_O.any() else b""
 
@@ -267,6 +267,12 @@ def in_group(pattern: Unstructured | NM, group: ComparisonGroup) -> Unstructured
 def column_blocks(columns: int, width: int = BLOCK_COLUMNS) -> list[tuple[int, int]]:
     """Return the [start, stop) of every block of `width` columns; the last may be narrower."""
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def block_width(pattern: Pattern, width: int) -> int:
+    """Return `width` rounded down so that no N:M group straddles two blocks of columns; at least one group."""
+    group = pattern.m if isinstance(pattern, NM) else 1
+    return max(width // group * group, group)
 
 
 def _share(count: int, parts: int, start: int, stop: int) -> int:

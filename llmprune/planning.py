@@ -14,6 +14,7 @@ from llmprune.allocation import Measured, Part, kind_of
 from llmprune.calibration import Tokens
 from llmprune.errors import DataError, PatternError, RecipeError
 from llmprune.model.sites import Selection, Site, Stage, dense_parameters, is_router, outer_parameters, sites_of
+from llmprune.model.ties import Ties
 from llmprune.recipe import Recipe
 from llmprune.statistics import Gradient
 
@@ -25,21 +26,38 @@ _log = logging.getLogger(__name__)
 
 
 class Host(Protocol):
-    """A model whose stages can be had one at a time: on disk (`Streamed`), in memory (`Resident`), or made up (`Outline`)."""
+    """A model whose stages can be had one at a time: on disk (`Streamed`), in memory (`Resident`), or made up (`Outline`).
+
+    Attributes:
+        model: the transformers model, of which only what is loaded has weights.
+        config: its configuration.
+        dtype: of its weights.
+        device: where stages are loaded.
+        blocks, embedding, head: its stages.
+    """
 
     model: Any
     config: Any
     dtype: torch.dtype
-    place: torch.device
+    device: torch.device
     blocks: list[Stage]
     embedding: Stage
     head: Stage
 
-    def load(self, stage: Stage) -> None: ...
-    def free(self, stage: Stage) -> None: ...
-    def keeping(self) -> AbstractContextManager[None]: ...
-    def device_of(self, stage: Stage) -> torch.device: ...
-    def weight(self, site: Site) -> Tensor: ...
+    def load(self, stage: Stage) -> None:
+        """Bring a stage's weights into memory."""
+
+    def free(self, stage: Stage) -> None:
+        """Let go of them, unless the rest of the model shares them."""
+
+    def keeping(self) -> AbstractContextManager[None]:
+        """Return the context in which freed stages may stay in memory, as they will be loaded again, unchanged."""
+
+    def device_of(self, stage: Stage) -> torch.device:
+        """Return where a loaded stage's weights are."""
+
+    def weight(self, site: Site) -> Tensor:
+        """Return the matrix [outputs, inputs] of a site whose stage is loaded, as a view: writing to it prunes."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +80,29 @@ class Plan:
     def coverage(self) -> float:
         """Share of the parameters beside embeddings and head that are in sites."""
         stages = self.sites.keys() - {self.embedding, self.head}
-        return sum(s.shape[0] * s.shape[1] for stage in stages for s in self.sites[stage]) / max(
-            self.inner_parameters, 1
-        )
+        return sum(site.numel for stage in stages for site in self.sites[stage]) / max(self.inner_parameters, 1)
 
 
 def asks_autocast(host: Host, recipe: Recipe) -> bool:
-    """Say whether calibration is to multiply in bfloat16: only a float32 model would otherwise not."""
+    """Say whether calibration is asked to multiply in bfloat16; of models in 16 bits it does not, as they are that already."""
     return recipe.autocast and host.dtype == torch.float32
 
 
 def multiplied_in(host: Host, recipe: Recipe) -> torch.dtype | None:
     """Return the dtype that calibration multiplies in, if not that of the weights."""
     asked = asks_autocast(host, recipe) and sums_inputs(recipe)
-    return torch.bfloat16 if asked and kernels.multiplies_bfloat16(host.place) else None
+    return torch.bfloat16 if asked and kernels.multiplies_bfloat16(host.device) else None
 
 
 def sums_inputs(recipe: Recipe) -> bool:
-    """Say whether blocks are run forward for statistics of what they are fed."""
+    """Say whether calibration sums up the inputs of matrices: not for methods that need none, or gradients."""
     return recipe.needs not in (None, Gradient)
 
 
 def make_plan(host: Host, recipe: Recipe) -> Plan:
-    """Choose the sites.
+    """Choose the sites: the matrices of the blocks, but for routers, with what the recipe includes and excludes.
+
+    Of tied tensors, which are one tensor under several names, only one is a site.
 
     Raises:
         RecipeError: nothing is left to prune, a glob matches nothing, an embedding is to be pruned by a method that
@@ -97,17 +115,18 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
     ends = {host.embedding.name: "embedding", host.head.name: "output head"}
     left_dense = {name: what for stage in host.blocks for name, what in dense_parameters(stage)}
     left_dense |= outer_parameters(host.model, [host.embedding, *host.blocks, host.head])
-    twins = _twins(host.model.all_tied_weights_keys)
+    ties = Ties(host.model.all_tied_weights_keys, ())
     chosen: dict[str, list[Site]] = {}
     taken = set[str]()
     for stage, sites in every.items():
         for site in sites:
             reason = ends.get(stage) or ("router" if is_router(site.tensor) else None)
-            if twin := next((twin for twin in twins.get(site.tensor, ()) if twin in taken), None):
-                left_dense[site.tensor] = f"one with {twin}"
+            namesakes = [name for name in ties.names(site.tensor) if name != site.tensor]
+            if other := next((name for name in namesakes if name in taken), None):
+                left_dense[site.tensor] = f"one with {other}"
             elif selection.takes(site.tensor, by_default=reason is None):
                 taken.add(site.tensor)
-                left_dense |= {twin: f"one with {site.tensor}" for twin in twins.get(site.tensor, ())}
+                left_dense |= {name: f"one with {site.tensor}" for name in namesakes}
                 chosen.setdefault(stage, []).append(site)
             else:
                 left_dense[site.tensor] = reason or "excluded"
@@ -120,19 +139,11 @@ def make_plan(host: Host, recipe: Recipe) -> Plan:
 def parts_of(host: Host) -> dict[str, Part]:
     """Return where every site of the blocks belongs, by its name, but for routers: what `llmprune sensitivity` measures."""
     return {
-        site.name: Part(str(index), kind_of(site.tensor), site.shape[0] * site.shape[1])
+        site.name: Part(str(index), kind_of(site.tensor), site.numel)
         for index, stage in enumerate(host.blocks)
         for site in sites_of(stage)
         if not is_router(site.tensor)
     }
-
-
-def _twins(tied: dict[str, str]) -> dict[str, set[str]]:
-    """Return, for each tied parameter, the other names of the same weights."""
-    groups: dict[str, set[str]] = {}
-    for target, source in tied.items():
-        groups.setdefault(source, {source}).add(target)
-    return {name: group - {name} for group in groups.values() for name in group}
 
 
 def _parameters(host: Host) -> tuple[int, int]:
@@ -188,6 +199,7 @@ def draw_tokens(host: Host, recipe: Recipe, tokenizer: Callable[[], Any]) -> Tok
 
 
 def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], sites: Sequence[Site]) -> None:
+    """Raise what `make_plan` does for a recipe that cannot be followed in this model, whose chosen `sites` these are."""
     if not sites:
         cause = "--exclude takes every matrix away" if recipe.exclude else "the model's blocks hold no matrix"
         raise RecipeError(f"nothing is left to prune: {cause}")
@@ -207,7 +219,7 @@ def _require_sense(host: Host, recipe: Recipe, chosen: dict[str, list[Site]], si
 
 
 def warn_of_small_share(plan: Plan, recipe: Recipe) -> None:
-    """A model of which most stays dense should not be called pruned without a word, unless that was asked for."""
+    """Warn where most of the model stays dense, unless the recipe excludes matrices."""
     if plan.coverage < _SMALL_SHARE and not recipe.exclude:
         _log.warning(
             "only %.1f%% of the parameters beside embeddings are in matrices to prune: `left_dense` of the report "

@@ -19,7 +19,7 @@ from llmprune.options import require_whole
 from llmprune.planning import Plan, make_plan, multiplied_in
 from llmprune.progress import size_text
 from llmprune.recipe import Recipe
-from llmprune.report import hardware, versions
+from llmprune.report import hardware, left_dense_text, versions
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Preview:
         memory = [{"name": p.name, "bytes": int(p.amount), "origin": p.origin, "on": p.on} for p in self.memory]
         time = [{"name": p.name, "seconds": round(p.amount, 3), "origin": p.origin} for p in self.time]
         return asdict(self) | {
-            "left_dense_counts": dict(self._reasons()),
+            "left_dense_counts": dict(Counter(self.left_dense.values()).most_common()),
             "memory": {"peak_bytes": forecast.peak(self.memory), "parts": memory},
             "disk": {"bytes": int(self.disk.amount), "origin": self.disk.origin},
             "time": {"seconds": round(self.seconds, 3), "parts": time},
@@ -71,9 +71,6 @@ class Preview:
         """The time that the run takes, without reading and writing files."""
         return sum(part.amount for part in self.time)
 
-    def _reasons(self) -> list[tuple[str, int]]:
-        return Counter(self.left_dense.values()).most_common()
-
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.sites.items())
         groups = "" if self.groups is None else f" in {self.groups} groups that share an input"
@@ -83,7 +80,7 @@ class Preview:
             f"  matrices      {kinds}{groups}",
             f"  pruned        {self.coverage['inner_parameters']:.1%} of the parameters beside embeddings, "
             f"{self.coverage['all_parameters']:.1%} of all {self.parameters['all']:,}",
-            f"  left dense    {self._left_dense()}",
+            f"  left dense    {left_dense_text(self.left_dense)}",
         ]
         for on, total in forecast.peak(self.memory).items():
             parts = [part for part in self.memory if part.on == on and part.amount]
@@ -94,10 +91,6 @@ class Preview:
         lines.append(f"  time          {_duration(self.seconds)}, without reading and writing files")
         lines += [f"    {p.amount:10.1f} s  {p.name} ({p.origin})" for p in self.time]
         return "\n".join(lines + [f"  note          {note}" for note in self.notes])
-
-    def _left_dense(self) -> str:
-        listed = ", ".join(f"{count} {reason}" for reason, count in self._reasons())
-        return f"{len(self.left_dense)} tensors beside norms and biases" + (f": {listed}" if listed else "")
 
 
 def plan(model: str | Path, *, ranks: int = 1, **options: Any) -> Preview:
@@ -131,7 +124,7 @@ def plan(model: str | Path, *, ranks: int = 1, **options: Any) -> Preview:
 def _preview(model: str, host: Outline, source: Source | None, plan: Plan, recipe: Recipe, ranks: int) -> Preview:
     workload = Workload.of(recipe, host, ranks) if forecast.collected(recipe) else None
     trials = _trials(host, plan, recipe, workload) if workload else {}
-    pruned = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
+    pruned = sum(site.numel for site in plan.all_sites())
     return Preview(
         model=model,
         recipe=recipe.to_json(),
@@ -153,11 +146,19 @@ def _trials(host: Outline, plan: Plan, recipe: Recipe, workload: Workload) -> di
     needs = forecast.collected(recipe)
     assert needs is not None
     host.open(workload.home)
-    budget = statistics_budget(max(host.bytes_of(block) for block in host.blocks), host.place)
-    held, home, length = workload.side_by_side, workload.home, workload.length
-    autocast, at_once = multiplied_in(host, recipe), workload.tokens_at_once
-    sequential = recipe.true_sequential
-    trials = try_blocks(host, plan.sites, needs, budget, sequential, home, length, held, autocast, at_once)
+    budget = statistics_budget(max(host.bytes_of(block) for block in host.blocks), host.device)
+    trials = try_blocks(
+        host,
+        plan.sites,
+        needs,
+        budget,
+        true_sequential=recipe.true_sequential,
+        home=workload.home,
+        longest=workload.length,
+        side_by_side=workload.side_by_side,
+        autocast=multiplied_in(host, recipe),
+        at_once=workload.tokens_at_once,
+    )
     if head := plan.sites.get(host.head.name):
         trials[host.head.name] = try_head(host, head, needs, trials[host.blocks[-1].name])
     return trials

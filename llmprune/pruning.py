@@ -10,6 +10,7 @@ from llmprune.model import Resident
 from llmprune.model.originals import require_in_memory
 from llmprune.model.sites import require_finite
 from llmprune.opening import Output
+from llmprune.options import current, host_by_default
 from llmprune.planning import draw_tokens, make_plan, warn_of_small_share
 from llmprune.recipe import Recipe
 from llmprune.report import Report
@@ -84,7 +85,7 @@ def prune(
     if isinstance(options.get("pattern"), list | tuple):
         return _prune_several(model, out, tokenizer, output, options)
     recipe = Recipe.of(options)
-    with joined() as team, repeatable(recipe.deterministic):
+    with joined() as team, repeatable(recipe.deterministic), host_by_default():
         return _prune(model, out, tokenizer, recipe, output, team)
 
 
@@ -130,7 +131,8 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
     store = InMemory(host, report, once=recipe.dense_stream or recipe.needs is Gradient)
     try:
-        run_of(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
+        with current(host.device):
+            run_of(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
     except BaseException:
         store.go_back()  # every block is as it was, or pruned
         raise

@@ -37,7 +37,8 @@ class Recipe:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         dtype: `auto` (as the checkpoint is stored), `float32`, `float16` or `bfloat16`.
         batch_size: sequences a forward; None sizes it to the memory. Gradients are taken of one at a time.
-        true_sequential: prune inputs' groups of a block one after another, each seeing the ones before pruned.
+        true_sequential: solve the matrices of a block in the order in which they are reached, each from inputs that have
+            passed through the earlier ones pruned; otherwise all of them from inputs of the block as it was.
         dense_target: share of the dense model's outputs, 0 to 1, in what pruned matrices are fitted to; the rest is the
             outputs that the dense matrix has on the pruned model's inputs. `auto` is up to 0.7, less where there are few
             tokens for each input (`CrossGram.share`). Needs `true_sequential`.
@@ -45,7 +46,7 @@ class Recipe:
             `fisher` (of the loss, by one backward pass, which also weighs the rows of matrices whose weights compete as a
             whole); `owl` by the outliers of blocks; or the path of a `sensitivity.json`, by the curves that `llmprune
             sensitivity` measured. In all the sites it is exact.
-        allocation_range: how far a site's sparsity may then be from the pattern's.
+        allocation_range: how far a site's sparsity may then be from the pattern's, a share between 0 and 1.
         sparsities: sparsities of sites by glob, as `pattern` has them. The first glob that matches counts; all other
             sites have the pattern's own sparsity, in their sum if that is shared out.
         overrides: by glob, another `method`, `pattern`, `method_options` or `comparison_group`; the first glob that
@@ -201,7 +202,12 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether calibration data is needed."""
-        return self.needs is not None or (self.allocation != "uniform" and not self.allocation_file)
+        return self.needs is not None or self.measures_costs
+
+    @property
+    def measures_costs(self) -> bool:
+        """Whether a pass through the dense model measures how to share out the sparsity."""
+        return self.allocation != "uniform" and not self.allocation_file
 
     @property
     def allocation_file(self) -> str | None:

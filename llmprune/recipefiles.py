@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import RecipeError
+from llmprune.errors import RecipeError, first_line
 from llmprune.recipe import require_known
 
 
@@ -21,7 +21,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no date of a calendar
-        raise RecipeError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"recipe {path} is not valid YAML: {first_line(error)}") from None
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise RecipeError(f"recipe {path} must map option names to values, such as 'method: wanda'")
     require_known(options)

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
 from llmprune.progress import resident_bytes
 from llmprune.solving import Outcome
-from llmprune.statistics import ColumnNorm, Gradient, Gram
+from llmprune.statistics import Gradient, Gram, Statistic
 from llmprune.tuning import BlockTuning
 
 if TYPE_CHECKING:
@@ -71,19 +71,23 @@ class SiteReport:
         site: Site,
         outcome: Outcome,
         pattern: Pattern,
-        statistic: ColumnNorm | Gram | None,
+        statistic: Statistic | None,
         notes: tuple[str, ...] = (),
     ) -> "SiteReport":
         """Return the report on a solved site."""
-        sparsity = outcome.zeros / (site.shape[0] * site.shape[1])
         norm = "gram" if isinstance(statistic, Gram) else "gradient" if isinstance(statistic, Gradient) else None
-        norm = norm or ("column_norm" if statistic else "weights")
-        tokens = statistic.tokens if statistic else 0
-        notes = notes + outcome.notes
         return cls(
-            site.name, site.shape, str(pattern), outcome.zeros, sparsity, outcome.error, norm, tokens, notes,
-            outcome.magnitude_error,
-        )  # fmt: skip
+            name=site.name,
+            shape=site.shape,
+            pattern=str(pattern),
+            zeros=outcome.zeros,
+            sparsity=outcome.zeros / site.numel,
+            error=outcome.error,
+            error_norm=norm or ("column_norm" if statistic else "weights"),
+            tokens=statistic.tokens if statistic else 0,
+            notes=notes + outcome.notes,
+            magnitude_error=outcome.magnitude_error,
+        )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "SiteReport":
@@ -116,28 +120,46 @@ class Clock:
 class Report:
     """The whole run; `to_json` is what `llmprune.json` holds.
 
-    Times are in seconds, of several ranks those of the first; but solving several results in one pass is summed over all.
-    What results that come one after another share is timed with the first that needs it.
+    Attributes:
+        model: as the user named it.
+        recipe: all options, as plain values.
+        blocks: how many decoder blocks the model has.
+        parameters: of the whole model.
+        coverage: share of the parameters beside embeddings and head that are in matrices to prune, 0 to 1.
+        calibration: `data`, `fingerprint`, `sequences`, `tokens` and a `note`; None where none was needed.
+        sites: a `SiteReport` for each pruned matrix, in the order of the model.
+        left_dense: why each other tensor of two dimensions or more was not pruned, by its name.
+        notes: what a user should know of the run.
+        allocation: how a sparsity was shared out over the matrices, see `budget.Choice`; None where it was not.
+        retries: what was given up where memory ran out.
+        clock: seconds in each phase, with several ranks the first one's. In one pass for several results, solving is
+            summed over all ranks; what results share that come one after another counts for the first that needs it.
+        peak: the most bytes in use, on the `host` and on the `device` (a GPU).
+        memory: the same while each stage was pruned, by its name.
+        one_pass: the patterns of the results that share a calibration pass with this one.
+        most_runs: how often a block was run to collect its statistics, at most.
+        out: the output folder; None for a model that was pruned in place.
+        tuning: what tuning each block came to, where that was asked for.
     """
 
     model: str
     recipe: dict[str, Any]
     blocks: int
     parameters: int
-    coverage: float = 1.0  # share of the parameters beside embeddings and head that are in matrices to prune
+    coverage: float = 1.0
     calibration: dict[str, Any] | None = None
     sites: list[SiteReport] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    allocation: dict[str, Any] | None = None  # how a sparsity was shared out over the sites, see `budget.Choice`
-    retries: list[str] = field(default_factory=list)  # what was given up where memory ran out
+    allocation: dict[str, Any] | None = None
+    retries: list[str] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
-    peak: dict[str, int] = field(default_factory=dict)  # bytes, on the host and on the GPU
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)  # the most of either while a stage was pruned
-    one_pass: list[str] | None = None  # the patterns of the results that share a calibration pass with this one
-    most_runs: int = 0  # how often a block was run to collect its statistics, at most
-    out: Path | None = None  # the output folder; None for a model that was pruned in place
-    tuning: list[BlockTuning] = field(default_factory=list)  # of each block, where that was asked for
+    peak: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    one_pass: list[str] | None = None
+    most_runs: int = 0
+    out: Path | None = None
+    tuning: list[BlockTuning] = field(default_factory=list)
 
     @classmethod
     def begin(cls, model: str, recipe: dict[str, Any], host: Host, plan: Plan, tokens: Tokens | None) -> "Report":
@@ -255,7 +277,7 @@ class Report:
             f"  output error  {self._errors()}",
             *self._tuning(),
             f"  pruned        {self.coverage:.1%} of the parameters beside embeddings are in these matrices",
-            f"  left dense    {self._left_dense()}",
+            f"  left dense    {left_dense_text(self.left_dense)}",
             "  time          " + ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items()),
             f"  peak memory   {self.peak['host'] / 2**30:.2f} GiB",
         ]
@@ -264,11 +286,6 @@ class Report:
         if len(notes) > _SHOWN_NOTES:
             lines.append(f"  note          and {len(notes) - _SHOWN_NOTES} more in llmprune.json")
         return "\n".join(lines)
-
-    def _left_dense(self) -> str:
-        reasons = Counter(self.left_dense.values())
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        return f"{len(self.left_dense)} tensors beside norms and biases" + (f": {listed}" if listed else "")
 
     def _errors(self) -> str:
         if not self.sites:
@@ -288,6 +305,12 @@ class Report:
     def all_notes(self) -> list[str]:
         """Return the run's notes, then the sites'."""
         return self.notes + self.retries + [f"{site.name}: {note}" for site in self.sites for note in site.notes]
+
+
+def left_dense_text(reasons: Mapping[str, str]) -> str:
+    """Return how many tensors stay dense, and for which reasons, in words; `reasons` are by the tensors' names."""
+    listed = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
+    return f"{len(reasons)} tensors beside norms and biases" + (f": {listed}" if listed else "")
 
 
 def peak_memory() -> dict[str, int]:

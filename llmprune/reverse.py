@@ -62,7 +62,7 @@ class ReverseRun(Run):
             Lanes(host.model, stops, [row[None] for row in rows], self.home, host.device_of) as lanes,
             Progress(2 * len(blocks), "pruning", "block") as bar,
         ):
-            shelf = home_device(host.place, rows * len(blocks), host.config, host.dtype)
+            shelf = home_device(host.device, rows * len(blocks), host.config, host.dtype)
             tape = Tape(lanes, of_weights=True, labels="text", shelf=shelf, team=self.team)
             for index, block in enumerate(blocks[:-1]):
                 self.team.at(block.name)

@@ -44,7 +44,7 @@ class Run:
         store: takes pruned stages, and knows those of an earlier run that was interrupted.
         thrift: what is given up where memory runs out.
         team: the processes that share the work.
-        chooser: chooses the sites' patterns; None for one of the run's own.
+        chooser: chooses the sites' patterns; None to make one for this run alone.
     """
 
     host: Host
@@ -82,7 +82,7 @@ class Run:
                 if self.team.size > 1:
                     raise  # only one of the ranks knows that memory ran out
                 self._portions.forget()
-                self.thrift.retry(error, self.store, self.report, self.host.place.type != "cpu")
+                self.thrift.retry(error, self.store, self.report, self.host.device.type != "cpu")
             else:
                 continue
             make_room()  # not above, where the error holds on to what it met
@@ -148,18 +148,19 @@ class Run:
         recipe, tied = self.recipe, self.host.model.all_tied_weights_keys
         fixed = {*tied, *tied.values()}
         with self.report.clock.phase("tune"):
-            how = recipe.tune_epochs, recipe.tune_rate, recipe.seed
-            tuning = tune(lanes, index, sites, fixed, *how, self.team)
+            tuning = tune(lanes, index, sites, fixed, recipe.tune_epochs, recipe.tune_rate, recipe.seed, self.team)
         self.report.tuning.append(tuning)
 
     def _recall(self, stage: Stage, index: int, collector: Collector | None) -> None:
+        """Load a stage that an earlier run has pruned; the dense model's lanes are led through it while it is dense."""
         with self.report.clock.phase("recall"):
-            if collector and collector.twins:
+            if collector and collector.dense_stream:
                 self.host.load(stage)
-                collector.run_twins(index)
+                collector.run_dense(index)
             self.store.recall(stage)
 
     def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
+        """Solve the sites of each group as it comes, each by one rank, and bring all solutions to all ranks."""
         for group in groups:
             for site in group.sites:
                 job = partial(self.solve_site, site, self.host.weight(site), group, patterns[site.name])
@@ -168,7 +169,7 @@ class Run:
             self._portions.settle()
 
     def exchanging(self) -> AbstractContextManager[None]:
-        """Return what counts the time of handing matrices round; of one process that is none."""
+        """Return the context that times how solved matrices are handed to all ranks; one process has none to hand."""
         return self.report.clock.phase("exchange") if self.team.size > 1 else nullcontext()
 
     @cached_property

@@ -13,11 +13,12 @@ from llmprune.checkpoint.compressed import holds_compressed
 from llmprune.determinism import repeatable
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.opening import Output
+from llmprune.options import host_by_default
 from llmprune.recipe import Recipe
 from llmprune.report import Report
 from llmprune.runs import read_run
 from llmprune.team.joining import joined
-from llmprune.together import prune_together, why_apart, widest
+from llmprune.together import prune_together, why_apart, widest_of
 
 _PLAIN = Output()
 
@@ -66,14 +67,15 @@ def prune_several(
     if not apart:
         for recipe in recipes.values():
             require_shared_inputs(recipe)
-    with joined() as team, repeatable(any(recipe.deterministic for recipe in recipes.values())):
+    deterministic = any(recipe.deterministic for recipe in recipes.values())
+    with joined() as team, repeatable(deterministic), host_by_default():
         complete = team.tell([out for out in recipes if output.resume and _is_complete(out)])
         done = {out: _finished(out, model, recipes[out], apart, output.compressed) for out in complete}
         missing = {out: recipe for out, recipe in recipes.items() if out not in done}
         if missing and apart:
             done |= prune_apart(model, missing, output, team)
         elif missing:
-            done |= prune_together(model, missing, widest(recipes.values()), output, team)
+            done |= prune_together(model, missing, widest_of(recipes.values()), output, team)
     return [done[out] for out in recipes]
 
 

@@ -31,9 +31,14 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
         weight: [outputs, inputs], any floating dtype; not modified.
         statistic: what the method needs of the inputs: a `ColumnNorm`, or a `Gram`, which serves for both; or a tensor:
             the inputs themselves [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods
-            that need no more, their norms [inputs]; for `dsnot` the inputs, or a `ColumnMoments`; for `taylor` a
-            `Gradient`, or the gradient of the loss [outputs, inputs]. None for methods that need nothing.
+            that need no more, their norms [inputs]. For `dsnot` the inputs, or a `llmprune.statistics.ColumnMoments`;
+            for `taylor` the gradient of the loss [outputs, inputs], or a `llmprune.statistics.Gradient`. None for
+            methods that need nothing.
         options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`, or `preset`.
+
+    Returns:
+        `weight_OI` [outputs, inputs] in the dtype of `weight`, with +0.0 for what was removed; `keep_OI`, the mask, True
+        for what stays; and `notes`, such as that the damping had to be raised.
 
     Raises:
         RecipeError: an option is wrong, or the statistic is missing or of the wrong kind.
@@ -165,7 +170,10 @@ def checked_solution(
 def _solved(
     method: Method, weight_OI: Tensor, statistic: Any, pattern: Pattern, generator: torch.Generator
 ) -> Solution:
-    """Solve, with rows scaled by what their errors count for, which decides between them: what is kept as it was stays so."""
+    """Solve, each row scaled by what an error in it costs where that is known, so that rows compete for what may stay.
+
+    Weights that the method keeps as they were are the same to the bit, though they were scaled and scaled back.
+    """
     if not isinstance(pattern, Count) or not pattern.row_levels:
         return method.solve(weight_OI, statistic, pattern, generator)
     scale_O = pattern.row_scales.to(weight_OI.device)

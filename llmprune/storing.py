@@ -48,7 +48,34 @@ class Store(Protocol):
         """Undo what was done of a stage that was not kept; False if the model cannot be run from its start again."""
 
 
-class InMemory:
+class _Undoing:
+    """What stores have in common: which stages are kept, and how the one at work is undone.
+
+    Args:
+        report: on the run; what it tells of stages that are not kept is taken back.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._backup = Backup(())  # of the stage at work
+        self._kept: set[str] = set()
+        self._reported = len(report.sites)  # of its sites, those of kept stages
+
+    def has(self, stage: Stage) -> bool:
+        return stage.name in self._kept
+
+    def go_back(self) -> bool:
+        self._backup.restore()
+        del self._report.sites[self._reported :]
+        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
+        return True
+
+    def _mark_kept(self, stage: Stage) -> None:
+        self._kept.add(stage.name)
+        self._reported = len(self._report.sites)
+
+
+class InMemory(_Undoing):
     """For a loaded model: its stages stay where they are; the one at work is dense again if it cannot be finished.
 
     Args:
@@ -61,16 +88,11 @@ class InMemory:
     allocation: dict[str, Any] | None = None
 
     def __init__(self, host: Resident, report: Report, once: bool) -> None:
-        self._host, self._report, self._once = host, report, once
-        self._kept: set[str] = set()
-        self._backup = Backup(())
-        self._reported = 0
+        super().__init__(report)
+        self._host, self._once = host, once
 
     def keep_allocation(self, allocation: dict[str, Any]) -> None:
         pass
-
-    def has(self, stage: Stage) -> bool:
-        return stage.name in self._kept
 
     def recall(self, stage: Stage) -> None:
         pass
@@ -81,27 +103,21 @@ class InMemory:
         self._backup = Backup([*(self._host.weight(site) for site in sites), *tuned])
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
-        self._kept.add(stage.name)
         self._backup = Backup(())
-        self._reported = len(self._report.sites)
+        self._mark_kept(stage)
 
     def go_back(self) -> bool:
-        self._backup.restore()
-        del self._report.sites[self._reported :]
-        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
+        super().go_back()
         return not (self._once and self._kept)
 
 
-class OnDisk:
+class OnDisk(_Undoing):
     """For a streamed model: its stages go to a sink, whose journal also holds the report on each."""
 
     batch_size = 0
     allocation: dict[str, Any] | None = None
 
     def __init__(self, host: Streamed, sink: Sink, report: Report) -> None:
-        self._host, self._sink, self._report = host, sink, report
-        self._backup = Backup(())
-        self._kept = set(sink.done)
         for record in sink.done.values():
             report.sites.extend(SiteReport.from_json(site) for site in record["sites"])
             report.tuning.extend(BlockTuning.from_json(block) for block in record["tuning"])
@@ -110,10 +126,9 @@ class OnDisk:
             report.most_runs, self.batch_size = record["runs"], record["batch_size"]
             self.allocation = record.get(ALLOCATION, self.allocation)
             report.retries = record["retries"]
-        self._reported = len(report.sites)
-
-    def has(self, stage: Stage) -> bool:
-        return stage.name in self._kept
+        super().__init__(report)
+        self._host, self._sink = host, sink
+        self._kept |= sink.done.keys()
 
     def recall(self, stage: Stage) -> None:
         self._host.load(stage, self._sink.copy)
@@ -136,8 +151,7 @@ class OnDisk:
     def _finish(self, stage: Stage) -> None:
         """Note that a stage is written, with what a resumed run has to know of it."""
         self._note(stage.name)
-        self._kept.add(stage.name)
-        self._reported = len(self._report.sites)
+        self._mark_kept(stage)
 
     def _note(self, name: str, record: dict[str, Any] | None = None) -> None:
         reports = [asdict(site) for site in self._report.sites[self._reported :]]
@@ -148,12 +162,6 @@ class OnDisk:
         known = {"sites": reports, "tuning": tuning, "batch_size": self.batch_size, **run}
         self._sink.finish(name, known | (record or {}))
 
-    def go_back(self) -> bool:
-        self._backup.restore()
-        del self._report.sites[self._reported :]
-        self._report.tuning[:] = [block for block in self._report.tuning if block.block in self._kept]
-        return True
-
 
 class Beside(OnDisk):
     """For the ranks of a team that do not write: the first one does, and a resumed run reads what it has written."""
@@ -162,8 +170,7 @@ class Beside(OnDisk):
         pass
 
     def keep(self, stage: Stage, sites: list[Site]) -> None:
-        self._kept.add(stage.name)
-        self._reported = len(self._report.sites)
+        self._mark_kept(stage)
 
 
 def fingerprint(source: Source, report: Report, compressed: bool) -> dict[str, Any]:
@@ -178,9 +185,15 @@ def fingerprint(source: Source, report: Report, compressed: bool) -> dict[str, A
         "hardware": hardware(),
         "arithmetic": {
             "instructions": torch.backends.cpu.get_cpu_capability(),
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "float32_products": _float32_products(),
         },
     }
+
+
+def _float32_products() -> dict[str, str]:
+    """Return the precision of products of float32; torch's older question for it fails where it was set the newer way."""
+    backends = {"cuda": torch.backends.cuda.matmul, "mkldnn": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
+    return {name: settings.fp32_precision.replace("none", "ieee") for name, settings in backends.items()}
 
 
 def require_alike(team: Team, decisive: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from llmprune.branches import BesideBranch, Branch, Branches, OnBranch, Pass
 from llmprune.checkpoint import Sink
 from llmprune.model.memory import out_of_memory_in
 from llmprune.opening import Opened, Output, open_model
+from llmprune.options import current
 from llmprune.portions import Loads
 from llmprune.recipe import Recipe
 from llmprune.report import Report
@@ -44,7 +45,7 @@ def why_apart(recipe: Recipe) -> str | None:
     return None
 
 
-def widest(recipes: Iterable[Recipe]) -> Recipe:
+def widest_of(recipes: Iterable[Recipe]) -> Recipe:
     """Return the recipe whose statistic serves all of them."""
     return max(recipes, key=lambda recipe: (_NEEDS.index(recipe.needs), recipe.calibrates))
 
@@ -56,7 +57,7 @@ def prune_together(
 
     Args:
         recipes: for each output folder.
-        widest: the recipe whose statistic serves them all, see `widest`.
+        widest: the recipe whose statistic serves them all, see `widest_of`.
 
     Raises:
         LlmpruneError: as `llmprune.prune`, before any work for any result that cannot be had.
@@ -65,14 +66,15 @@ def prune_together(
     host, plans, tokens, home, chooser = opened.host, opened.plans, opened.tokens, opened.home, opened.chooser
     plan = next(iter(plans.values()))
     shared = Report.begin(opened.name, widest.to_json(), host, plan, tokens)
-    reports = _begun(opened, recipes)
+    reports = _begin_reports(opened, recipes)
     way = {"one_pass": methods.name_of(widest.solver())}  # blocks see the dense model's activations
     decisive = {out: fingerprint(opened.source, reports[out], output.compressed) | way for out in recipes}
     for of_one in decisive.values():
         require_alike(team, of_one)
     sinks = {out: Sink(opened.source, out, decisive[out], output.resume, output.compressed) for out in recipes}
-    with _opened(list(sinks.values())) if team.leads else nullcontext():  # the first rank writes
-        branches, thrift, loads = list[Branch](), Thrift(), Loads()
+    writing = _entered(list(sinks.values())) if team.leads else nullcontext()  # the first rank writes
+    with writing, current(host.device):
+        thrift, loads, branches = Thrift(), Loads(), list[Branch]()
         for out, recipe in recipes.items():
             sinks[out].done = team.tell(sinks[out].done)
             store = (OnBranch if team.leads else BesideBranch)(host, plans[out], sinks[out], reports[out], shared)
@@ -93,7 +95,7 @@ def prune_together(
     return reports
 
 
-def _begun(opened: Opened, recipes: Mapping[Path, Recipe]) -> dict[Path, Report]:
+def _begin_reports(opened: Opened, recipes: Mapping[Path, Recipe]) -> dict[Path, Report]:
     """Return the reports of results that are about to be made."""
     reports = {}
     for out, recipe in recipes.items():
@@ -109,7 +111,7 @@ def _begun(opened: Opened, recipes: Mapping[Path, Recipe]) -> dict[Path, Report]
 
 
 @contextmanager
-def _opened(sinks: Sequence[Sink]) -> Iterator[None]:
+def _entered(sinks: Sequence[Sink]) -> Iterator[None]:
     """Enter all sinks; if an error ends the pass, the first one, which has the most, says that what is done is kept."""
     first, *others = sinks
     with ExitStack() as stack:

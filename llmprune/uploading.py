@@ -160,5 +160,5 @@ def _cause(error: Exception) -> str:
     if status == 429 or status >= 500:
         return f"{place} is busy or broken (HTTP {status}): run the same command later, it goes on where it was"
     if status:
-        return f"{place} refuses ({hub.one_line(error)})"
-    return f"no connection to {place} ({hub.one_line(error)}): run the same command again, it goes on where it was"
+        return f"{place} refuses ({hub.brief(error)})"
+    return f"no connection to {place} ({hub.brief(error)}): run the same command again, it goes on where it was"

@@ -23,7 +23,7 @@ them elsewhere. Needs no network. Prints one JSON row for each preset and patter
 Before each run, one block is pruned with two sequences (which compiles the kernels) and once more with all. If the time
 that is left (`--budget`) is not enough for all blocks by that measure, fewer are run; if for none, the row says
 `not_run`. A run that outlasts the budget is ended, and its row says `stopped`; one that fails, for want of memory say,
-says why as `failed`, and the next one is begun. Progress goes to stderr.
+says why as `failed`, and the next one is begun. Progress, and where a run failed, goes to stderr.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ from safetensors.torch import save_file
 import llmprune
 from bench_memory import INDEX, INIT_STD, Llama, block_shapes
 from bench_peers import Row, machine, say
-from llmprune.errors import LlmpruneError, one_line
+from llmprune.errors import one_line
 from llmprune.presets import PRESETS
 from llmprune.report import hardware, peak_memory, versions
 from llmprune.statistics import CrossGram, Gram
@@ -133,10 +134,12 @@ class Stopwatch:
             if self._inside:
                 return function(*args, **kwargs)
             self._inside = True
-            begin = _mark()
-            function(*args, **kwargs)
-            self._spans.append((begin, _mark()))
-            self._inside = False
+            try:
+                begin = _mark()
+                function(*args, **kwargs)
+                self._spans.append((begin, _mark()))
+            finally:
+                self._inside = False  # a run goes on with less where memory runs out
 
         return call
 
@@ -255,7 +258,8 @@ class Bench:
                 return row | self._measured(task)
         except OutOfTime:
             return row | {"stopped": "the budget was used up before it was done"}
-        except (LlmpruneError, RuntimeError, OSError) as error:
+        except Exception as error:  # whatever torch, Triton or a driver raises: the next preset is still to be measured
+            traceback.print_exc()
             return row | {"failed": f"{type(error).__name__}: {one_line(str(error))}"[:500]}
 
     def _measured(self, task: Task) -> Row:

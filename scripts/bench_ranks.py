@@ -25,6 +25,7 @@ from pathlib import Path
 
 from bench_memory import INDEX, Llama, write_model
 from bench_peers import Row, in_child, machine, own_environment, run_measured, say, write_random_tokens
+from llmprune.presets import PRESETS
 
 MODEL = Llama(hidden=640, intermediate=1728, heads=10, blocks=14)
 
@@ -97,8 +98,7 @@ def main() -> None:
         if not (model / INDEX).exists():
             in_child(write_model, model, MODEL)
         for name in arguments.methods:
-            preset = name in ("fast", "balanced", "best")
-            bench(model, ["--preset" if preset else "--method", name], arguments, work)
+            bench(model, ["--preset" if name in PRESETS else "--method", name], arguments, work)
     print(json.dumps({**in_child(own_environment), "machine": machine()}))
 
 

@@ -5,7 +5,8 @@
 #   bash scripts/gpu_suite.sh [OUT]           rows of JSON in the folder OUT [default: gpu-results]
 #   bash scripts/gpu_suite.sh --tiny [OUT]    tiny sizes, on the CPU where there is no GPU: that the script itself runs
 #
-# Nothing is installed: the checkout runs as it is, with $PYTHON, or .venv's Python if there is one, or python3.
+# Nothing is installed: the checkout runs as it is, with $PYTHON, or .venv's Python if there is one, or python3. What lies
+# on PYTHONPATH is found too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,7 +14,7 @@ tiny=()
 if [ "${1:-}" = --tiny ]; then tiny=(--tiny); shift; fi
 out=${1:-gpu-results}
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-export PYTHONPATH=$PWD:$PWD/kernels:$PWD/eval:$PWD/tests:$PWD/scripts
+export PYTHONPATH=$PWD:$PWD/kernels:$PWD/eval:$PWD/tests:$PWD/scripts${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 end=$((SECONDS + 470)) failed=0
 mkdir -p "$out"

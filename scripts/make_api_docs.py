@@ -18,7 +18,7 @@ INTRODUCTION = """# The public API
 
 Written by `scripts/make_api_docs.py` from the docstrings. Every error is an `llmprune.LlmpruneError`, with one line
 that names the thing, the cause and the way out."""
-_SECTIONS = ("Args:", "Attributes:", "Raises:")
+_SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:")
 _WIDEST = 100
 
 
@@ -30,26 +30,35 @@ def document() -> str:
 
 
 def entry(name: str) -> str:
-    """Return the section of one public name: how it is called, its docstring, and a class's own public methods."""
+    """Return the section of one public name: how it is called, its docstring, and a class's own public members."""
     thing = getattr(llmprune, name)
     parts = [f"## `llmprune.{name}`", code(head(name, thing)), text(thing)]
-    if inspect.isclass(thing):
-        for member in vars(thing):
-            found = getattr(thing, member)
-            if not member.startswith("_") and inspect.isroutine(found) and inspect.getdoc(found):
-                parts += [f"### `{name}.{member}`", code(head(member, found)), text(found)]
+    for member in vars(thing) if inspect.isclass(thing) else ():
+        found = getattr(thing, member)
+        if member.startswith("_") or not inspect.getdoc(found):
+            continue
+        if isinstance(found, property):
+            parts += [f"### `{name}.{member}`", text(found)]
+        elif inspect.isroutine(found):
+            parts += [f"### `{name}.{member}`", code(head(member, found)), text(found)]
     return "\n\n".join(parts)
 
 
 def head(name: str, thing: Any) -> str:
-    """Return a function's parameters as its source has them, or the fields of a dataclass."""
+    """Return a function's parameters as its source has them, the fields of a dataclass, or what makes another class."""
+    if inspect.isclass(thing) and "__init__" in vars(thing) and "__dataclass_params__" not in vars(thing):
+        return head(name, thing.__init__).removesuffix(" -> None")
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
     if isinstance(node, ast.ClassDef):
-        fields = [ast.unparse(part) for part in node.body if isinstance(part, ast.AnnAssign)]
-        return call(name, fields if dataclasses.is_dataclass(thing) else [], "")
+        return call(name, [ast.unparse(part) for part in node.body if _is_field(part)], "")
     assert isinstance(node, ast.FunctionDef)
     parameters = [spaced(text) for text in split(ast.unparse(node.args)) if text not in ("self", "cls")]
     return call(name, parameters, f" -> {ast.unparse(node.returns)}" if node.returns else "")
+
+
+def _is_field(part: ast.stmt) -> bool:
+    """Say whether a statement of a dataclass is a field that callers give."""
+    return isinstance(part, ast.AnnAssign) and not ast.unparse(part.annotation).startswith("ClassVar")
 
 
 def call(name: str, parameters: list[str], result: str) -> str:

@@ -433,6 +433,7 @@ def pretended_gpu(backing: str = "cpu", gibibytes: float = GIBIBYTES) -> Iterato
         "current_device": lambda: 0,
         "device_count": lambda: 1,
         "Event": _Event,
+        "device": lambda device: ExitStack(),
         "device_of": lambda tensor: ExitStack(),
     }
     with ExitStack() as stack:

@@ -18,6 +18,10 @@ PHASES = ("load_s", "copy_s", "calibration_s", "grams_s", "solve_s", "write_s", 
 Bench = Callable[..., list[dict[str, Any]]]
 
 
+class OutOfResources(Exception):
+    """As Triton raises, whose errors are of no kind of torch's."""
+
+
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
     def run(*options: str) -> list[dict[str, Any]]:
@@ -51,7 +55,13 @@ def test_fewer_blocks_are_said_to_be_fewer(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), ResourceError("out of memory"), OSError("no room")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        ResourceError("out of memory"),
+        OSError("no room"),
+        OutOfResources("out of resource: shared memory"),
+    ],
 )
 def test_a_preset_that_fails_says_why_and_the_next_one_runs(
     bench: Bench, error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -101,6 +111,18 @@ def test_an_end_that_python_drops_is_tried_again() -> None:
         Deaf()
         while True:
             pass
+
+
+def test_a_sum_that_fails_does_not_end_the_timing_of_others() -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    watch = bench_gpu.Stopwatch()
+    with pytest.raises(torch.OutOfMemoryError):
+        watch.watched(fails)()
+    for _ in range(2):
+        watch.watched(lambda: None)()
+    assert len(watch._spans) == 2
 
 
 def test_a_machine_without_room_is_told_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import tiny
 from llmprune.errors import UnsupportedModelError
 from llmprune.model import Lanes, Resident
 from llmprune.model.collect import Collector
-from llmprune.model.groups import Group, StatisticType, find_groups
+from llmprune.model.groups import Group, StatisticType, first_lane
 from llmprune.model.sites import Site, Stage, sites_of
 from llmprune.statistics import ColumnNorm, CrossGram, Gram
 
@@ -54,7 +54,7 @@ def test_sites_that_read_one_input_share_a_group(family: str) -> None:
         sites = sites_of(host.blocks[0])
         found = collected(lanes, 0, sites, Gram)
         assert [sorted(names) for names in short_names(found)] == [sorted(names) for names in GROUPS[family]]
-        assert short_names(find_groups(lanes, 0, sites)) == short_names(found)
+        assert short_names(first_lane(lanes, 0, sites)[0]) == short_names(found)
 
 
 @pytest.mark.parametrize("needs", [Gram, ColumnNorm])
@@ -171,7 +171,7 @@ def test_experts_without_tokens_do_not_share_a_group() -> None:
     model.forward = lambda input_ids, use_cache: block(stage_input)
     model.block = block
     with Lanes(model, [stage], [tiny.ids(1, 2)], CPU, lambda stage: CPU) as lanes:
-        assert len(find_groups(lanes, 0, sites_of(stage))) == 2
+        assert len(first_lane(lanes, 0, sites_of(stage))[0]) == 2
 
 
 @pytest.mark.parametrize("needs", [Gram, ColumnNorm])
@@ -234,7 +234,7 @@ def test_the_dense_models_lanes_stay_those_of_the_dense_model(family: str) -> No
     expected = [tiny.logits(host.model, batch) for batch in batches]
     stages = [*host.blocks, host.head]
     with Lanes(host.model, stages, batches * 2, CPU, host.device_of) as lanes:
-        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, twins=True)
+        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, dense_stream=True)
         for index, block in enumerate(host.blocks):
             for group in collector.groups(index, sites_of(block)):
                 for site in group.sites:
@@ -274,7 +274,7 @@ def test_the_dense_models_inputs_are_related_to_the_pruned_ones() -> None:
     model.forward = lambda input_ids, use_cache: block(x)
     stage = Stage("block", block)
     with Lanes(model, [stage], [tiny.ids(2, 50)] * 2, CPU, lambda stage: CPU) as lanes:
-        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, twins=True)
+        collector = Collector(lanes, CrossGram, 1 << 30, true_sequential=True, side_by_side=True, dense_stream=True)
         groups = collector.groups(0, sites_of(stage))
         next(groups).sites[0].module.get_parameter("weight").data.mul_(0.5)
         second: Any = next(groups).statistic

@@ -172,4 +172,4 @@ def test_a_quantized_checkpoint_is_refused(fields: dict[str, Any], llama: Path) 
 
 
 def test_the_text_part_of_a_loaded_multimodal_model_is_accepted() -> None:
-    assert Resident(zoo.model("llama4")).blocks_name == "language_model.model.layers"
+    assert Resident(zoo.model("llama4")).blocks[0].name == "language_model.model.layers.0"

@@ -95,3 +95,13 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
     for page in DOCS.glob("*.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_map_of_the_code_names_every_module_and_folder_and_none_that_is_not_there() -> None:
+    text, root = (DOCS / "CODE.md").read_text("utf-8"), DOCS.parent
+    named = set(re.findall(r"`((?:llmprune|kernels|eval|tests)/[\w/.]*)`", text))
+    package = root / "llmprune"
+    modules = {f"llmprune/{path.name}" for path in package.glob("*.py") if not path.name.startswith("__")}
+    folders = {f"llmprune/{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert [path for path in named if not (root / path).exists()] == []
+    assert modules | folders <= named

@@ -1,6 +1,7 @@
 """What a GPU is given to do, on one that is none: how many operations, in which precision, and no waiting."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import llmprune
+import tiny
 from llmprune import kernels
 from llmprune.determinism import repeatable
 from llmprune.methods.admm import ADMM, _inverse
@@ -169,6 +172,16 @@ def test_tf32_is_on_for_products_on_a_gpu_only(precision: Any) -> None:
         raise ValueError("inside")
     with repeatable(True), kernels.tf32(GPU):
         assert precision.fp32_precision == before
+
+
+def test_a_user_may_ask_for_tf32_in_either_of_torch_s_ways(precision: Any, tmp_path: Path) -> None:
+    """Where it was asked for in the newer way, torch refuses to answer the older question."""
+    source, before = tiny.save(tiny.model("llama"), tmp_path / "model"), precision.fp32_precision
+    precision.fp32_precision = "tf32"
+    try:
+        llmprune.prune(source, tmp_path / "out", method="magnitude", device="cpu")
+    finally:
+        precision.fp32_precision = before
 
 
 LLAMA_7B = SimpleNamespace(hidden_size=4096, intermediate_size=11008)

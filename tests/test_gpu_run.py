@@ -1,6 +1,8 @@
 """Whole runs on a GPU that is the host: nothing meets what lies on another device, and the result is the CPU's."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,49 @@ def test_pruned_blocks_are_not_kept(llama: Path) -> None:
         host.free(block)
         host.load(block)
         assert next(block.module.parameters()).data.any()
+
+
+def on_the_gpu(model: Any) -> Any:
+    """Return a model whose tensors have gone to the GPU, which `Module.to` has no way to do here."""
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if isinstance(tensor, torch.nn.Parameter):
+                module._parameters[name] = torch.nn.Parameter(tensor.data.to("cuda"), requires_grad=False)
+            elif tensor is not None:
+                module._buffers[name] = tensor.to("cuda")
+    return model
+
+
+@pytest.mark.parametrize("way", ["apart", "together", "in place"])
+def test_clocks_and_counts_are_those_of_the_gpu_that_was_asked_for(
+    way: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's are of the current GPU, the first one if nobody says otherwise: there they would be idle, and take memory."""
+    current, asked = [torch.device("cuda", 7)], list[torch.device]()
+
+    @contextmanager
+    def made_current(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def synchronize(*_: Any) -> None:
+        asked.append(current[-1])
+
+    def allocated(*_: Any) -> int:
+        asked.append(current[-1])
+        return 0
+
+    options: dict[str, Any] = {"method": "wanda", "calibration": IDS}
+    with pretended_gpu():
+        monkeypatch.setattr(torch.cuda, "device", made_current)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        for name in ("memory_allocated", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda *device: 0 if device else allocated())
+        if way == "in place":
+            llmprune.prune(on_the_gpu(tiny.load(llama)), **options)
+        else:
+            pattern: Any = "50%" if way == "apart" else ["50%", "2:4"]
+            llmprune.prune(llama, tmp_path / "out", pattern=pattern, device="cuda", **options)
+        monkeypatch.undo()
+    assert len(asked) > 10 and set(asked) == {torch.device("cuda", 0)} and len(current) == 1

@@ -36,3 +36,15 @@ def test_the_suite_runs_through_without_a_gpu(tmp_path: Path) -> None:
         (pattern, side) for pattern in ("2:4", "50%") for side in ("dense", "sparse")
     }
     assert all(row["tokens_per_s"] > 0 and row["choices"] for row in decode)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script for bash")
+def test_packages_that_the_caller_has_brought_along_are_found(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "path: $PYTHONPATH"\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "PYTHONPATH": "/brought/along"}
+    command = ["bash", "scripts/gpu_suite.sh", "--tiny", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (path, *_) = [line.removeprefix("path: ") for line in done.stdout.splitlines() if line.startswith("path: ")]
+    assert path.split(":")[0] == str(ROOT) and path.split(":")[-1] == "/brought/along"

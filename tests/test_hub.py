@@ -177,11 +177,11 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, status: int, code: str, messa
 
 def test_one_line_hides_secrets() -> None:
     error = OSError("\n  GET https://me:secret@mirror.org/x with hf_abcdefghijkl failed\nsecond line")
-    assert hub.one_line(error) == "OSError: GET https://***mirror.org/x with *** failed"
+    assert hub.brief(error) == "OSError: GET https://***mirror.org/x with *** failed"
 
 
 def test_one_line_of_an_error_without_a_message() -> None:
-    assert hub.one_line(TimeoutError()) == "TimeoutError"
+    assert hub.brief(TimeoutError()) == "TimeoutError"
 
 
 def test_the_endpoint_is_shown_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import core_model_loading
 
 import faults
 import llmprune
@@ -93,6 +94,15 @@ def test_memory_that_does_not_suffice_for_one_sequence_is_one_line(
     report = llmprune.prune(source, out, resume=True, calibration=IDS, batch_size=2)
     assert llmprune.inspect(out).verified
     assert report.retries == []  # what an earlier process gave up after its last block is no part of this result
+
+
+def test_experts_that_do_not_fit_when_they_are_put_together_are_not_taken_for_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny.save(tiny.model("qwen3-moe"), tmp_path / "source")
+    fail_where(monkeypatch, core_model_loading.MergeModulelist, "convert", lambda *_: True)
+    with pytest.raises(ResourceError, match=r"^out of memory in model\.layers\.0: "):
+        llmprune.prune(source, tmp_path / "out", calibration=IDS)
 
 
 # Methods, each with an option under which rows depend on each other, or do not.

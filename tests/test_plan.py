@@ -29,7 +29,7 @@ from llmprune.methods import get
 from llmprune.model import Lanes, Outline, Streamed
 from llmprune.model.collect import Collector
 from llmprune.model.gradients import Tape
-from llmprune.model.groups import Group, find_groups
+from llmprune.model.groups import Group, first_lane
 from llmprune.model.live import LiveBytes, bytes_of
 from llmprune.model.outline import zeros
 from llmprune.model.probe import Trial, _line, _per_flop, try_blocks, waiting_bytes
@@ -111,7 +111,7 @@ def test_groups_are_those_that_the_weights_lead_to(saved: Callable[[str], Path],
     with Lanes(host.model, host.blocks, [tiny.ids(1, 24)], CPU, host.device_of) as lanes:
         for index, block in enumerate(host.blocks):
             host.load(block)
-            found = [len(group.sites) for group in find_groups(lanes, index, sites_of(block))]
+            found = [len(group.sites) for group in first_lane(lanes, index, sites_of(block))[0]]
             assert sorted(len(group.sites) for group in trials[block.name].groups) == sorted(found)
             host.free(block) if index + 1 == len(host.blocks) else lanes.advance(index)
 
@@ -305,7 +305,7 @@ def test_the_demand_foretold_is_the_collector_s_own(saved: Callable[[str], Path]
     budget = int(share * sum(Gram.nbytes(site.shape[1]) for site in sites))
     with Lanes(host.model, host.blocks, list(tiny.ids(6, 48).split(1)), CPU, host.device_of) as lanes:
         collector = Collector(lanes, Gram, budget)
-        most, runs = collector.demand(find_groups(lanes, 0, sites))
+        most, runs = collector.demand(first_lane(lanes, 0, sites)[0])
         held = max(_held(collector, sites))
     assert held <= most <= max(budget, Gram.nbytes(96)) + Gram.nbytes(96)
     assert runs == collector.most_runs or family == "mixtral"  # starved experts are run once more
@@ -343,16 +343,16 @@ def test_forwards_take_what_they_compute() -> None:
 def test_statistics_take_what_their_inputs_are_wide() -> None:
     work = Workload(3, 10, 1, CPU)
     experts = trial([Group([site(8, 4)]), Group([site(8, 6)])], [1.0, 0.5])
-    assert statistics_seconds([experts], work, ColumnNorm, 2.0).amount == 30 * (4 + 3) * 2
+    assert statistics_seconds([experts], work, ColumnNorm, 2.0, CPU).amount == 30 * (4 + 3) * 2
     grams = statistic_work(Gram, 4) + statistic_work(Gram, 6) / 2
-    assert statistics_seconds([experts], work, Gram, 2.0).amount == 30 * grams * 2
+    assert statistics_seconds([experts], work, Gram, 2.0, CPU).amount == 30 * grams * 2
 
 
 def test_a_factor_is_made_once_for_sites_that_share_it() -> None:
     times = SolvingTime(cube=1.0, column=10.0, weight=100.0, product=1000.0)
     assert times.seconds([(2, 3)]) == 27 + 3 * 10 + 6 * 100 + 18 * 1000
     shared = Group([site(2, 3), site(4, 3)])
-    assert solving_seconds([[shared]], times).amount == 27 + 2 * 3 * 10 + 18 * 100 + 54 * 1000
+    assert solving_seconds([[shared]], times, llmprune.Recipe(), 1).amount == 27 + 2 * 3 * 10 + 18 * 100 + 54 * 1000
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), Unstructured(0.5, "model"), NM(1, 7)])
@@ -470,7 +470,7 @@ def test_a_dense_target_holds_the_sequences_twice(saved: Callable[[str], Path]) 
 
 
 def test_sequences_in_the_dense_model_take_a_forward_each() -> None:
-    work = Workload(3, 10, 1, CPU, twins=True, side_by_side=True)
+    work = Workload(3, 10, 1, CPU, dense_stream=True, side_by_side=True)
     whole = 3 * (1000 * 10 + 2 * 10**2) * 0.001
     held = replace(trial([Group([site(8, 4)], calls=1)], [1.0]), side_by_side=True)
     assert forward_seconds([held, held], work).amount == pytest.approx(2 * whole)
@@ -484,8 +484,8 @@ def test_statistics_of_a_dense_target_take_a_product_more() -> None:
     experts = trial([Group([site(8, 4)])], [1.0])
     assert statistic_work(CrossGram, 4) == statistic_work(Gram, 4) + 2 * 4 * 4
     held = replace(experts, side_by_side=True)
-    assert statistics_seconds([held], work, CrossGram, 2.0).amount == 60 * statistic_work(CrossGram, 4)
-    assert statistics_seconds([experts], work, CrossGram, 2.0).amount == 60 * statistic_work(Gram, 4)
+    assert statistics_seconds([held], work, CrossGram, 2.0, CPU).amount == 60 * statistic_work(CrossGram, 4)
+    assert statistics_seconds([experts], work, CrossGram, 2.0, CPU).amount == 60 * statistic_work(Gram, 4)
 
 
 def test_solving_towards_a_dense_target_takes_a_mixture_more() -> None:

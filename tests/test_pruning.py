@@ -262,6 +262,20 @@ def test_the_same_seed_gives_the_same_bytes(method: str, saved: Saved, tmp_path:
     assert without_times(tmp_path / "one" / "llmprune.json") == without_times(tmp_path / "two" / "llmprune.json")
 
 
+@pytest.mark.parametrize("options", [{"preset": "balanced"}, {"method": "wanda", "pattern": ["50%", "2:4"]}])
+def test_a_default_device_of_the_user_s_changes_nothing(options: dict[str, Any], saved: Saved, tmp_path: Path) -> None:
+    """As in a notebook that begins with `torch.set_default_device("cuda")`; from `meta` nothing could be read."""
+    prune(saved("llama"), tmp_path / "plain", **options)
+    torch.set_default_device("meta")
+    try:
+        prune(saved("llama"), tmp_path / "out", device="cpu", **options)
+        assert torch.get_default_device().type == "meta"
+    finally:
+        torch.set_default_device(None)
+    for path in (tmp_path / "plain").rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "plain")).read_bytes()
+
+
 def test_only_operations_that_repeat_themselves_are_used_where_that_is_asked_for(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

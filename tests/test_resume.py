@@ -161,7 +161,7 @@ def other_version(source: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def other_precision(source: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    patch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
 
 
 def other_processor(source: Path, patch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "threads": ({}, other_threads, r"hardware\.threads \(\d+, now 99\)"),
     "autocast": ({"autocast": True}, None, r"recipe\.autocast \(False, now True\)"),
     "dtype": ({"dtype": "bfloat16"}, None, r"recipe\.dtype \(auto, now bfloat16\)"),
-    "precision": ({}, other_precision, r"arithmetic\.float32_matmul_precision \(\w+, now medium\)"),
+    "precision": ({}, other_precision, r"arithmetic\.float32_products\.cuda \(ieee, now tf32\)"),
     "processor": ({}, other_processor, r"arithmetic\.instructions \(\w+, now NONE\)"),
     "version": ({}, other_version, r"versions\.torch \(\S+, now 9\.9\)"),
 }

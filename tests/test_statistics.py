@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llmprune.errors import NumericalError
-from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram, factorize, gram
+from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, Gradient, Gram, gram
+from llmprune.statistics.factor import factorize
 from pretended_gpu import pretended_gpu
 
 CPU = torch.device("cpu")

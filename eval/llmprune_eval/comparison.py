@@ -66,13 +66,11 @@ def compare(
     amount = Amount(length, windows, batch_size)
     texts = [read_text(models[0], entry) for entry in data]
     subjects = [Subject(model, place, tokenizer) for model in models]
-    reference = (
-        subjects[0]
-        if dense is None
-        else None
-        if dense is False
-        else Subject(dense, replace(place, sparse=False), tokenizer)
-    )
+    reference: Subject | None = subjects[0]
+    if dense is False:
+        reference = None
+    elif dense is not None:
+        reference = Subject(dense, replace(place, sparse=False), tokenizer)
     found: list[Evaluation] = []
     saved: list[str] = []
     with saying_what_is_kept(lambda: f"figures were added to {', '.join(saved)}" if saved else ""):

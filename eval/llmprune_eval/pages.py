@@ -99,10 +99,9 @@ def _by_method(rows: "list[Row]") -> "dict[str, list[Row]]":
 
 
 def _cells(row: "Row") -> list[str]:
-    best = ", ".join([*["size"] * row.smallest, *["speed"] * row.fastest])
     decode = "" if row.decode is None else f"{row.decode:.1f}"
     return [
         row.method, row.pattern, percent(row.left), f"{row.size / 1e6:.1f} MB", f"{row.perplexity:.2f}",
         f"{row.kl_divergence:.4f}", percent(row.top1_agreement), f"{row.output_error:.4g}", decode, row.layers or "",
-        f"{row.seconds:.1f} s", best,
+        f"{row.seconds:.1f} s", ", ".join(row.best),
     ]  # fmt: skip

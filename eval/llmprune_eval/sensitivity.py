@@ -123,18 +123,18 @@ def sensitivity(
     """
     amount = Amount(length, windows, batch_size)
     _require_shares(sparsities)
-    if out is not None:
-        require_folder(Path(out))
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        require_folder(folder)
     place = Place.of(device, dtype, False, trust_remote_code)
     dense, pruned = Subject(model, place), Subject(model, place)
     cut = cut_for(dense, read_text(model, data), amount)
     batches_BL = batches(cut.tokens, batch_size or fitting_batch(cut, dense.vocabulary))
     calibration = (DEMO if model == DEMO else DEFAULT_CALIBRATION) if calibration is None else calibration
-    recipe = {"method": method, "calibration": calibration, "samples": samples, "length": length, "seed": seed}
-    settings = {"model": str(model), "data": cut.tokens.name, "windows": len(cut.tokens.rows), **_plain(recipe)}
-    recipe = {"method": method, "calibration": _drawn(dense, recipe), "seed": seed}
+    asked = {"method": method, "calibration": calibration, "samples": samples, "length": length, "seed": seed}
+    settings = {"model": str(model), "data": cut.tokens.name, "windows": len(cut.tokens.rows), **_plain(asked)}
     settings |= {"sparsities": list(sparsities), "dtype": str(dense.dtype).removeprefix("torch.")}
-    folder = None if out is None else Path(out)
+    recipe = {"method": method, "calibration": _drawn(dense, asked), "seed": seed}
     journal = _Journal(folder, settings)
     with saying_what_is_kept(journal.kept):
         cells = _measured(dense, pruned, batches_BL, sparsities, recipe, journal)
@@ -146,14 +146,14 @@ def sensitivity(
     return result
 
 
-def _drawn(subject: Subject, recipe: dict[str, Any]) -> list[list[int]] | None:
+def _drawn(subject: Subject, asked: dict[str, Any]) -> list[list[int]] | None:
     """Return the calibration sequences, the same for all cells; None for a method that needs none."""
-    if methods.get(recipe["method"]).needs is None:
+    if methods.get(asked["method"]).needs is None:
         return None
-    documents = data_room.read(recipe["calibration"], "calibration")
+    documents = data_room.read(asked["calibration"], "calibration")
     tokenizer = None if documents.kind == "input_ids" else subject.tokenizer
-    length = window_length(recipe["length"], context_length(subject.config))
-    tokens = sample(documents, tokenizer, samples=recipe["samples"], length=length, seed=recipe["seed"])
+    length = window_length(asked["length"], context_length(subject.config))
+    tokens = sample(documents, tokenizer, samples=asked["samples"], length=length, seed=asked["seed"])
     return [row.tolist() for row in tokens.rows]
 
 
@@ -250,5 +250,6 @@ def _require_shares(sparsities: Sequence[float]) -> None:
         raise RecipeError(f"sparsities must be shares strictly between 0 and 1, such as 0.5, not {sparsities!r}")
 
 
-def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, str | int | None) else str(value) for name, value in recipe.items()}
+def _plain(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return options as plain values."""
+    return {name: value if isinstance(value, str | int | None) else str(value) for name, value in asked.items()}

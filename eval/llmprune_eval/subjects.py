@@ -165,7 +165,7 @@ def _in_memory(network: Any, batches_BL: Sequence[Tensor]) -> Iterator[Tensor]:
 
 def _streamed(host: Streamed, batches_BL: Sequence[Tensor]) -> Iterator[Tensor]:
     rows = [row for batch in batches_BL for row in batch]
-    home = home_device(host.place, rows, host.config, host.dtype)
+    home = home_device(host.device, rows, host.config, host.dtype)
     host.open(home)
     stages = [*host.blocks, host.head]
     lanes = _OneByOne(host.model, stages, batches_BL, home, host.device_of)

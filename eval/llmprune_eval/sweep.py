@@ -69,6 +69,11 @@ class Row:
     smallest: bool = False
     fastest: bool = False
 
+    @property
+    def best(self) -> list[str]:
+        """In what no other row beats it: `size`, `speed`, both or neither."""
+        return [*["size"] * self.smallest, *["speed"] * self.fastest]
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -107,7 +112,7 @@ class Sweep:
         for row in self.rows:
             lines.append(
                 f"{row.method:14}{row.pattern:>8}{row.left:>9.2%}{row.size / 1e6:>8.1f} MB{row.perplexity:>12.2f}"
-                f"{row.kl_divergence:>9.4f}{row.top1_agreement:>9.2%}{_rate(row.decode):>{width}}  {_marks(row)}".rstrip()
+                f"{row.kl_divergence:>9.4f}{row.top1_agreement:>9.2%}{_rate(row.decode):>{width}}  {' '.join(row.best)}".rstrip()
             )
         return "\n".join([*lines, *self.legend()])
 
@@ -124,10 +129,6 @@ class Sweep:
 
 def _rate(decode: float | None) -> str:
     return "" if decode is None else f"{decode:.1f}"
-
-
-def _marks(row: Row) -> str:
-    return " ".join([*["size"] * row.smallest, *["speed"] * row.fastest])
 
 
 def sweep(
@@ -159,16 +160,9 @@ def sweep(
     Raises:
         LlmpruneError: one of its kinds.
     """
-    if not methods or not patterns:
-        raise RecipeError("a sweep needs at least one method and one pattern")
+    recipes = _recipes(Path(out), methods, patterns)
     require_folder(Path(out))
     amount = Amount(length, windows, options.get("batch_size"))
-    recipes = {
-        Path(out) / f"{method}-{folder_name(parse(pattern))}": {"method": method, "pattern": pattern}
-        for method in methods for pattern in patterns
-    }  # fmt: skip
-    if len(recipes) < len(methods) * len(patterns):
-        raise RecipeError(f"a method or a pattern is there more than once: {', '.join([*methods, *patterns])}")
     _require_feasible(model, [options | recipe for recipe in recipes.values()], separate)
     with saying_what_is_kept(lambda: _kept(Path(out))), joined() as team:
         if team.size > 1 and speed:
@@ -181,26 +175,57 @@ def sweep(
         earlier = team.tell(_earlier(Path(out) / RESULT, settings) if team.leads else {})
         for at_once in [{folder: recipe} for folder, recipe in recipes.items()] if separate else [recipes]:
             prune_several(model, at_once, separate, Output(resume=True), **options)
-        rows, beside = [], list[float]()
+        rows, dense_rates = list[Row](), list[float]()
         for folder in recipes:
             found = measure(Subject(folder, place), text, dense, amount)
             if team.leads:
                 add_evaluations(folder, [found.to_json()])
             benchmark = bench(folder, **_SETTING, trust_remote_code=trusted) if speed and not dense.streamed else None
             rows += team.tell([_row(folder, found, benchmark, separate)] if team.leads else [])
-            beside += [benchmark.dense.decode.median] if benchmark else []
-        size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
-        dense_decode = statistics.median(beside) if beside else earlier.get("dense_decode")
-        of_earlier = {(old["method"], old["pattern"]): Row(**old) for old in earlier.get("rows", [])}
-        every = of_earlier | {(row.method, row.pattern): row for row in rows}
-        marked = _marked(list(every.values()), base.perplexity, size, dense_decode)
-        result = Sweep(
-            str(model), base.data, base.convention, base.perplexity, size, dense_decode, not separate, marked, settings
-        )
+            dense_rates += [benchmark.dense.decode.median] if benchmark else []
+        result = _table(dense, base, rows, dense_rates, settings, earlier)
         if team.leads:
             replace_text(Path(out) / RESULT, json.dumps(result.to_json(), indent=2) + "\n")
             html.write(Path(out) / PAGE, sweep_page(result))
         return result
+
+
+def _recipes(out: Path, methods: Sequence[str], patterns: Sequence[str]) -> dict[Path, dict[str, str]]:
+    """Return the method and the pattern of each row, by the folder of its result."""
+    if not methods or not patterns:
+        raise RecipeError("a sweep needs at least one method and one pattern")
+    recipes = {
+        out / f"{method}-{folder_name(parse(pattern))}": {"method": method, "pattern": pattern}
+        for method in methods for pattern in patterns
+    }  # fmt: skip
+    if len(recipes) < len(methods) * len(patterns):
+        raise RecipeError(f"a method or a pattern is there more than once: {', '.join([*methods, *patterns])}")
+    return recipes
+
+
+def _table(
+    dense: Subject,
+    base: Evaluation,
+    rows: Sequence[Row],
+    dense_rates: Sequence[float],
+    settings: dict[str, Any],
+    earlier: dict[str, Any],
+) -> Sweep:
+    """Return the table of the rows, and of those of earlier sweeps that these do not replace.
+
+    Args:
+        dense, base: the dense model, and what was measured of it.
+        dense_rates: tokens a second that it decoded beside each row; empty where speed was not measured.
+        settings: as from `_settings`.
+        earlier: the table of earlier sweeps, as from `_earlier`.
+    """
+    size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
+    decode = statistics.median(dense_rates) if dense_rates else earlier.get("dense_decode")
+    every = {(old["method"], old["pattern"]): Row(**old) for old in earlier.get("rows", [])}
+    every |= {(row.method, row.pattern): row for row in rows}
+    marked = _marked(list(every.values()), base.perplexity, size, decode)
+    one_pass, measured = not settings["separate"], (base.data, base.convention, base.perplexity)
+    return Sweep(settings["model"], *measured, size, decode, one_pass, marked, settings)
 
 
 def _kept(out: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from llmprune.errors import DataError, RecipeError, did_you_mean
-from llmprune.hub import one_line
+from llmprune.hub import brief
 from llmprune.locate import locate
 from llmprune.options import require_dtype, require_whole, resolve_device
 
@@ -98,7 +98,7 @@ def evaluate_tasks(
                     device=str(place), batch_size=batch_size or 1, task_manager=manager, bootstrap_iters=_RESAMPLES,
                 )  # fmt: skip
             except (OSError, ValueError, KeyError) as error:  # a data set that is missing or of another layout
-                raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {one_line(error)}") from error
+                raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {brief(error)}") from error
             scores += _scores(str(model), found)
     return TaskScores(scores, lm_eval.__version__)
 

@@ -45,16 +45,16 @@ class Choice:
 
 @dataclass
 class Chooser:
-    """Chooses every site's pattern, for several recipes of one model, which is dense whenever it is asked.
+    """Chooses the pattern of every site, for one or several recipes of a model that is dense when it is asked.
 
-    Recipes that share out their sparsities in one way are served by one dense pass, when the first of them asks. It
-    measures for each what a pass of its own would, to the bit.
+    Recipes that share out their sparsities in the same way share one pass through the dense model, which is made when
+    the first of them asks. It measures for each what a pass of its own would, to the bit.
 
     Attributes:
         team: the ranks that share the pass; all choose the same.
         host: the model.
         tokens: the calibration; None where no recipe needs it.
-        home: device of the model's glue.
+        home: device of what lies between the blocks (embedding, masks), where hidden states wait.
         recipes: all that will ask, for the same sites.
     """
 
@@ -85,11 +85,11 @@ class Chooser:
         rows = allocation.get("rows", {})  # which journals of earlier versions lack
         for site in shared:
             removed, levels = allocation["sites"][site.name]["removed"], _unpacked(rows.get(site.name, ""))
-            patterns[site.name] = _count(recipe, site, removed, site.shape[0] * site.shape[1], levels)
+            patterns[site.name] = _count(recipe, site, removed, site.numel, levels)
         return Choice(patterns, allocation)
 
     def _allocate(self, plan: Plan, recipe: Recipe, shared: list[Site]) -> dict[str, Any]:
-        sizes = {site.name: site.shape[0] * site.shape[1] for site in shared}
+        sizes = {site.name: site.numel for site in shared}
         sparsity = recipe.target().sparsity
         if recipe.allocation_file:
             measured = Measured.read(recipe.allocation_file)
@@ -158,7 +158,10 @@ def _unpacked(text: str) -> bytes:
 
 
 def _count(recipe: Recipe, site: Site, removed: int, size: int, levels: bytes = b"") -> Count:
-    """Return a site's pattern: within it weights compare over the whole matrix where the method can, if not as it does."""
+    """Return a site's pattern, which removes `removed` of its `size` weights.
+
+    They compete as the recipe says, otherwise over the whole matrix, or in the method's own way if it cannot do that.
+    """
     part = recipe.at(site.tensor)
     method = part.solver()
     own: ComparisonGroup = "layer" if "layer" in method.comparison_groups else method.comparison_group

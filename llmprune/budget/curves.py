@@ -21,7 +21,7 @@ from llmprune.model.sites import Site, require_finite
 from llmprune.patterns import Count, Stacked
 from llmprune.statistics import Gram
 
-_CUT_SHORT = {"iterations": 3, "stages": 1, "refit": 1}  # options of methods that go on and on
+_CUT_SHORT = {"iterations": 3, "stages": 1, "refit": 1}  # the most of such hyper-parameters, of whatever method
 SAMPLED_ROWS = 256  # of a matrix that are solved at most
 _STACKED = 1 << 26  # weights that are solved at once
 
@@ -80,14 +80,16 @@ def losses(
     seed: int,
     takes: Callable[[Group], bool] = lambda group: True,
 ) -> list[dict[str, Loss]]:
-    """Return for each of several trials the loss of every site of the groups, by name.
+    """Return the loss of every site of the groups, by its name: one such table for each of `several` trials.
 
-    Sites that no input has reached are left out. Each of the trials is solved by itself, so that what comes of it does
-    not depend on the others.
+    Sites that no input has reached are left out. Trials are solved one by one, so that none depends on the others.
 
     Args:
-        weight: of a site.
-        takes: says whether a group is to be solved here; others are left out.
+        groups: whose statistics are let go of once they are used.
+        weight: returns a site's matrix.
+        several: the trials, one for each sparsity of the whole model that is planned for.
+        seed: of methods that draw random numbers.
+        takes: says whether this process solves a group; those that it does not are left out.
     """
     found = [dict[str, Loss]() for _ in several]
     for group in groups:
@@ -102,11 +104,12 @@ def losses(
 
 def _of_group(group: Group, gram: Gram, weight: Callable[[Site], Tensor], trials: Trials, seed: int) -> dict[str, Loss]:
     jobs, energies = [], {}
-    scale = (gram.tokens if is_starved(group) else gram.sequences) / 2  # of the mean that a Gram is, to a sum
+    # A Gram is a mean over sequences, that of an expert which was shrunk a mean over tokens: this makes it a sum again.
+    count = gram.tokens if is_starved(group) else gram.sequences
     for site in group.sites:
         method, pattern_of = trials.solver(site)
         weight_RI = sampled(weight(site)).to(gram.device).float()
-        energies[site] = 2 * scale * gram.energy(weight_RI)
+        energies[site] = count * gram.energy(weight_RI)
         size = weight_RI.numel()
         jobs += [
             _Job(site, weight_RI, pattern_of(int(size * share), size), cut_short(method)) for share in trials.shares
@@ -123,7 +126,7 @@ def _of_group(group: Group, gram: Gram, weight: Callable[[Site], Tensor], trials
         require_finite(trial, solution.weight_OI)
         change_S = solution.change_O
         energy_S = gram.energy_O(weight_SI - solution.weight_OI) if change_S is None else change_S
-        error_S = (energy_S * (2 * scale)).cpu()
+        error_S = (energy_S * count).cpu()
         for job, error_R in zip(batch, error_S.split(heights), strict=True):
             errors[job.site].append(error_R)
     return {site.name: Loss(torch.stack(errors[site]), energies[site]) for site in group.sites}

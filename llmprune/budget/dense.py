@@ -1,4 +1,4 @@
-"""One pass of the dense model over some of the calibration, from which the sites' parts of a budget follow.
+"""One pass through the dense model with a few calibration sequences, which measures what sparsity costs in each site.
 
 Block by block, each in memory alone: the Gram matrix of every group is collected, and the cost of sparsity measured.
 
@@ -58,7 +58,7 @@ class DensePass:
     Args:
         recipes: each with a sparsity to be shared out, all in one way and with one seed.
         tokens: the calibration, of which the first sequences are used.
-        home: device of the model's glue.
+        home: device of what lies between the blocks (embedding, masks), where hidden states wait.
         sites: those to be measured, by the names of their blocks.
         autocast: the dtype that the forward multiplies in, if not that of the weights.
         solver: of a recipe; see `Trials`.
@@ -106,7 +106,7 @@ class DensePass:
         """Return what follows the first rows, no more than may have their hidden states kept."""
         blocks, config, dtype = len(self.host.blocks), self.host.config, self.host.dtype
         most = self.team.tell(most_kept(rows, blocks, config, dtype))
-        shelf = home_device(self.host.place, self.team.share(rows[:most]) * blocks, config, dtype)
+        shelf = home_device(self.host.device, self.team.share(rows[:most]) * blocks, config, dtype)
         return Tape(lanes, False, "sampled", self.seed, shelf, most, self.team)
 
     def _forward(self, lanes: Lanes, tape: Tape | None) -> list[dict[str, Loss]]:
@@ -123,7 +123,7 @@ class DensePass:
         return [{name: loss for part in parts for name, loss in part.items()} for parts in zip(*of_ranks, strict=True)]
 
     def _owl(self, lanes: Lanes) -> list[dict[str, Cost]]:
-        sizes = {name: sum(site.shape[0] * site.shape[1] for site in sites) for name, sites in self.sites.items()}
+        sizes = {name: sum(site.numel for site in sites) for name, sites in self.sites.items()}
         outliers = {
             stage.name: outlier_share(groups, self.host.weight)
             for stage, groups in self._blocks(lanes, None)
@@ -131,7 +131,7 @@ class DensePass:
         }
         return [
             {
-                site.name: wish(share, site.shape[0] * site.shape[1])
+                site.name: wish(share, site.numel)
                 for name, share in block_shares(
                     outliers, sizes, recipe.target().sparsity, recipe.allocation_range
                 ).items()
@@ -165,7 +165,7 @@ class DensePass:
         """Yield every block, loaded, with its groups, and let the lanes go on to the next."""
         blocks = self.host.blocks
         largest = max(parameter_bytes(block.module) for block in blocks)
-        budget = self.team.tell(statistics_budget(largest, self.host.place))
+        budget = self.team.tell(statistics_budget(largest, self.host.device))
         collector = collector_of(self.team, lanes, Gram, budget, stays_dense=True)
         with Progress(len(blocks), "measuring", "block") as bar:
             for index, stage in enumerate(blocks):

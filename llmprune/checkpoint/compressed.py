@@ -22,14 +22,14 @@ from llmprune.checkpoint.folder import appearing
 from llmprune.checkpoint.header import TensorEntry, read_header
 from llmprune.checkpoint.packed import Bytes, Layout, can_pack, matrix_of, pack, values_of
 from llmprune.checkpoint.place import require_place
-from llmprune.checkpoint.source import Source, read_fields
+from llmprune.checkpoint.source import CONFIG, Source, read_fields
 from llmprune.errors import CheckpointError
 from llmprune.progress import Progress
 from llmprune_kernels.bitmask.layout import expand
 
 METHOD = "llmprune"
 FORMAT, FORMAT_VERSION = "bitmask", 1
-CONFIG, DENSE_CONFIG = "config.json", "config.dense.json"
+DENSE_CONFIG = "config.dense.json"
 _HEADER = "llmprune.dense_header"
 _ALIGNED = 8  # bytes: where tensors and headers begin
 

@@ -1,1 +1,1 @@
-"""Commands of the command line beside `prune` and `inspect`, one module each; `llmprune.cli` gathers them."""
+"""The commands of the command line, one module each; `llmprune.cli` gathers them."""

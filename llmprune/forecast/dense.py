@@ -12,7 +12,7 @@ from llmprune.forecast.ranks import statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
-from llmprune.model.memory import room_for_blocks
+from llmprune.model.memory import hidden_size, room_for_blocks
 from llmprune.model.probe import Trial
 from llmprune.recipe import Recipe
 from llmprune.statistics import ColumnNorm, CrossGram, Gradient, Gram
@@ -39,18 +39,18 @@ def dense_seconds(
     if recipe.needs is Gradient:
         seconds = _BACKWARD * back * math.ceil(workload.sequences / ranks)
         return [Part("gradients", seconds, "a forward timed here, and what a backward usually takes of it")]
-    if recipe.allocation == "uniform" or recipe.allocation_file:
+    if not recipe.measures_costs:
         return []
-    each = statistic_time(Gram, widest, workload.dtype, host.place)
+    each = statistic_time(Gram, widest, workload.dtype, host.device)
     seconds = forward * math.ceil(sequences / ranks)
     if recipe.allocation == "fisher":
         seconds += _BACKWARD * back * math.ceil(min(MOST_FOLLOWED, sequences) / ranks)
     for trial in trials:
         work = [fed * statistic_work(Gram, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)]
-        share = statistics_share(trial.groups, trial.fed, Gram, host, workload) if work else 0.0
+        share = statistics_share(trial.groups, trial.fed, Gram, host.device, workload) if work else 0.0
         seconds += sequences * workload.length * sum(work) * each * share
     if recipe.allocation != "owl":
-        times = solving_time(cut_short(recipe.solver()), recipe.target(), host.dtype, host.place)
+        times = solving_time(cut_short(recipe.solver()), recipe.target(), host.dtype, host.device)
         seconds += sum(_solving(trial.groups, times, ranks) for trial in trials)
     return [Part("allocation", seconds, f"at most {MOST_SEQUENCES} sequences, as what follows")]
 
@@ -78,17 +78,16 @@ def kept_memory(host: Outline, recipe: Recipe, workload: Workload) -> list[Part]
     if not follows_gradients(recipe):
         return []
     sequences = workload.sequences if recipe.needs is Gradient else min(MOST_FOLLOWED, workload.sequences)
-    hidden = getattr(host.config.get_text_config(), "hidden_size", 0)
     mine = math.ceil(sequences / workload.ranks)
-    amount = len(host.blocks) * mine * workload.length * hidden * host.dtype.itemsize
+    amount = len(host.blocks) * mine * workload.length * hidden_size(host.config) * host.dtype.itemsize
     return [Part("hidden states of all blocks", amount, f"for gradients, {mine} sequences at most")]
 
 
 def kept_blocks(host: Outline, recipe: Recipe) -> list[Part]:
     """Return what blocks take that stay on a GPU once an allocation has seen them, so that each is read only once."""
-    if recipe.allocation == "uniform" or recipe.allocation_file:
+    if not recipe.measures_costs:
         return []
-    amount = min(room_for_blocks(host.place), sum(map(host.bytes_of, host.blocks)))
+    amount = min(room_for_blocks(host.device), sum(map(host.bytes_of, host.blocks)))
     return [Part("blocks to come", amount, "as far as they fit, so that each is read once", "device")] if amount else []
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from llmprune.forecast.dense import collected, dense_seconds
 from llmprune.forecast.parts import Part, Workload
-from llmprune.forecast.ranks import network_seconds, seen, solving_share, statistics_share
+from llmprune.forecast.ranks import network_seconds, solving_share, statistic_of, statistics_share
 from llmprune.forecast.yardstick import SolvingTime, solving_time, statistic_time, statistic_work
 from llmprune.model import Outline
 from llmprune.model.groups import Group, StatisticType
@@ -14,24 +16,24 @@ from llmprune.recipe import Recipe
 
 
 def duration(
-    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial], ranks: int = 1
+    host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial], ranks: int
 ) -> list[Part]:
     """Return the parts of a run's time; see `memory` for the arguments."""
     method, stages = recipe.solver(), [trials[stage.name] for stage in plan.stages if stage.name in trials]
     towards = recipe.dense_target if any(trial.side_by_side for trial in stages) else 0.0
-    times = solving_time(method, recipe.target(), host.dtype, host.place, towards)
+    times = solving_time(method, recipe.target(), host.dtype, host.device, towards)
     needs = collected(recipe)
     if workload is None or needs is None:
         return [
             solving_seconds([[Group([site]) for site in sites] for sites in plan.sites.values()], times, recipe, ranks)
         ]
     widest = max(site.shape[1] for site in plan.all_sites())
-    each = statistic_time(needs, widest, workload.dtype, host.place)
+    each = statistic_time(needs, widest, workload.dtype, host.device)
     blocks = [trials[block.name] for block in host.blocks]
     parts = [
         *dense_seconds(host, recipe, workload, stages, widest),
-        forward_seconds(stages, workload, blocks if workload.twins else (), bool(recipe.tune_epochs)),
-        statistics_seconds(stages, workload, needs, each, host),
+        forward_seconds(stages, workload, blocks if workload.dense_stream else (), bool(recipe.tune_epochs)),
+        statistics_seconds(stages, workload, needs, each, host.device),
         solving_seconds([trial.groups for trial in stages], times, recipe, ranks),
     ]
     if recipe.tune_epochs:
@@ -90,7 +92,7 @@ def _spared(trial: Trial) -> float:
     """Return the operations per token of what is computed only after the last input has been seen."""
     if not trial.groups or any(group.calls is None for group in trial.groups):
         return 0.0
-    return 2.0 * trial.fed[-1] * sum(site.shape[0] * site.shape[1] for site in trial.groups[-1].sites)
+    return 2.0 * trial.fed[-1] * sum(site.numel for site in trial.groups[-1].sites)
 
 
 def statistics_seconds(
@@ -98,27 +100,25 @@ def statistics_seconds(
     workload: Workload,
     needs: StatisticType,
     seconds_per_operation: float,
-    host: Outline | None = None,
+    device: torch.device,
 ) -> Part:
     """Return the time that summing the statistics takes."""
     work = 0.0
     for trial in trials:
-        kind = seen(needs, trial)
+        kind = statistic_of(needs, trial)
         whole = sum(
             fed * statistic_work(kind, group.inputs) for group, fed in zip(trial.groups, trial.fed, strict=True)
         )
-        if host and workload.ranks > 1 and trial.groups:
-            whole *= statistics_share(trial.groups, trial.fed, kind, host, workload)
+        if workload.ranks > 1 and trial.groups:
+            whole *= statistics_share(trial.groups, trial.fed, kind, device, workload)
         work += whole
     seconds = workload.tokens * work * seconds_per_operation
     return Part("statistics", seconds, "timed here on a sample, scaled by tokens and size")
 
 
-def solving_seconds(
-    stages: Sequence[Sequence[Group]], times: SolvingTime, recipe: Recipe | None = None, ranks: int = 1
-) -> Part:
+def solving_seconds(stages: Sequence[Sequence[Group]], times: SolvingTime, recipe: Recipe, ranks: int) -> Part:
     """Return the time that solving all sites takes; with several ranks that of those which have the most to do."""
-    if recipe is None or ranks == 1:
+    if ranks == 1:
         seconds = sum(times.seconds([site.shape for site in group.sites]) for groups in stages for group in groups)
     else:
         seconds = sum(solving_share(groups, times, recipe, ranks) for groups in stages)

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from llmprune.forecast.dense import backward_memory, collected, follows_gradients, kept_blocks, kept_memory
 from llmprune.forecast.parts import Part, Workload
-from llmprune.forecast.ranks import handed_memory, seen
+from llmprune.forecast.ranks import handed_memory, statistic_of
 from llmprune.forecast.yardstick import copied_bytes, solving_bytes
 from llmprune.model import Outline
-from llmprune.model.memory import give_back_freed_memory
-from llmprune.model.probe import Trial, kind_of, waiting_bytes
+from llmprune.model.memory import give_back_freed_memory, hidden_size
+from llmprune.model.probe import Trial, block_kind, waiting_bytes
 from llmprune.model.sites import Site, Stage
 from llmprune.model.skeleton import merged_on_load
 from llmprune.planning import Plan
@@ -29,7 +29,7 @@ def memory(
         workload: of calibration; None for methods that need none.
         trials: of the stages, by their names, for methods that need calibration.
     """
-    always = [base_memory(), outer_memory(host, _place(workload))]
+    always = [base_memory(), outer_memory(host, _home(workload))]
     if workload:
         always.append(waiting_memory(workload, waiting_bytes(host, workload.batch, workload.length, workload.home)))
         always += kept_memory(host, recipe, workload) + kept_blocks(host, recipe)
@@ -40,7 +40,7 @@ def _steps(
     host: Outline, plan: Plan, recipe: Recipe, workload: Workload | None, trials: Mapping[str, Trial]
 ) -> Iterator[list[Part]]:
     """Yield what each step of the run adds on the device: for one block of each kind load, collect and solve."""
-    on = "device" if host.place.type == "cuda" else "host"
+    on = "device" if host.device.type == "cuda" else "host"
     merged = merged_on_load(host.model)
     if workload and follows_gradients(recipe):
         yield backward_memory(host, recipe, workload, on)
@@ -71,10 +71,11 @@ def _different(host: Outline, plan: Plan) -> list[tuple[Stage, list[Site]]]:
     """Return one stage of each kind that a run loads, and its sites."""
     ends = [stage for stage in (host.embedding, host.head) if stage.name in plan.sites]
     stages = [(stage, plan.sites.get(stage.name, [])) for stage in [*ends, *host.blocks]]
-    return list({kind_of(stage, sites): (stage, sites) for stage, sites in stages}.values())
+    return list({block_kind(stage, sites): (stage, sites) for stage, sites in stages}.values())
 
 
-def _place(workload: Workload | None) -> str:
+def _home(workload: Workload | None) -> str:
+    """Return the side on which hidden states wait, and what lies between the blocks: `host` or `device`."""
     return "device" if workload and workload.home.type == "cuda" else "host"
 
 
@@ -100,8 +101,8 @@ def outer_memory(host: Outline, on: str = "host") -> Part:
 def waiting_memory(workload: Workload, per_batch: int) -> Part:
     """Return what the calibration sequences take while they wait between blocks."""
     origin = f"measured with one batch of {workload.batch} x {workload.length} tokens, {workload.lanes} batches"
-    dense = ", half of them of the dense model" if workload.twins else ""
-    return Part("hidden states", per_batch * workload.lanes, origin + dense, _place(workload))
+    dense = ", half of them of the dense model" if workload.dense_stream else ""
+    return Part("hidden states", per_batch * workload.lanes, origin + dense, _home(workload))
 
 
 def stage_memory(host: Outline, stage: Stage, on: str) -> Part:
@@ -128,19 +129,19 @@ def statistics_memory(trial: Trial, on: str) -> Part:
 def beside_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: Workload, on: str) -> list[Part]:
     """Return what a block takes all along while it is pruned, for lanes held side by side and for the dense model."""
     if not trial.side_by_side:
-        return [outputs_memory(host, workload, on)] if workload.twins else []
+        return [outputs_memory(host, workload, on)] if workload.dense_stream else []
     held = workload.lanes * workload.tokens_at_once * trial.held_bytes
     parts = [Part("all batches within a block", held, f"measured on a few tokens, {workload.lanes} batches", on)]
-    if workload.twins:
-        dense = host.dtype.itemsize * sum(site.shape[0] * site.shape[1] for site in sites)
+    if workload.dense_stream:
+        dense = host.dtype.itemsize * sum(site.numel for site in sites)
         parts.append(Part("dense weights", dense, "copies of what is pruned in a block", on))
     return parts
 
 
 def outputs_memory(host: Outline, workload: Workload, on: str, streams: int = 1) -> Part:
     """Return what the outputs of a block take, of the dense model alone or (two streams) of the pruned one too."""
-    hidden = getattr(host.config.get_text_config(), "hidden_size", 0)
-    amount = streams * workload.batches * workload.tokens_at_once * hidden * host.dtype.itemsize
+    hidden_bytes = hidden_size(host.config) * host.dtype.itemsize
+    amount = streams * workload.batches * workload.tokens_at_once * hidden_bytes
     return Part("outputs of a block", amount, f"{streams * workload.batches} batches", on)
 
 
@@ -149,7 +150,9 @@ def collecting_memory(host: Outline, trial: Trial, workload: Workload, recipe: R
     scaled = "measured on a few tokens of one block, scaled by tokens"
     widest = max(group.inputs for group in trial.groups)
     needs = collected(recipe)
-    copies = copied_bytes(seen(needs, trial), widest, workload.length, workload.dtype, host.place) if needs else 0
+    copies = (
+        copied_bytes(statistic_of(needs, trial), widest, workload.length, workload.dtype, host.device) if needs else 0
+    )
     if workload.dtype != host.dtype:
         copies += workload.tokens_at_once * widest * workload.dtype.itemsize
     inputs = 0 if trial.side_by_side else trial.input_bytes  # those are among what is held
@@ -166,7 +169,7 @@ def solving_memory(host: Outline, sites: Sequence[Site], recipe: Recipe, towards
     shapes = {site.shape for site in sites}
     weighed = recipe.weighs_rows
     needed = {
-        shape: solving_bytes(method, pattern, shape, host.dtype, host.place, towards, weighed) for shape in shapes
+        shape: solving_bytes(method, pattern, shape, host.dtype, host.device, towards, weighed) for shape in shapes
     }
     shape = max(shapes, key=lambda shape: (needed[shape], shape))
     return Part("solving", needed[shape], f"measured on a sample of a matrix {list(shape)}, scaled by weights", on)
@@ -176,7 +179,7 @@ def tuning_memory(host: Outline, sites: Sequence[Site], trial: Trial, workload: 
     """Return what tuning a block takes beside it: four copies in fp32, three in its own dtype, and batches' gradients."""
     gradients = workload.step[1] if workload.ranks > 1 else 1
     each = 4 * 4 + (3 + gradients) * host.dtype.itemsize
-    state = each * sum(site.shape[0] * site.shape[1] for site in sites)
+    state = each * sum(site.numel for site in sites)
     forward = trial.forward_memory(workload.tokens_at_once)
     return [
         outputs_memory(host, workload, on, streams=2 if trial.side_by_side else 1),

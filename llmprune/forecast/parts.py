@@ -1,4 +1,4 @@
-"""A part of a sum that is foretold, and the work that calibration is."""
+"""One named part of a forecast, and the calibration work that forecasts are made from."""
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Workload:
         batch: sequences that go through a block at once.
         home: device on which hidden states wait between blocks.
         ranks: processes that share the work.
-        twins: the same sequences go through the dense model too.
+        dense_stream: the same sequences go through the dense model too.
         side_by_side: all of them are held within a block while its matrices are pruned, but for blocks with experts.
         dtype: that is multiplied in.
     """
@@ -47,7 +47,7 @@ class Workload:
     batch: int
     home: torch.device
     ranks: int = 1
-    twins: bool = False
+    dense_stream: bool = False
     side_by_side: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -63,7 +63,7 @@ class Workload:
         batch = min(sequences_a_forward(host, recipe, length, sequences), sequences)
         lanes = math.ceil(sequences / batch / ranks) * (2 if recipe.dense_stream else 1)
         rows = [torch.empty(length, device="meta")] * (lanes * batch)
-        home = home_device(host.place, rows, host.config, host.dtype)
+        home = home_device(host.device, rows, host.config, host.dtype)
         workload = cls(
             sequences, length, batch, home, ranks, recipe.dense_stream, dtype=multiplied_in(host, recipe) or host.dtype
         )
@@ -72,7 +72,7 @@ class Workload:
 
     def fits_side_by_side(self, host: Outline) -> bool:
         """Say whether a run on this machine would hold all lanes within a block: a dense target asks for that."""
-        return fits_side_by_side(self.lanes * self.tokens_at_once, host.config, host.dtype, host.place)
+        return fits_side_by_side(self.lanes * self.tokens_at_once, host.config, host.dtype, host.device)
 
     @property
     def tokens(self) -> int:
@@ -92,7 +92,7 @@ class Workload:
     @property
     def lanes(self) -> int:
         """Batches that a rank leads from block to block: those of the dense model beside those of the pruned one."""
-        return self.batches * (2 if self.twins else 1)
+        return self.batches * (2 if self.dense_stream else 1)
 
     @property
     def step(self) -> tuple[int, int]:

@@ -22,18 +22,18 @@ from llmprune.team.team import deal
 NETWORK = 1.25e9  # bytes a second: 10 Gbit/s
 
 
-def seen(needs: StatisticType, trial: Trial) -> StatisticType:
+def statistic_of(needs: StatisticType, trial: Trial) -> StatisticType:
     """Return the statistic of a stage: inputs of the dense model come where lanes are held side by side."""
     return needs if trial.side_by_side else without_dense(needs)
 
 
 def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: Outline, on: str) -> list[Part]:
     """Return what a rank holds to hand round: the inputs of its batch and of others', and the sums that it has made."""
-    needs = seen(needs, trial)
+    needs = statistic_of(needs, trial)
     row = sum(group.inputs * fed for group, fed in zip(trial.groups, trial.fed, strict=True)) * workload.dtype.itemsize
     size = 0 if needs is ColumnNorm else int(_fed_in(needs) * workload.tokens_at_once * row)
     handed = most_bytes(size, workload.ranks) if size else 0
-    sums = max(_dealt_bytes(needs, group.inputs, host, workload) for group in trial.groups)
+    sums = max(_dealt_bytes(needs, group.inputs, host.device, workload) for group in trial.groups)
     return [
         Part("inputs handed round", handed, "copies of a batch's inputs, and what comes from other ranks", on),
         Part("sums handed round", sums, "a rank's share of the widest Gram matrix, in one buffer", on),
@@ -41,11 +41,11 @@ def handed_memory(trial: Trial, workload: Workload, needs: StatisticType, host: 
 
 
 def statistics_share(
-    groups: Sequence[Group], fed: Sequence[float], needs: StatisticType, host: Outline, workload: Workload
+    groups: Sequence[Group], fed: Sequence[float], needs: StatisticType, device: torch.device, workload: Workload
 ) -> float:
     """Return the largest share of the work of the statistics that a rank has."""
     work = [part * statistic_work(needs, group.inputs) for group, part in zip(groups, fed, strict=True)]
-    if needs is ColumnNorm or _in_tiles(host, workload):
+    if needs is ColumnNorm or _in_tiles(device, workload):
         return 1 / workload.ranks
     load = [0.0] * workload.ranks
     for one in work:
@@ -69,7 +69,7 @@ def network_seconds(
     """Return the time that all exchanges take at `NETWORK`."""
     others = 1 - 1 / workload.ranks
     inputs, sums = _fed_bytes([trials[stage.name] for stage in plan.stages], workload.sequences, needs, workload)
-    weights = sum(site.shape[0] * site.shape[1] for site in plan.all_sites())
+    weights = sum(site.numel for site in plan.all_sites())
     gradients = weights * _gradient_bytes(recipe, workload, host)
     dense = _allocation_bytes([trials[block.name] for block in host.blocks], workload, recipe)
     total = others * (inputs + sums + weights * host.dtype.itemsize + gradients + dense)
@@ -85,7 +85,7 @@ def _fed_bytes(
     """Return the bytes of all inputs that so many sequences feed to stages, and those of the sums."""
     inputs = sums = 0.0
     for trial in trials:
-        kind = seen(needs, trial)
+        kind = statistic_of(needs, trial)
         row = 4 / workload.length if kind is ColumnNorm else _fed_in(kind) * workload.dtype.itemsize
         for group, fed in zip(trial.groups, trial.fed, strict=True):
             inputs += sequences * workload.length * fed * group.inputs * row
@@ -95,7 +95,7 @@ def _fed_bytes(
 
 def _allocation_bytes(blocks: Sequence[Trial], workload: Workload, recipe: Recipe) -> float:
     """Return the bytes of the pass of the dense model that shares out a sparsity, if there is one."""
-    if recipe.allocation == "uniform" or recipe.allocation_file:
+    if not recipe.measures_costs:
         return 0.0
     handed = sum(_fed_bytes(blocks, min(MOST_SEQUENCES, workload.sequences), Gram, workload))
     if recipe.allocation == "fisher":  # squares of the gradient of each output, of one sequence after another
@@ -111,8 +111,9 @@ def _gradient_bytes(recipe: Recipe, workload: Workload, host: Outline) -> float:
     return host.dtype.itemsize * recipe.tune_epochs * workload.sequences / workload.batch
 
 
-def _in_tiles(host: Outline, workload: Workload) -> bool:
-    return len(Gram.tiles(torch.empty(1, 1 << 12, dtype=workload.dtype, device=host.place))) > 1
+def _in_tiles(device: torch.device, workload: Workload) -> bool:
+    """Say whether a Gram matrix is dealt out in tiles; else it is summed as a whole by one rank."""
+    return len(Gram.tiles(torch.empty(1, 1 << 12, dtype=workload.dtype, device=device))) > 1
 
 
 def _fed_in(needs: StatisticType) -> int:
@@ -125,7 +126,8 @@ def _handed_bytes(needs: StatisticType, inputs: int) -> float:
     return needs.nbytes(inputs) - (Gram.nbytes(inputs) / 2 if issubclass(needs, Gram) else 0)
 
 
-def _dealt_bytes(needs: StatisticType, inputs: int, host: Outline, workload: Workload) -> float:
+def _dealt_bytes(needs: StatisticType, inputs: int, device: torch.device, workload: Workload) -> float:
+    """Return the bytes of a statistic's sums that one rank makes and hands round."""
     if needs is ColumnNorm:
         return 0.0
-    return _handed_bytes(needs, inputs) / workload.ranks if _in_tiles(host, workload) else needs.nbytes(inputs)
+    return _handed_bytes(needs, inputs) / workload.ranks if _in_tiles(device, workload) else needs.nbytes(inputs)

@@ -4,7 +4,6 @@ Sizes: O outputs, I inputs, T tokens.
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +15,13 @@ from torch import Tensor
 from llmprune.methods import Method
 from llmprune.model.groups import StatisticType
 from llmprune.model.live import LiveBytes
+from llmprune.model.probe import least_seconds
 from llmprune.patterns import NM, Count, Unstructured
 from llmprune.solving import ROW_CHUNK, prune_matrix
 from llmprune.statistics import CrossGram, DenseTarget, Gradient, Gram
 
 _NARROW, _WIDE = 256, 1024  # inputs and outputs of sample matrices
 _TOKENS = 256
-_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def statistic_time(needs: StatisticType, inputs: int, dtype: torch.dtype, device
     """Return the seconds per operation that summing a statistic of that many inputs takes."""
     width = min(inputs, _WIDE)
     add = _adding(needs, width, _TOKENS, dtype, device)
-    return _least(lambda: add, device) / (_TOKENS * statistic_work(needs, width))
+    return least_seconds(lambda: add) / (_TOKENS * statistic_work(needs, width))
 
 
 def copied_bytes(needs: StatisticType, inputs: int, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
@@ -100,7 +99,7 @@ def solving_time(
     """
     narrow, wide = (_fit(inputs, pattern) for inputs in (_NARROW, _WIDE))
     times = {
-        (outputs, inputs): _least(_sample(method, pattern, outputs, inputs, dtype, device, dense_target), device)
+        (outputs, inputs): least_seconds(_sample(method, pattern, outputs, inputs, dtype, device, dense_target))
         for outputs in (_NARROW, _WIDE)
         for inputs in (narrow, wide)
     }
@@ -183,19 +182,6 @@ def _sample(
 
 def _flat(weight_OI: Tensor) -> Gradient:
     return Gradient.from_gradient(torch.ones_like(weight_OI))
-
-
-def _least(set_up: Callable[[], Callable[[], Any]], device: torch.device) -> float:
-    """Return the least time of a few calls, each of what `set_up` has made ready."""
-    times = []
-    for _ in range(_REPEATS):
-        call = set_up()
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def _line(low: tuple[float, float], high: tuple[float, float]) -> tuple[float, float]:

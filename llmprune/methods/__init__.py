@@ -106,6 +106,13 @@ def require_from_zero(method: Any, name: str) -> None:
         raise RecipeError(f"method '{name_of(method)}': {name} must be a number of at least 0, not {value}")
 
 
+def require_at_least(method: Any, name: str, least: int) -> None:
+    """Raise RecipeError unless the hyper-parameter called `name`, a whole number, is at least `least`."""
+    value = getattr(method, name)
+    if value < least:
+        raise RecipeError(f"method '{name_of(method)}': {name} must be at least {least}, not {value}")
+
+
 def require_arithmetic(method: Any) -> None:
     """Raise RecipeError unless the method's `arithmetic` is one of those that there are."""
     if method.arithmetic not in ARITHMETICS:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from llmprune import kernels
 from llmprune.errors import NumericalError, RecipeError
-from llmprune.methods import Solution, require_arithmetic, require_from_zero
+from llmprune.methods import Solution, require_arithmetic, require_at_least, require_from_zero
 from llmprune.patterns import ComparisonGroup, Pattern, as_numbers
 from llmprune.refit import refit
 from llmprune.statistics import Gram
@@ -64,8 +64,7 @@ class ADMM:
             raise RecipeError(f"method 'admm': there must be at least 1 stage, and an iteration for each, not {asked}")
         if not 0 < self.first_rho <= self.last_rho < math.inf:
             raise RecipeError(f"method 'admm': rho must rise from above 0, not {self.first_rho} to {self.last_rho}")
-        if self.refit < 0:
-            raise RecipeError(f"method 'admm': refit must be at least 0, not {self.refit}")
+        require_at_least(self, "refit", 0)
         require_arithmetic(self)
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:

@@ -19,8 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.errors import RecipeError
-from llmprune.methods import Solution, require_from_zero
+from llmprune.methods import Solution, require_at_least, require_from_zero
 from llmprune.patterns import NM, ComparisonGroup, Pattern
 from llmprune.statistics import ColumnMoments
 
@@ -37,8 +36,7 @@ class DSnoT:
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer")
 
     def __post_init__(self) -> None:
-        if self.cycles < 0:
-            raise RecipeError(f"method 'dsnot': cycles must be at least 0, not {self.cycles}")
+        require_at_least(self, "cycles", 0)
         require_from_zero(self, "threshold")
 
     def solve(

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from llmprune import kernels
-from llmprune.errors import RecipeError
-from llmprune.methods import Solution, require_arithmetic, require_from_zero
-from llmprune.patterns import NM, ComparisonGroup, Pattern, column_blocks
+from llmprune.methods import Solution, require_arithmetic, require_at_least, require_from_zero
+from llmprune.patterns import NM, ComparisonGroup, Pattern, block_width, column_blocks
 from llmprune.statistics import FactorKind, Gram
 
 Block = tuple[int, int]
@@ -47,8 +46,7 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         require_from_zero(self, "damp")
-        if self.block_size < 1:
-            raise RecipeError(f"method 'sparsegpt': block_size must be at least 1, not {self.block_size}")
+        require_at_least(self, "block_size", 1)
         require_arithmetic(self)
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
@@ -56,7 +54,7 @@ class SparseGPT:
         weight_IO = torch.empty_like(weight_OI.T, dtype=torch.float32, memory_format=torch.contiguous_format)
         weight_IO.copy_(weight_OI.T)  # four times as fast as `to`
         weight_IO.masked_fill_(factor.dead_I.unsqueeze(1), 0)
-        blocks = column_blocks(weight_IO.shape[0], self._block_width(pattern))
+        blocks = column_blocks(weight_IO.shape[0], block_width(pattern, self.block_size))
         change_O = None
         if self.arithmetic == "paper":
             keep_IO = _paper_sweep(weight_IO, factor.upper_II, pattern, blocks)
@@ -64,11 +62,6 @@ class SparseGPT:
             keep_IO, damped_O, square_O = _fast_sweep(weight_IO, factor.upper_II, pattern, blocks)
             change_O = statistic.undamped(damped_O, square_O, factor.damp)
         return Solution(weight_IO.T.to(weight_OI.dtype), keep_IO.T, factor.notes, change_O)
-
-    def _block_width(self, pattern: Pattern) -> int:
-        """N:M groups must not straddle blocks."""
-        m = pattern.m if isinstance(pattern, NM) else 1
-        return max(self.block_size // m * m, m)
 
 
 def _paper_sweep(weight_IO: Tensor, upper_II: Tensor, pattern: Pattern, blocks: list[Block]) -> Tensor:

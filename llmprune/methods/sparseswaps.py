@@ -18,8 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.errors import RecipeError
-from llmprune.methods import Solution
+from llmprune.methods import Solution, require_at_least
 from llmprune.patterns import NM, ComparisonGroup, Pattern
 from llmprune.refit import refit
 from llmprune.statistics import Gram
@@ -46,8 +45,7 @@ class SparseSwaps:
 
     def __post_init__(self) -> None:
         for name, least in (("swaps", 0), ("candidates", 1), ("refit", 0)):
-            if (value := getattr(self, name)) < least:
-                raise RecipeError(f"method 'sparseswaps': {name} must be at least {least}, not {value}")
+            require_at_least(self, name, least)
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
         hessian_II, dense_OI = statistic.hessian_II, weight_OI.float()

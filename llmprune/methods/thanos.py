@@ -18,9 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmprune.errors import RecipeError
-from llmprune.methods import Solution, require_from_zero
-from llmprune.patterns import NM, ComparisonGroup, Pattern, column_blocks
+from llmprune.methods import Solution, require_at_least, require_from_zero
+from llmprune.patterns import ComparisonGroup, Pattern, block_width, column_blocks
 from llmprune.statistics import Gram
 
 _CHUNK_ELEMENTS = 1 << 22  # of the systems of several rows that are solved at once
@@ -39,17 +38,14 @@ class Thanos:
 
     def __post_init__(self) -> None:
         require_from_zero(self, "damp")
-        if self.block_size < 1:
-            raise RecipeError(f"method 'thanos': block_size must be at least 1, not {self.block_size}")
+        require_at_least(self, "block_size", 1)
 
     def solve(self, weight_OI: Tensor, statistic: Gram, pattern: Pattern, generator: torch.Generator) -> Solution:
         factor = statistic.factor(self.damp)
         norm_I = statistic.hessian_II.diagonal().sqrt()
         solved_OI = weight_OI.float().masked_fill(factor.dead_I, 0)
         score_OI = torch.empty_like(solved_OI)
-        group = pattern.m if isinstance(pattern, NM) else 1
-        width = max(self.block_size // group * group, group)  # groups do not straddle blocks
-        for start, stop in column_blocks(solved_OI.shape[1], width):
+        for start, stop in column_blocks(solved_OI.shape[1], block_width(pattern, self.block_size)):
             torch.mul(solved_OI[:, start:].abs(), norm_I[start:], out=score_OI[:, start:])
             keep_OB = pattern.keep(score_OI)[:, start:stop]
             score_OI[:, start:stop] = torch.where(keep_OB, torch.inf, -1.0)  # decided

@@ -1,4 +1,7 @@
-"""The only room that touches transformers: find blocks and sites, load one block at a time, stream calibration."""
+"""The room of transformers: find blocks and sites, load one block at a time, stream calibration.
+
+Beside it only `llmprune.sparse` imports transformers: to load compressed checkpoints, and to generate text.
+"""
 
 from llmprune.model.configuration import read_config
 from llmprune.model.lanes import Lanes

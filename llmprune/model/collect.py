@@ -27,7 +27,7 @@ from llmprune.model.observe import observing
 from llmprune.model.originals import Originals
 from llmprune.model.sites import Site
 from llmprune.model.walks import Walks
-from llmprune.statistics import ColumnNorm, CrossGram, Gram
+from llmprune.statistics import CrossGram, Gram, Statistic
 
 
 class _Enough(Exception):
@@ -45,7 +45,7 @@ class Collector:
         true_sequential: let each site see the earlier ones of its block pruned.
         side_by_side: with `true_sequential`, hold all lanes before each site, so that a stage is run once. Takes the
             memory of all lanes' activations; without it, the stage is run once for each group.
-        twins: the second half of the lanes are the same batches again, to go through the dense model. With
+        dense_stream: the second half of the lanes are the same batches again, to go through the dense model. With
             `side_by_side`, statistics that can (`CrossGram`) then also see what the dense model feeds a site.
         stays_dense: what is done with the groups leaves the weights alone, so that `Lanes.advance` need not run a stage
             again. Takes the memory of its outputs beside its inputs.
@@ -56,7 +56,7 @@ class Collector:
     budget: int
     true_sequential: bool = False
     side_by_side: bool = False
-    twins: bool = False
+    dense_stream: bool = False
     stays_dense: bool = False
     most_runs: int = field(default=0, init=False)  # how often a stage was run at most to collect its statistics
     together: int = field(default=0, init=False)  # most bytes that several groups of the last stage took at once
@@ -81,7 +81,7 @@ class Collector:
             if sites:
                 self.lanes.retract(range(self._batches))  # what is pruned now changes their outputs
         else:
-            self.run_twins(index)
+            self.run_dense(index)
         if sites:
             yield from self._by_runs(index, sites)
 
@@ -90,29 +90,29 @@ class Collector:
         experts = any(Group([site]).of_expert for site in sites)  # lanes do not come to all of them
         return self.true_sequential and self.side_by_side and not experts
 
-    def run_twins(self, index: int) -> None:
+    def run_dense(self, index: int) -> None:
         """Run the dense model's lanes through stage `index` while its weights still are dense."""
-        if self.twins:
+        if self.dense_stream:
             self.lanes.provide(
-                {lane: self.lanes.run(index, lane) for lane in self.lanes.waiting_at(index) if self._is_twin(lane)}
+                {lane: self.lanes.run(index, lane) for lane in self.lanes.waiting_at(index) if self._is_dense(lane)}
             )
 
     @property
     def _batches(self) -> int:
-        return len(self.lanes) // 2 if self.twins else len(self.lanes)
+        return len(self.lanes) // 2 if self.dense_stream else len(self.lanes)
 
-    def _is_twin(self, lane: int) -> bool:
+    def _is_dense(self, lane: int) -> bool:
         return lane >= self._batches
 
     def _side_by_side(self, index: int, sites: Sequence[Site]) -> Generator[Group, None, list[Site]]:
         """Yield each site as the lanes come to it; return those that no module's call led to."""
-        self.walked = not self.twins
+        self.walked = not self.dense_stream
         statistic = None
         done = set[Site]()
-        dense = Originals(sites) if self.twins else None
+        dense = Originals(sites) if self.dense_stream else None
 
         def weights_of(lane: int) -> AbstractContextManager[None]:
-            return dense.in_place() if dense and self._is_twin(lane) else nullcontext()
+            return dense.in_place() if dense and self._is_dense(lane) else nullcontext()
 
         with Walks(self.lanes, index, sites, weights_of) as walks:
             for site, inputs, fresh in self._stops(index, walks, sites):
@@ -139,18 +139,21 @@ class Collector:
         return first_lane(self.lanes, index, sites, self._goes_on(index, lane=0))
 
     def _goes_on(self, index: int, lane: int) -> bool:
-        """Say whether a lane goes on from its next run: from the first, and where no experts run one by one to be seen."""
+        """Say whether `Lanes.advance` is to go on with the output of a lane's next run, rather than run the stage again.
+
+        It can with that of the first run, unless experts run one by one in it, to be seen: that may round otherwise.
+        """
         if not self.stays_dense or self.lanes.is_provided(lane):
             return False
         return not any(map(is_of_interface, self.lanes.stage(index).module.modules()))
 
-    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
+    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> Statistic | None:
         group = Group([site])
         given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))
         for lane, x in given.items():
-            if not self._is_twin(lane):
-                twin = given.get(lane + self._batches) if issubclass(self.needs, CrossGram) else None
-                self._add(group, x, lane, twin)
+            if not self._is_dense(lane):
+                dense = given.get(lane + self._batches) if issubclass(self.needs, CrossGram) else None
+                self._add(group, x, lane, dense)
         require_all_finite([group])
         return group.statistic
 

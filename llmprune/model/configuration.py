@@ -13,7 +13,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llmprune.errors import CheckpointError, UnsupportedModelError, did_you_mean
+from llmprune.checkpoint.compressed import is_compressed
+from llmprune.errors import CheckpointError, UnsupportedModelError, did_you_mean, first_line
 
 
 def read_config(folder: Path, fields: dict[str, Any], trust_remote_code: bool) -> Any:
@@ -47,8 +48,7 @@ def unknown_fields(fields: dict[str, Any], config: Any) -> list[str]:
 
 def require_not_quantized(folder: Path, fields: dict[str, Any]) -> None:
     """Raise CheckpointError for a checkpoint that is quantized, or compressed, by its config.json."""
-    quantization = fields.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "llmprune":
+    if is_compressed(fields):
         raise CheckpointError(f"{folder} was compressed by llmprune: restore it with llmprune decompress {folder} OUT")
     parts = [fields, *(part for part in fields.values() if isinstance(part, dict))]
     if any(part.get("quantization_config") or part.get("compression_config") for part in parts):
@@ -109,8 +109,3 @@ def _causal_classes(config: Any) -> set[str]:
 
 def _flat(one_or_several: Any) -> tuple[Any, ...]:
     return one_or_several if isinstance(one_or_several, tuple) else (one_or_several,)
-
-
-def first_line(error: object) -> str:
-    """Return what an error says in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

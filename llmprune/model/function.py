@@ -20,7 +20,7 @@ Gradients = Iterable[Tensor | None]  # of weights, in their order; None goes to 
 
 
 class BlockFunction:
-    """See above.
+    """The block at which lanes wait, as a function of some of its weights.
 
     Args:
         lanes: this rank's share of the batches; the second half, with the dense model's inputs, have been given its

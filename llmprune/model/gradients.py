@@ -163,7 +163,7 @@ class Tape:
         )
 
     def _has_visited(self, lane: int, stage: int) -> bool:
-        """Say whether a stage is the last of those that a lane was given that have not been gone back through."""
+        """Say whether the backward pass of a lane comes to this stage next; the model's forward may have led it past."""
         visits = self._visits[lane] if lane < len(self._visits) else []
         return bool(visits) and visits[-1].stage == stage
 

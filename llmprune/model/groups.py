@@ -12,9 +12,9 @@ from torch import Tensor
 from llmprune.model.lanes import Lanes
 from llmprune.model.observe import observing
 from llmprune.model.sites import Site
-from llmprune.statistics import ColumnNorm, Gram
+from llmprune.statistics import Statistic
 
-StatisticType = type[ColumnNorm] | type[Gram]
+StatisticType = type[Statistic]
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Group:
 
     sites: list[Site]
     calls: int | None = None  # how often the input is read in one forward, where the first lane told
-    statistic: ColumnNorm | Gram | None = None
+    statistic: Statistic | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -53,25 +53,20 @@ def identity(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr() or id(x), x.shape, x.stride(), x._version
 
 
-def find_groups(lanes: Lanes, index: int, sites: Sequence[Site]) -> list[Group]:
-    """Group the sites of stage `index` by the tensors they read, in reading order, as the first lane tells.
-
-    Sites that it does not reach, such as experts that it did not choose, come last, each in a group of its own.
-    """
-    return first_lane(lanes, index, sites)[0]
-
-
 def first_lane(
     lanes: Lanes, index: int, sites: Sequence[Site], goes_on: bool = False
 ) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
-    """Run one lane, holding on to every input so that no two of them can share an address, and compare addresses.
+    """Run the first lane through stage `index`, and group the sites by the tensors that they read.
+
+    Tensors are told apart by their addresses. All inputs are held until the end, so that no two can share one.
 
     Args:
-        lanes, index, sites: as `find_groups`.
         goes_on: let the lane's output be the one with which `Lanes.advance` goes on.
 
     Returns:
-        the groups, and each site's inputs; None for those if the model has changed one since the site has read it.
+        the groups in reading order, and each site's inputs. Sites that the lane does not reach, such as experts that it
+        did not choose, come last, each in a group of its own. In place of the inputs None, if the model has changed one
+        of them after a site has read it.
     """
     inputs: dict[Site, list[Tensor]] = defaultdict(list)
     identities: dict[Site, list[Any]] = defaultdict(list)
@@ -113,17 +108,17 @@ def is_starved(group: Group) -> bool:
     return group.of_expert and group.tokens < group.inputs
 
 
-def pool(groups: Sequence[Group], pooled: ColumnNorm | Gram | None = None) -> ColumnNorm | Gram | None:
+def pool(groups: Sequence[Group], pooled: Statistic | None = None) -> Statistic | None:
     """Add up the statistics of groups, always in their order, so that the sum does not depend on the budget."""
     for group in groups:
         if group.statistic is not None:
             pooled = pooled or type(group.statistic)(group.inputs, group.statistic.device)
-            pooled.merge(group.statistic)  # type: ignore[arg-type]  # of one type, as all of a collector's
+            pooled.merge(group.statistic)
     return pooled if pooled is not None and pooled.tokens else None
 
 
-def feed(starved: Sequence[Group], pooled: ColumnNorm | Gram | None) -> None:
-    """Shrink the statistics of starved experts towards the pooled one: by all that they lack in tokens."""
+def feed(starved: Sequence[Group], pooled: Statistic | None) -> None:
+    """Shrink the statistics of starved experts towards the pooled one, by 1 - tokens / inputs of the way."""
     family = starved[0].family
     if pooled is None:
         _log.warning("%s: no token reached any expert; all are solved by magnitude", family)
@@ -137,5 +132,5 @@ def feed(starved: Sequence[Group], pooled: ColumnNorm | Gram | None) -> None:
             continue
         share = 1 - group.tokens / group.inputs
         group.statistic = group.statistic or type(pooled)(group.inputs, pooled.device)
-        group.statistic.shrink(pooled, share)  # type: ignore[arg-type]
+        group.statistic.shrink(pooled, share)
         group.notes = (f"{count}: statistic shrunk by {share:.1%} towards that of all experts",)

@@ -41,7 +41,7 @@ class Lanes:
         model: its forward is run once per batch, piecewise.
         stages: where lanes park, in the order of the forward.
         batches: token ids [sequences, length] each.
-        home: device of the model's glue (embeddings, masks) and of the hidden states between stages.
+        home: device of what lies between the stages (embedding, masks), where hidden states wait.
         device_of: device of a stage's weights.
         autocast: the dtype that the forward multiplies in, where that is not the weights' own.
     """
@@ -59,7 +59,7 @@ class Lanes:
         self.home, self.device_of, self._autocast = home, device_of, autocast
         self._passing: set[greenlet] = set()  # those that run a stage, and are not to park there
         self._arrivals: list[Arrival | None] = []
-        self._provided: dict[int, Any] = {}  # outputs of the stage at which lanes wait that are there already
+        self._provided: dict[int, Any] = {}  # by lane, outputs of the stage at which it waits that are known already
         self._results: list[Any] = []
         self._lanes: list[greenlet] = []
         self._restore: list[Callable[[], None]] = []
@@ -120,9 +120,13 @@ class Lanes:
             self._provided.pop(lane, None)
 
     def forward_precision(self, index: int | None = None) -> AbstractContextManager[None]:
-        """Return the context for every switch into stage `index`, or into what lies between: `autocast` is on there.
+        """Return the context in which a lane is switched to, with autocast on if it is asked for.
 
-        It is a state of the thread, which greenlets share: a forward that enters it would leave it to the coordinator.
+        Autocast is a state of the thread, which all greenlets share. So the coordinator turns it on around every switch:
+        a forward that did so itself would leave it on for the coordinator when it parks.
+
+        Args:
+            index: of the stage that the lane is about to run; None for what lies between stages.
         """
         if self._autocast is None:
             return nullcontext()
@@ -221,9 +225,8 @@ class Lanes:
         try:
             self._arrivals[-1] = self._resume(len(self._lanes) - 1)
         except (TypeError, ValueError) as error:
-            cause = " ".join(str(error).split())
             raise UnsupportedModelError(
-                f"{type(self._model).__name__} does not run on token ids alone: {cause}"
+                f"{type(self._model).__name__} does not run on token ids alone: {error}"
             ) from error
         if self._arrivals[-1] is None:
             raise UnsupportedModelError(
@@ -247,6 +250,8 @@ class Lanes:
         return arrival
 
     def _parking(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a forward for stage `index` that parks the lane which calls it; the coordinator runs the real one."""
+
         def park(*args: Any, **kwargs: Any) -> Any:
             if getcurrent() in self._passing:
                 return forward(*args, **kwargs)

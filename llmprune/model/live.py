@@ -16,7 +16,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: bytes alive at this moment.
-        peak: the most bytes alive at any moment since the last `restart`.
+        peak: the most bytes alive at any moment so far.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,6 @@ class LiveBytes(TorchDispatchMode):
         self.now: int = 0
         self.peak: int = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
-
-    def restart(self) -> int:
-        """Let `peak` begin anew from what is alive now, and return that."""
-        self.peak = self.now
-        return self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

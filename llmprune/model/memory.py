@@ -16,8 +16,8 @@ from llmprune.errors import ResourceError
 _DEVICE_SHARE = 0.04  # of a GPU's free memory, for the activations of one block
 _STATISTICS_SHARE = 0.4  # of a GPU's free memory
 _HOST_STATISTICS_SHARE = 1 / 32  # of the host's available memory: others live there too
-_SIDE_BY_SIDE_SHARE = 0.25  # of the host's available memory, for one block's activations of all lanes
-_GPU_SIDE_BY_SIDE_SHARE = 0.5  # of a GPU's free memory, for what lanes that are held before a site keep alive
+_SIDE_BY_SIDE_SHARE = 0.25  # of the host's available memory, for the activations of all lanes within one block
+_GPU_SIDE_BY_SIDE_SHARE = 0.5  # of a GPU's free memory, for those of them that lanes keep while they wait
 _EXHAUSTED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # a CPU's, a GPU's, and its libraries' words
 _BLOCKS_SHARE = 0.1  # of a GPU's free memory, for blocks that will be wanted again
 _KEPT_SHARE = 0.25  # of the host's available memory, for the hidden states before every block at once
@@ -26,7 +26,7 @@ _HIDDEN_SHARE = 0.4  # of a GPU's free memory that hidden states may take before
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much more memory tensors can take on a GPU: what is free there, and what torch holds on to for later."""
+    """Return how much more memory tensors can take on a GPU: what is free, and what torch has reserved and not in use."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
@@ -42,15 +42,13 @@ def home_device(device: torch.device, rows: Sequence[Tensor], config: Any, dtype
     """Return where the hidden states of all `rows` of tokens wait: on the device if they fit there, else the host."""
     if device.type != "cuda":
         return device
-    hidden, _ = _widths(config)
-    needed = sum(len(row) for row in rows) * hidden * dtype.itemsize
+    needed = sum(len(row) for row in rows) * hidden_size(config) * dtype.itemsize
     return device if needed < _HIDDEN_SHARE * free_bytes(device) else torch.device("cpu")
 
 
 def most_kept(rows: Sequence[Tensor], blocks: int, config: Any, dtype: torch.dtype) -> int:
     """Return how many of the first `rows` of tokens may have their hidden states kept before every block; one at least."""
-    hidden, _ = _widths(config)
-    room = _KEPT_SHARE * psutil.virtual_memory().available / (blocks * hidden * dtype.itemsize)
+    room = _KEPT_SHARE * psutil.virtual_memory().available / (blocks * hidden_size(config) * dtype.itemsize)
     for count, row in enumerate(rows):
         room -= len(row)
         if room < 0:
@@ -66,7 +64,10 @@ def statistics_budget(block_bytes: int, device: torch.device) -> int:
 
 
 def room_for_blocks(device: torch.device) -> int:
-    """Return how many bytes blocks may take beside the one at work, to be read once only; on a CPU, files are cached."""
+    """Return how many bytes of blocks may stay on a GPU for a second pass, so that they are read from disk only once.
+
+    On a CPU none need to: the system caches the files.
+    """
     return int(_BLOCKS_SHARE * free_bytes(device)) if device.type == "cuda" else 0
 
 
@@ -102,15 +103,22 @@ def token_bytes(config: Any, dtype: torch.dtype) -> int:
 
 
 def _held_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Return those that outlive a lane's turn: it waits in attention with its inputs, or in the MLP with two of its."""
+    """Return the bytes of a token's activations that a lane keeps while it waits for the others before a matrix.
+
+    In attention these are up to six tensors of the hidden width, in the MLP two of it and two of the MLP's width.
+    """
     hidden, widest = _widths(config)
     return max(6 * hidden, 2 * hidden + 2 * widest) * dtype.itemsize
 
 
+def hidden_size(config: Any) -> int:
+    """Return the width of a model's hidden states, or a guess where its configuration does not tell."""
+    return int(getattr(config.get_text_config(), "hidden_size", 1024))
+
+
 def _widths(config: Any) -> tuple[int, int]:
-    text = config.get_text_config()
-    hidden = getattr(text, "hidden_size", 1024)
-    widest = getattr(text, "intermediate_size", None)
+    """Return the widths of the hidden states and of the MLP."""
+    hidden, widest = hidden_size(config), getattr(config.get_text_config(), "intermediate_size", None)
     return hidden, widest if isinstance(widest, int) else 4 * hidden
 
 
@@ -122,7 +130,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def give_back_freed_memory(of_gpu: bool = False) -> None:
     """Return freed memory to the system: glibc keeps it, scattered, and a run would grow from block to block.
 
-    A GPU's is used again by the next block; to give it back takes a stop, and is for when it has run out.
+    What torch has freed on a GPU the next block uses again, and giving it back stops the GPU: only for `of_gpu`, when
+    memory has run out.
     """
     if of_gpu and torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -36,14 +36,13 @@ def observing(stage: Stage, sites: Sequence[Site], see: See, see_gradient: SeeGr
     def hook_for(site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hooked.add(site)
-            x = args[0] if args else next(iter(kwargs.values()))
-            see(site, x.detach())
+            see(site, first_argument(args, kwargs).detach())
 
         return hook
 
     def output_hook_for(site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = first_argument(args, kwargs).detach()
             if y.requires_grad and see_gradient is not None:
                 y.register_hook(lambda g: see_gradient(site, x, g))
 
@@ -68,6 +67,12 @@ def observing(stage: Stage, sites: Sequence[Site], see: See, see_gradient: SeeGr
         stack.enter_context(one_by_one(stage.module))
         stack.enter_context(_WeightsInUse(sites, see_unhooked, see_gradient_unhooked if see_gradient else None))
         yield
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what a module that multiplies by a weight is given, whether by position or by name."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 _Place = Callable[[Tensor], Tensor]
@@ -139,7 +144,7 @@ class _WeightsInUse(TorchFunctionMode):
 
     def _site(self, weight: Tensor) -> Site | None:
         site = self._at.get(weight.data_ptr()) or self._fetched(weight)
-        return site if site and weight.numel() == site.shape[0] * site.shape[1] else None
+        return site if site and weight.numel() == site.numel else None
 
     def _fetched(self, weight: Tensor) -> Site | None:
         """Return the site whose weight this is, among those that accelerate fetches only for their module's forward."""

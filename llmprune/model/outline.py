@@ -38,11 +38,11 @@ class Outline:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.place = device
+        self.device = device
         self.config = read_config(folder, fields, trust_remote_code)
         self.dtype = dtype or configured_dtype(self.config)
         self.model = empty_model(self.config, self.dtype, trust_remote_code)
-        self.blocks_name, self.blocks, self.embedding, self.head = find_stages(self.model)
+        _, self.blocks, self.embedding, self.head = find_stages(self.model)
         self._tied = self.model.all_tied_weights_keys
 
     def open(self, home: torch.device) -> None:
@@ -56,8 +56,8 @@ class Outline:
         """Make a stage's weights: matrices of zeros, and vectors of ones, so that norms let pass what they are fed."""
         for name, parameter in stage.module.named_parameters(stage.name):
             if parameter.is_meta:
-                self._fill(name, self.place)
-        _fill_buffers(stage.module.modules(), self.place)
+                self._fill(name, self.device)
+        _fill_buffers(stage.module.modules(), self.device)
 
     def keeping(self) -> AbstractContextManager[None]:
         """Nothing to do: weights are made in no time."""
@@ -103,9 +103,9 @@ class Outline:
         self._set(name, filled)
 
     def _set(self, name: str, value: Tensor) -> None:
-        twins = [name, *(twin for twin, source in self._tied.items() if source == name)]
+        names = [name, *(target for target, source in self._tied.items() if source == name)]
         parameter = nn.Parameter(value, requires_grad=False)
-        for path, _, own in (twin.rpartition(".") for twin in twins):
+        for path, _, own in (each.rpartition(".") for each in names):
             self.model.get_submodule(path)._parameters[own] = parameter
 
 

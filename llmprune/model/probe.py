@@ -48,14 +48,14 @@ class Trial:
         fed: the share of the tokens that each group is fed: below 1 for experts.
         flops: of a forward of one sequence: per token, and per token squared (attention).
         seconds_per_flop: of a forward.
-        plain_seconds_per_flop: of one that multiplies in the dtype of the weights.
+        plain_seconds_per_flop: of a forward without autocast, in the dtype of the weights.
         forward_bytes: the most that the activations of a forward take, per token.
-        rounded_bytes: what it takes beside them, for a weight in the dtype that it multiplies in.
+        rounded_bytes: what it takes whatever the tokens: the copy of a weight in the dtype that autocast multiplies in.
         input_bytes: what the inputs of all groups take, per token.
         statistics_bytes: the most that the statistics of all groups take at once.
         runs: in how many runs the statistics are summed.
         held_bytes: the most that the activations of a forward which is held before a site take, per token.
-        side_by_side: all lanes are held before each site.
+        side_by_side: whether all lanes are held before each site.
     """
 
     groups: list[Group]
@@ -83,8 +83,8 @@ class Trial:
 Kind = tuple[Any, ...]
 
 
-def kind_of(stage: Stage, sites: Sequence[Site]) -> Kind:
-    """Return what blocks of one kind have in common."""
+def block_kind(stage: Stage, sites: Sequence[Site]) -> Kind:
+    """Return what blocks of one kind have in common: their class, their parameters, and their sites to prune."""
     shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in stage.module.named_parameters())
     return type(stage.module), shapes, tuple(site.name.removeprefix(stage.name) for site in sites)
 
@@ -109,7 +109,7 @@ def try_blocks(
     Raises:
         UnsupportedModelError: the model's forward cannot be led block by block.
     """
-    kinds = {block.name: kind_of(block, sites.get(block.name, [])) for block in host.blocks}
+    kinds = {block.name: block_kind(block, sites.get(block.name, [])) for block in host.blocks}
     trials: dict[Kind, Trial] = {}
     long = min(_long(host, _LONG_ROUNDED if autocast else _LONG[1]), longest)
     lengths = min(_SHORT, long // 2), long
@@ -134,12 +134,17 @@ def try_blocks(
 def try_head(host: Outline, sites: Sequence[Site], needs: StatisticType, like: Trial) -> Trial:
     """Return what an output head needs that is to be pruned, as its one matrix tells; `like` is a block's trial."""
     (outputs, inputs), size = sites[0].shape, host.dtype.itemsize
-    groups = [Group(list(sites), calls=1)]
-    flops = 2.0 * outputs * inputs, 0.0
-    statistic = without_dense(needs).nbytes(inputs)
-    speed, plain = like.seconds_per_flop, like.plain_seconds_per_flop
-    needed = outputs * size, inputs * size, statistic
-    return Trial(groups, [1.0], flops, speed, *needed, runs=1, plain_seconds_per_flop=plain)
+    return Trial(
+        groups=[Group(list(sites), calls=1)],
+        fed=[1.0],
+        flops=(2.0 * outputs * inputs, 0.0),
+        seconds_per_flop=like.seconds_per_flop,
+        forward_bytes=outputs * size,
+        input_bytes=inputs * size,
+        statistics_bytes=without_dense(needs).nbytes(inputs),
+        runs=1,
+        plain_seconds_per_flop=like.plain_seconds_per_flop,
+    )
 
 
 def waiting_bytes(host: Outline, sequences: int, length: int, home: torch.device) -> int:
@@ -186,7 +191,7 @@ def _try(
     with one_by_one(lanes.stage(index).module):
         flops = [_flops(lanes, index, lane) for lane in (0, 1)]
         peaks, held = zip(*(_forward_bytes(lanes, index, lane, sites) for lane in (0, 1)), strict=True)
-        plain = _seconds(lambda: lanes.walk(index, 1)) / max(flops[1], 1)
+        plain = _seconds(partial(lanes.walk, index, 1)) / max(flops[1], 1)
         times = [_seconds(partial(lanes.run, index, lane)) for lane in (0, 1) if rounded_for]
     statistics_bytes, runs = collector.demand(groups)
     side_by_side = bool(sites) and collector.holds(sites)
@@ -273,11 +278,16 @@ def _per_flop(flops: Sequence[int], seconds: Sequence[float], wanted: float) -> 
 
 
 def _seconds(forward: Callable[[], object]) -> float:
-    """Return the least time that a forward takes."""
+    return least_seconds(lambda: forward)
+
+
+def least_seconds(set_up: Callable[[], Callable[[], object]]) -> float:
+    """Return the least time of a few calls, each of what `set_up` has made ready."""
     times = []
     for _ in range(_REPEATS):
+        call = set_up()
         started = time.perf_counter()
-        forward()
+        call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

@@ -27,9 +27,9 @@ class Resident:
             raise UnsupportedModelError(f"{type(model).__name__} is quantized: prune the original checkpoint instead")
         self.model = model
         self.config, self.dtype = model.config, model.dtype
-        self.blocks_name, self.blocks, self.embedding, self.head = find_stages(model)
+        _, self.blocks, self.embedding, self.head = find_stages(model)
         self._offloaded = _offloaded_weights(model)
-        self.home = self.place = self.device_of(self.embedding)
+        self.home = self.device = self.device_of(self.embedding)
 
     def device_of(self, stage: Stage) -> torch.device:
         """Return where a stage's arguments are expected; accelerate's hooks move them on from there."""

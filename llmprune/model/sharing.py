@@ -13,7 +13,7 @@ from llmprune.model.lanes import Lanes
 from llmprune.model.sites import Site
 from llmprune.model.tally import Tally
 from llmprune.model.walks import Walks
-from llmprune.statistics import ColumnNorm, CrossGram, Gram
+from llmprune.statistics import CrossGram, Statistic
 from llmprune.team.parcels import Parcels
 from llmprune.team.team import Team
 
@@ -54,9 +54,9 @@ class SharedCollector(Collector):
         every = [count for own in tokens for count in own]
         self._uneven = max(every) / min(every)
 
-    def run_twins(self, index: int) -> None:
+    def run_dense(self, index: int) -> None:
         self.settle()
-        super().run_twins(index)
+        super().run_dense(index)
 
     def _first_lane(self, index: int, sites: Sequence[Site]) -> tuple[list[Group], dict[Site, list[Tensor]] | None]:
         """As the first rank's first lane tells; the others give no inputs, but an empty mapping where it does."""
@@ -83,12 +83,12 @@ class SharedCollector(Collector):
         self._tally.complete()
         require_all_finite(groups)
 
-    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> ColumnNorm | Gram | None:
+    def _statistic(self, index: int, site: Site, inputs: Sequence[Tensor]) -> Statistic | None:
         group = Group([site])
         self._begin(index, [group])
         given = dict(zip(self.lanes.waiting_at(index), inputs, strict=True))
         for turn in range(self._turns):
-            if turn < self._batches and turn in given:  # those beyond are twins
+            if turn < self._batches and turn in given:  # those beyond are the dense model's
                 self._add(
                     group,
                     given[turn],

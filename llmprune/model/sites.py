@@ -46,6 +46,11 @@ class Site:
         return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
 
     @property
+    def numel(self) -> int:
+        """How many weights it has."""
+        return math.prod(self.shape)
+
+    @property
     def family(self) -> str:
         """One name for all experts that do the same job in a block; the site's own for what is no expert."""
         return re.sub(r"\.experts\.\d+\.", ".experts.*.", self.tensor)
@@ -66,6 +71,11 @@ class Site:
     def is_stored_transposed(self, shape: tuple[int, ...]) -> bool:
         """Say whether a file's tensor of that shape is [inputs, outputs]: only as a whole parameter, not in pieces."""
         return self.transposed and shape == tuple(self.module.get_parameter(self.parameter).shape)
+
+
+def tensor_of(name: str) -> str:
+    """Return the tensor that holds the site of this name: `Site.name` less the number of an expert in brackets."""
+    return name.partition("[")[0]
 
 
 def sites_of(stage: Stage) -> list[Site]:

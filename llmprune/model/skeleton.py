@@ -26,8 +26,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from llmprune.checkpoint import Source
-from llmprune.errors import CheckpointError, UnsupportedModelError
-from llmprune.model.configuration import first_line
+from llmprune.errors import CheckpointError, UnsupportedModelError, first_line
+from llmprune.model.memory import is_out_of_memory
 from llmprune.model.ties import Ties, untied
 
 
@@ -64,6 +64,7 @@ class Loader:
 
         Raises:
             CheckpointError: they do not fit the model.
+            RuntimeError, MemoryError: memory runs out.
         """
         if not names:
             return
@@ -76,6 +77,9 @@ class Loader:
         copied = set() if mapped or device.type != "cpu" else self._as_they_stand
         with quiet(), (source or self._source).slices(names, copied) as opened:
             info, _ = convert_and_load_state_dict_in_model(self._model, opened, config)
+        # Transformers takes note of whatever ends a conversion, such as that of experts to one tensor, and goes on.
+        if any(is_out_of_memory(RuntimeError(said)) for said in info.conversion_errors.values()):
+            raise MemoryError
         faults = [*info.mismatched_keys, *info.conversion_errors]
         if faults:
             raise CheckpointError(f"{self._source.folder}: {first_line(faults[0])} does not fit the model's config")

@@ -40,7 +40,7 @@ class Streamed:
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self.source, self.place = source, device
+        self.source, self.device = source, device
         self.config = read_config(source.folder, source.config, trust_remote_code)
         _require_as_many_tensors(source, self.config)
         self.dtype = dtype or stored_dtype(source)
@@ -91,10 +91,10 @@ class Streamed:
             for module, name, parameter in kept:
                 module._parameters[name] = parameter
             return
-        self._loader.load(self._names[stage.name], self.place, source)
+        self._loader.load(self._names[stage.name], self.device, source)
         self._loader.ties.link(self.model, _names_in(stage.module, stage.name))
         for module in stage.module.modules():
-            _move_buffers(module, self.place)
+            _move_buffers(module, self.device)
         for name, parameter in stage.module.named_parameters(stage.name):
             self._require_loaded(name, parameter)
             require_finite(name, parameter)
@@ -106,7 +106,7 @@ class Streamed:
             self._usual_bytes = give_back_growth(self._usual_bytes)
 
     def _let_go(self, stage: Stage) -> None:
-        """Put parameters without memory in the place of a stage's own, and keep these where that is asked for."""
+        """Free a stage's own parameters, or keep them for `load` within `keeping`, and put empty ones in their place."""
         held = [
             (module, name, parameter)
             for path, module in stage.module.named_modules(prefix=stage.name)
@@ -122,7 +122,7 @@ class Streamed:
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Let stages that are freed within the block, unchanged, stay on a GPU where it has room, for `load` to find."""
-        self._most_kept = room_for_blocks(self.place)
+        self._most_kept = room_for_blocks(self.device)
         try:
             yield
         finally:
@@ -164,8 +164,8 @@ class Streamed:
         """Yield the source's tensors, names and dtypes as there, that hold these parameters of a loaded stage."""
         state = {f"{stage.name}.{name}": value for name, value in stage.module.state_dict().items()}
         ties = self._loader.ties
-        state |= {twin: state[name] for name in list(state) for twin in ties.names(name)}
-        wanted = {twin for name in parameters for twin in ties.names(name)}
+        state |= {namesake: state[name] for name in list(state) for namesake in ties.names(name)}
+        wanted = {namesake for name in parameters for namesake in ties.names(name)}
         for key, tensor in self._loader.stored(state).items():
             if self._loader.parameter_of.get(key) in wanted:
                 yield key, _cast(key, tensor, self.source.entries[key].torch_dtype)

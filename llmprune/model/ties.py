@@ -38,8 +38,8 @@ class Ties:
         """Let those of the named parameters that hold no data be the tensor of a namesake that does."""
         for name in parameters:
             if model.get_parameter(name).is_meta:
-                twins = (model.get_parameter(twin) for twin in self.names(name))
-                loaded = next((twin for twin in twins if not twin.is_meta), None)
+                namesakes = (model.get_parameter(namesake) for namesake in self.names(name))
+                loaded = next((parameter for parameter in namesakes if not parameter.is_meta), None)
                 if loaded is not None:
                     path, _, own = name.rpartition(".")
                     model.get_submodule(path)._parameters[own] = loaded

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, first_line
 from llmprune.model.skeleton import quiet
 
 
@@ -23,7 +23,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
             raise CheckpointError(
                 f"the tokenizer of {folder} runs code of its own; read it, then allow it with --trust-remote-code"
             ) from None
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{folder} has no tokenizer that loads ({cause}): add one, or give data with an input_ids column"
+            f"{folder} has no tokenizer that loads ({first_line(error)}): add one, or give data with an input_ids column"
         ) from None

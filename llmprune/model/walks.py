@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.lanes import Lanes
+from llmprune.model.observe import first_argument
 from llmprune.model.sites import Site
 
 
@@ -53,7 +54,7 @@ class Walks:
 
         def hook_for(site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
             def hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                coordinator.switch(_Held(site, args[0] if args else next(iter(kwargs.values()))))
+                coordinator.switch(_Held(site, first_argument(args, kwargs)))
 
             return hold
 

@@ -56,7 +56,7 @@ def _table(runs: dict[str, dict[str, Any]]) -> str:
             percent(run["sparsity"]["all_parameters"]),
             f"{facts.mean_error(run['sites']):.4g}",
             facts.norms_of(run["sites"]),
-            _or_empty(facts.mean_share(run["sites"]), ".3f"),
+            html.or_empty(facts.mean_share(run["sites"]), ".3f"),
             f"{sum(run['timings'].values()):.1f} s",
             f"{run['peak_memory_bytes']['host'] / 2**30:.2f} GiB",
         ]
@@ -71,8 +71,8 @@ def _table(runs: dict[str, dict[str, Any]]) -> str:
 
 def _evaluations(runs: dict[str, dict[str, Any]]) -> str:
     rows = [
-        [name, entry["data"], f"{entry['perplexity']:.2f}", _or_empty(entry.get("dense_perplexity"), ".2f"),
-         _or_empty(entry.get("kl_divergence"), ".4f"), _or_empty(entry.get("top1_agreement"), ".1%")]
+        [name, entry["data"], f"{entry['perplexity']:.2f}", html.or_empty(entry.get("dense_perplexity"), ".2f"),
+         html.or_empty(entry.get("kl_divergence"), ".4f"), html.or_empty(entry.get("top1_agreement"), ".1%")]
         for name, run in runs.items()
         for entry in run.get("evaluations", [])
     ]  # fmt: skip
@@ -80,10 +80,6 @@ def _evaluations(runs: dict[str, dict[str, Any]]) -> str:
         return ""
     header = ["run", "data", "perplexity", "dense", "KL divergence", "top-1 agreement"]
     return f"<h2>Evaluation</h2>\n{html.table(header, rows)}"
-
-
-def _or_empty(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _figure(title: str, label: str, series: list[Series], caption: str, format: svg.Format, top: float = 0.0) -> str:

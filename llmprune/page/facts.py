@@ -25,11 +25,6 @@ def expert_of(site: Site) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
-def tensor_of(name: str) -> str:
-    """Return the tensor that holds a site: its name without the number of an expert in brackets."""
-    return name.partition("[")[0]
-
-
 def weights_in(site: Site) -> int:
     """Return the weights of a site."""
     return int(site["shape"][0]) * int(site["shape"][1])

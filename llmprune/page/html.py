@@ -53,6 +53,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def or_empty(value: float | None, form: str) -> str:
+    """Return a figure in a format such as `.3f`, nothing where there is none."""
+    return "" if value is None else format(value, form)
+
+
 def bullets(title: str, lines: Sequence[str]) -> str:
     """Return a section with one point a line, or nothing where there is none."""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)

@@ -63,7 +63,7 @@ def _evaluation(entry: dict[str, Any]) -> list[str]:
         f"{entry['perplexity']:.2f}",
         f"{dense:.2f}" if dense else "",
         f"{entry['perplexity'] / dense:.3f}" if dense else "",
-        f"{kl:.4f}" if kl is not None else "",
+        html.or_empty(kl, ".4f"),
         f"{100 * agreement:.1f} %" if agreement is not None else "",
         str(entry["length"]),
         entry["dtype"],
@@ -219,10 +219,6 @@ def _left_dense(run: dict[str, Any]) -> str:
     return f"<h2>Left dense</h2>\n<details><summary>{len(rows)} matrices beside norms</summary>{_two(rows)}</details>"
 
 
-def _or_empty(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
 def _two(rows: list[list[str]]) -> str:
     return html.table(["matrix", "why"], rows)
 
@@ -230,7 +226,7 @@ def _two(rows: list[list[str]]) -> str:
 def _sites(sites: list[facts.Site]) -> str:
     rows = [
         [site["name"], "x".join(map(str, site["shape"])), site["pattern"], percent(site["sparsity"]),
-         f"{site['error']:.4g}", _or_empty(facts.share_of_magnitude(site)), plain(site["tokens"])]
+         f"{site['error']:.4g}", html.or_empty(facts.share_of_magnitude(site), ".3f"), plain(site["tokens"])]
         for site in sites
     ]  # fmt: skip
     header = ["matrix", "shape", "pattern", "zeros", "output error", "of magnitude's", "tokens"]

@@ -14,7 +14,7 @@ from llmprune.checkpoint.unpacked import open_dense
 from llmprune.errors import LlmpruneError
 from llmprune.locate import locate
 from llmprune.model import Streamed
-from llmprune.page.facts import tensor_of
+from llmprune.model.sites import tensor_of
 
 BINS = 60
 _REACH = 4.0  # standard deviations to either side

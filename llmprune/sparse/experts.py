@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.model.experts import is_of_interface, stacks_of
+from llmprune.sparse.forms import is_worth
+from llmprune.sparse.gate import SAMPLE_BYTES, WRONG
 from llmprune.sparse.stacks import SparseExperts
 from llmprune_kernels.bitmask.layout import TYPES, count_values
 from llmprune_kernels.native import library
 
-_SAMPLE_BYTES = 256 << 20  # dense weights that are measured: more than a processor's cache holds
 _TURNS, _LONGEST = 7, 2.0  # at most so many turns, and about so many seconds
-_WRONG = 0.02  # of the largest output: more than rounding explains
-_WORTH = 0.95  # of the dense bytes: what stacks must shrink to
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,15 @@ def _obstacle(module: nn.Module) -> str | None:
     if library() is None:
         return "no compiled kernels"
     kept = sum(int(count_values(matrix.detach()).sum()) for stored in stacks for matrix in stored)
-    total, size = sum(stored.numel() for stored in stacks), next(iter(stacks)).element_size()
-    return "too few zeros" if kept / total + 1 / (8 * size) > _WORTH else None
+    share = kept / sum(stored.numel() for stored in stacks)
+    return None if is_worth(share, next(iter(stacks)).dtype) else "too few zeros"
 
 
 def _choose(model: nn.Module, modules: dict[str, nn.Module], batch: int) -> ExpertsChoice:
     first = next(iter(modules.values()))
     reason, seconds = _obstacle(first), None
     if reason is None:
-        sample = list(modules.values())[: max(1, _SAMPLE_BYTES // _nbytes(first))]
+        sample = list(modules.values())[: max(1, SAMPLE_BYTES // _nbytes(first))]
         reason, seconds = _measured(sample, batch)
     nbytes, used = len(modules) * _nbytes(first), 0
     for name, module in modules.items():
@@ -119,7 +118,7 @@ def _measured(sample: Sequence[nn.Module], batch: int) -> tuple[str | None, tupl
             found, expected = sparse[0](*inputs), sample[0](*inputs)
     except Exception as error:  # a forward of its own that does something else with its weights
         return f"their forward does not run sparse: {type(error).__name__}", None
-    if not float((found - expected).abs().max()) <= _WRONG * float(expected.abs().max()):
+    if not float((found - expected).abs().max()) <= WRONG * float(expected.abs().max()):
         return "their forward computes something else when sparse", None
     seconds = _seconds(sample, sparse, inputs)
     return (None if seconds[1] < seconds[0] else "measured faster"), seconds

@@ -20,7 +20,8 @@ from llmprune_kernels.bitmask.ops import bitmask_linear
 from llmprune_kernels.support import cusparselt_missing, sparse_cores_missing, triton_missing
 from llmprune_kernels.two_four import fragments, ops, reference
 
-NEVER = 1 << 40
+NEVER = 1 << 40  # tokens
+_WORTH = 0.95  # of the dense bytes: what a weight must shrink to
 _AT_ONCE = 1 << 24  # weights that are looked at for their pattern
 
 
@@ -250,6 +251,11 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type == "cuda":
         return triton_missing()
     return f"on {device.type}, where there is no sparse kernel"
+
+
+def is_worth(share: float, dtype: torch.dtype) -> bool:
+    """Say whether a weight of which this share is values is enough smaller as a bitmask and values."""
+    return share + 1 / (8 * dtype.itemsize) <= _WORTH
 
 
 def is_two_four(weight_OI: Tensor) -> bool:

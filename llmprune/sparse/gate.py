@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmprune.errors import first_line
 from llmprune.sparse.forms import Form, Step
 from llmprune.sparse.machine import Machine, machine_of
 from llmprune_kernels.native import cache_folder
 
 TOKENS = (1, 4, 16, 64, 256)
-_WRONG = 0.02  # of the largest output: more than rounding explains
+WRONG = 0.02  # of the largest output: more than rounding explains
+SAMPLE_BYTES = 256 << 20  # dense weights that are measured: more than a processor's cache holds
 
 logger = logging.getLogger(__name__)
 
@@ -122,10 +124,9 @@ def _working(form: Form, kernel: str, x_TI: Tensor, expected_TO: Tensor) -> int 
         found_TO = form.linear(x_TI, kernel, setting, None)
         error = float((found_TO.float() - expected_TO.float()).abs().max())
     except Exception as failure:  # whatever a compiler, a driver or a library may raise: dense is left
-        lines = str(failure).splitlines() or [type(failure).__name__]
-        logger.warning("sparse kernel %s is not used, as it fails here: %s", kernel, lines[0])
+        logger.warning("sparse kernel %s is not used, as it fails here: %s", kernel, first_line(failure))
         return None
-    if not error <= _WRONG * float(expected_TO.float().abs().max()):
+    if not error <= WRONG * float(expected_TO.float().abs().max()):
         logger.warning("sparse kernel %s is not used, as its results are off by %g here", kernel, error)
         return None
     return setting

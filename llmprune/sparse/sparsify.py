@@ -9,15 +9,12 @@ from torch import nn
 
 from llmprune.progress import Progress
 from llmprune.sparse.experts import ExpertsChoice, densify_experts, sparsify_experts
-from llmprune.sparse.forms import Dense, Form, Step, forms_beside, obstacle, sparse_forms
-from llmprune.sparse.gate import TOKENS, Timing, Verdict, judge
+from llmprune.sparse.forms import Dense, Form, Step, forms_beside, is_worth, obstacle, sparse_forms
+from llmprune.sparse.gate import SAMPLE_BYTES, TOKENS, Timing, Verdict, judge
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.machine import machine_of
 from llmprune.sparse.stacks import SparseExperts
 from llmprune_kernels.bitmask.layout import count_values
-
-_SAMPLE_BYTES = 256 << 20  # dense weights of one shape that are measured: more than a processor's cache holds
-_WORTH = 0.95  # of the dense bytes: what a layer must shrink to
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def hold_sparse(model: nn.Module, parameter: str, form: Form) -> bool:
     fits = type(layer) is nn.Linear and attribute == "weight" and layer.weight.shape == (form.outputs, form.inputs)
     if not fits or parameter in {*tied, *tied.values()} or obstacle(form.dtype, form.device) is not None:
         return False
-    if not _is_worth(form.share(), form.dtype):
+    if not is_worth(form.share(), form.dtype):
         return False
     model.set_submodule(path, SparseLinear([form], layer.bias))
     return True
@@ -155,7 +152,7 @@ class _Kind:
             return cls((form.outputs, form.inputs), form.dtype, form.device, found, forms)
         weight = layer.weight.detach()
         found = obstacle(weight.dtype, weight.device)
-        if found is None and not _is_worth(int(count_values(weight).sum()) / weight.numel(), weight.dtype):
+        if found is None and not is_worth(int(count_values(weight).sum()) / weight.numel(), weight.dtype):
             found = "too few zeros"
         forms = () if found else tuple(sparse_forms(weight))
         return cls((weight.shape[0], weight.shape[1]), weight.dtype, weight.device, found, forms)
@@ -170,11 +167,6 @@ class _Kind:
         dense = len(names) * self.nbytes
         fields: dict[str, Any] = {"kernel": "dense", "bytes": (dense, dense), "timings": (), **how}
         return Choice(self.shape, str(self.dtype).removeprefix("torch."), len(names), reason=reason, **fields)
-
-
-def _is_worth(share: float, dtype: torch.dtype) -> bool:
-    """Say whether a weight of which this share is values is enough smaller as a bitmask and values."""
-    return share + 1 / (8 * dtype.itemsize) <= _WORTH
 
 
 def _choose(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, ...], graphs: bool) -> Choice:
@@ -201,7 +193,7 @@ def _choose(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, .
 
 
 def _measured(model: nn.Module, kind: _Kind, names: list[str], asked: tuple[int, ...], graphs: bool) -> Verdict:
-    sample: list[Any] = [model.get_submodule(name) for name in names[: max(1, _SAMPLE_BYTES // kind.nbytes)]]
+    sample: list[Any] = [model.get_submodule(name) for name in names[: max(1, SAMPLE_BYTES // kind.nbytes)]]
     packed = [[_in_form(layer, form) for layer in sample] for form in kind.forms]
     return judge(
         packed, lambda: [layer.weight.detach() for layer in sample], (*TOKENS, *asked), machine_of(kind.device, graphs)

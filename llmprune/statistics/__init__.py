@@ -5,11 +5,11 @@ Shape suffixes: T tokens, I inputs, O outputs. Sums are fp32 whatever the dtype 
 
 from llmprune.statistics.columns import ColumnMoments, ColumnNorm
 from llmprune.statistics.cross import CrossGram, DenseTarget
-from llmprune.statistics.factor import Factor, FactorKind, factorize
+from llmprune.statistics.factor import FactorKind
 from llmprune.statistics.gradient import Gradient
 from llmprune.statistics.gram import Gram, Tile
+from llmprune.statistics.protocol import Statistic
 
 __all__ = [
-    "ColumnMoments", "ColumnNorm", "CrossGram", "DenseTarget", "Factor", "FactorKind", "Gradient", "Gram", "Tile",
-    "factorize",
+    "ColumnMoments", "ColumnNorm", "CrossGram", "DenseTarget", "FactorKind", "Gradient", "Gram", "Statistic", "Tile",
 ]  # fmt: skip

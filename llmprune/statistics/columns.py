@@ -7,7 +7,16 @@ from llmprune.statistics.protocol import require_finite
 
 
 class ColumnNorm:
-    """Squared L2 norm of every input over the calibration tokens."""
+    """Squared L2 norm of every input over the calibration tokens, in fp32: Wanda's statistic (arXiv:2306.11695).
+
+    Args:
+        inputs: how many.
+        device: where the sums are.
+
+    Attributes:
+        sum_I: squared norms [inputs].
+        sequences, tokens: how many were added.
+    """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.sum_I = torch.zeros(inputs, dtype=torch.float32, device=device)
@@ -15,7 +24,7 @@ class ColumnNorm:
 
     @classmethod
     def from_norms(cls, norm_I: Tensor) -> "ColumnNorm":
-        """Return the statistic of inputs whose norms are known."""
+        """Return the statistic of inputs whose norms [inputs] are known."""
         statistic = cls(len(norm_I), norm_I.device)
         statistic.sum_I += norm_I.float().square()
         statistic.sequences = 1
@@ -23,13 +32,16 @@ class ColumnNorm:
 
     @property
     def inputs(self) -> int:
+        """How many inputs there are."""
         return len(self.sum_I)
 
     @property
     def device(self) -> torch.device:
+        """Where the sums are."""
         return self.sum_I.device
 
     def add(self, x_TI: Tensor, sequences: int) -> None:
+        """Add the inputs [tokens, inputs] of so many calibration sequences."""
         self.add_squares(self.squares(x_TI), sequences, x_TI.shape[0])
 
     @staticmethod
@@ -46,6 +58,7 @@ class ColumnNorm:
         self.tokens += tokens
 
     def merge(self, other: "ColumnNorm") -> None:
+        """Add what another statistic of the same inputs has summed."""
         self.sum_I += other.sum_I
         self.sequences += other.sequences
         self.tokens += other.tokens
@@ -60,11 +73,14 @@ class ColumnNorm:
 
     @property
     def norm_I(self) -> Tensor:
-        """Root of the mean over sequences of each input's squared norm."""
+        """Root of the mean over sequences of each input's squared norm, [inputs]."""
         return (self.sum_I / max(self.sequences, 1)).sqrt()
 
     def energy(self, weight_OI: Tensor) -> float:
-        """As `Statistic.energy`, taking the inputs as uncorrelated: only the diagonal of the Gram is known."""
+        """Return the squared outputs of `weight_OI` on these inputs, summed over outputs and tokens, per sequence.
+
+        Inputs are taken as uncorrelated: only the diagonal of their Gram matrix is known.
+        """
         mean_I = self.sum_I / max(self.sequences, 1)
         return float((weight_OI.float().square() @ mean_I).sum())
 

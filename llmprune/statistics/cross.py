@@ -1,4 +1,7 @@
-"""Inputs of the pruned model beside those that the dense one has in their place, for targets between both outputs."""
+"""The Gram matrix of the pruned model's inputs, and their products with the dense model's in their place.
+
+It serves targets between the outputs of both models.
+"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llmprune.errors import NumericalError
 
-_DAMPING_STEPS = 6  # each ten times the one before
-_LEAST_DAMPING = 1e-4  # where the ladder starts to climb from if less was asked for
+_DAMPING_STEPS = 6  # dampings that are tried, each ten times the one before
+_LEAST_DAMPING = 1e-4  # from which the ladder climbs where less was asked for
 
 _log = logging.getLogger(__name__)
 
@@ -43,17 +43,17 @@ def factorize(hessian_II: Tensor, damp: float, kind: FactorKind = "inverse") -> 
         NumericalError: no step of the ladder helps.
     """
     notes: list[str] = []
-    for step in range(_DAMPING_STEPS):
-        tried = max(damp, _LEAST_DAMPING) * 10**step if step else damp
+    ladder = [damp, *(max(damp, _LEAST_DAMPING) * 10**step for step in range(1, _DAMPING_STEPS))]
+    for tried, raised in zip(ladder, [*ladder[1:], None], strict=True):
         upper_II = _DECOMPOSITIONS[kind](damped(hessian_II, tried))
         if upper_II is not None:
             return Factor(upper_II, hessian_II.diagonal() == 0, tried, tuple(notes))
-        raised = max(damp, _LEAST_DAMPING) * 10 ** (step + 1)
-        notes.append(f"not positive definite at damping {tried:g}, raised to {raised:g}")
-        _log.warning("Gram matrix of %d inputs: %s", len(hessian_II), notes[-1])
+        if raised is not None:
+            notes.append(f"not positive definite at damping {tried:g}, raised to {raised:g}")
+            _log.warning("Gram matrix of %d inputs: %s", len(hessian_II), notes[-1])
     raise NumericalError(
-        f"the Gram matrix is not positive definite even at damping {tried:g}: its inputs are out of the range of float32, "
-        "or it is no Gram matrix; --exclude it, or use --method wanda"
+        f"the Gram matrix is not positive definite even at damping {ladder[-1]:g}: its inputs are out of the range of "
+        "float32, or it is no Gram matrix; --exclude it, or use --method wanda"
     )
 
 

@@ -22,10 +22,17 @@ T = TypeVar("T")
 
 
 class Gram:
-    """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean.
+    """Mean over the calibration sequences of 2 · x xᵀ summed over their tokens, kept as a running mean in fp32.
 
-    In fp32 the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit. Products
-    of 16-bit inputs are exact in fp32 and are summed in whatever order is fastest.
+    For fp32 inputs the operations are those of SparseGPT's code, in its order, so that its masks can be met to the bit.
+    Products of 16-bit inputs are exact in fp32 and are summed in whatever order is fastest.
+
+    Args:
+        inputs: how many.
+        device: where the matrix is, and where matrices are solved with it.
+
+    Attributes:
+        sequences, tokens: how many were added.
     """
 
     def __init__(self, inputs: int, device: torch.device) -> None:
@@ -37,7 +44,7 @@ class Gram:
 
     @classmethod
     def from_matrix(cls, gram_II: Tensor) -> "Gram":
-        """Return the statistic of inputs whose Gram matrix XᵀX is known."""
+        """Return the statistic of inputs whose Gram matrix XᵀX [inputs, inputs], of one sequence, is known."""
         statistic = cls(len(gram_II), gram_II.device)
         statistic._mean_II += 2 * gram_II.float()
         statistic.sequences = 1
@@ -45,25 +52,35 @@ class Gram:
 
     @property
     def inputs(self) -> int:
+        """How many inputs there are."""
         return len(self._mean_II)
 
     @property
     def device(self) -> torch.device:
+        """Where the matrix is."""
         return self._mean_II.device
 
     @staticmethod
     def tiles(x_TI: Tensor) -> list[Tile]:
-        """Return the rows of each tile, which is what lies in them on and below the diagonal, for such inputs."""
+        """Return the [start, stop) of the rows of each tile in which such inputs [tokens, inputs] are summed.
+
+        A tile is what lies in its rows on and below the diagonal, as the rest mirrors it. Several processes can each sum
+        some of them.
+        """
         inputs = x_TI.shape[1]
         return [(0, inputs)] if kernels.multiplies(x_TI) else row_tiles(inputs)
 
     def parts(self, tile: Tile) -> list[Tensor]:
-        """Return the sums of a tile, as views."""
+        """Return the sums of a tile [its rows, stop], as views."""
         start, stop = tile
         return [self._mean_II[start:stop, :stop]]
 
     def add(self, x_TI: Tensor, sequences: int, *, tiles: Sequence[Tile] | None = None) -> None:
-        """As `Statistic.add`; with `tiles` to these alone, where the others are summed elsewhere."""
+        """Add the inputs [tokens, inputs] of so many calibration sequences.
+
+        Args:
+            tiles: add to these rows alone, where other processes sum the others; None is all.
+        """
         total = self.sequences + sequences
         if tiles != []:
             self._add(x_TI, total, tiles)
@@ -81,6 +98,7 @@ class Gram:
             tile.add_(x_IT[start:stop] @ x_IT[:stop].T)  # not addmm_, which would round otherwise
 
     def merge(self, other: "Gram") -> None:
+        """Add what another statistic of the same inputs has summed."""
         total = max(self.sequences + other.sequences, 1)
         self._mean_II.mul_(self.sequences / total).add_(other._mean_II, alpha=other.sequences / total)
         self._changed()
@@ -99,7 +117,7 @@ class Gram:
 
     @property
     def hessian_II(self) -> Tensor:
-        """H = 2/n · X Xᵀ with n the number of sequences (Frantar & Alistarh, 2023, arXiv:2301.00774)."""
+        """H = 2/n · XᵀX [inputs, inputs], X [tokens, inputs], n sequences (Frantar & Alistarh, 2023, arXiv:2301.00774)."""
         if not self._mirrored:
             for start, stop in column_blocks(self.inputs, _MIRRORED_TILE):
                 self._mean_II[start:stop, stop:] = self._mean_II[stop:, start:stop].T
@@ -111,8 +129,12 @@ class Gram:
         """As `ColumnNorm.norm_I`, from the diagonal: a Gram serves methods that need column norms too."""
         return (self._mean_II.diagonal() / 2).sqrt()
 
-    def factor(self, damp: float, kind: FactorKind = "inverse") -> "Factor":
-        """Return a factor of the damped Hessian; sites that share this Gram share the work.
+    def factor(self, damp: float, kind: FactorKind = "inverse") -> Factor:
+        """Return a triangular factor of the damped Hessian, computed once for all matrices that share this Gram.
+
+        Args:
+            damp: relative to the mean of H's diagonal; more where that does not suffice, see `Factor.damp`.
+            kind: `inverse` or `root`, see `Factor`.
 
         Raises:
             NumericalError: the Hessian is not positive definite at any step of the damping ladder.
@@ -123,7 +145,11 @@ class Gram:
         return self._factors[damp, kind]
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` makes of this Gram; made once for all sites that share it, unless it is let go of."""
+        """Return what `make` returns; it is called once for all matrices that share this Gram, as long as it is kept.
+
+        Args:
+            key: tells what is made from all else that is made of this Gram.
+        """
         if key not in self._made:
             self._made[key] = make()
         made: T = self._made[key]
@@ -143,19 +169,26 @@ class Gram:
         return ridge(self._mean_II, damp)
 
     def undamped(self, damped_O: Tensor, square_O: Tensor, damp: float) -> Tensor | None:
-        """Return each row's energy, half of d H dᵀ, where d (H + λ) dᵀ and d dᵀ are known, `damp` as in `damped_II`.
+        """Return the energy of the rows d of a change, half of d H dᵀ, from what is known with damping, [outputs].
 
-        None where nearly all of that is the damping: what is left is then made of roundings too.
+        Args:
+            damped_O: d (H + λ) dᵀ of each row.
+            square_O: d dᵀ of each row.
+            damp: λ relative to the mean of H's diagonal.
+
+        Returns:
+            None where nearly all of it is the damping, as the difference would be mostly rounding.
         """
         energy_O = torch.addcmul(damped_O, self.ridge(damp), square_O, value=-1).clamp_min_(0)
         enough = float(torch.sub(energy_O, damped_O, alpha=_LEAST_UNDAMPED).sum()) >= 0
         return energy_O / 2 if enough else None
 
     def energy(self, weight_OI: Tensor) -> float:
+        """Return the squared outputs of `weight_OI` on these inputs, summed over outputs and tokens, per sequence."""
         return math.fsum(_values(self.energy_O(weight_OI)))  # read at once, as a GPU stops for each answer
 
     def energy_O(self, weight_OI: Tensor) -> Tensor:
-        """Return each row's energy, half of w H wᵀ: not below zero, where outputs cancel and roundings would have it so."""
+        """Return the energy of each row w [outputs]: half of w H wᵀ, its squared outputs per sequence; never below zero."""
         weight_OI = weight_OI.float()
         energy_O = weight_OI.new_zeros(len(weight_OI))
         tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
