@@ -28,7 +28,7 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
     """Prune one matrix with the maths that `prune` uses.
 
     Args:
-        weight: [outputs, inputs], any floating dtype; not modified.
+        weight: [outputs, inputs], any floating dtype of 16 bits or more; not modified.
         statistic: what the method needs of the inputs: a `ColumnNorm`, or a `Gram`, which serves for both; or a tensor:
             the inputs themselves [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods
             that need no more, their norms [inputs]. For `dsnot` the inputs, or a `llmprune.statistics.ColumnMoments`;
