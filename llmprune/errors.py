@@ -80,6 +80,19 @@ def saying_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
         raise Interrupted(words, *cause) from None
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Have a NumericalError of the block say which matrix it is about.
+
+    Raises:
+        NumericalError: the block's, with the name.
+    """
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from None
+
+
 def one_line(text: str) -> str:
     """Return a text without what a terminal would act upon, such as names from a checkpoint may hold."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

@@ -158,7 +158,7 @@ class Count:
     @property
     def row_scales(self) -> Tensor:
         """What each row is to be multiplied by."""
-        return torch.tensor(list(self.row_levels)).sub(_LEVEL_OF_ONE).div(_LEVELS).exp2()
+        return torch.tensor(list(self.row_levels), dtype=torch.float32).sub(_LEVEL_OF_ONE).div(_LEVELS).exp2()
 
     def _of_rows(self, rows: int) -> list[int]:
         return [_share(self.removed, rows, row, row + 1) for row in range(rows)]
@@ -249,6 +249,8 @@ def parse(text: str | float) -> Unstructured | NM:
             hint = f"; did you mean '{text}%'?" if not match[2] and 1 < sparsity < 100 else ""
             raise PatternError(f"pattern '{text}': the sparsity must lie between 0 and 1, both excluded{hint}")
         return Unstructured(sparsity)
+    if "," in text:
+        raise PatternError(f"one pattern is needed here, not '{text}': only prune takes several, in Python as a list")
     raise PatternError(f"pattern '{text}' is not a sparsity such as '50%' or '0.5', nor N:M such as '2:4'")
 
 
@@ -332,7 +334,7 @@ def _break_ties(score_RC: Tensor, kth_R1: Tensor, count: int) -> Tensor:
 
 def _kth_smallest(score_RC: Tensor, count: int) -> Tensor:
     if len(score_RC) == 1 and kernels.selects(score_RC):
-        return torch.full((1, 1), kernels.kth_smallest(score_RC, count))
+        return torch.full((1, 1), kernels.kth_smallest(score_RC, count), dtype=score_RC.dtype)
     # numpy's vectorised partition: three times torch's kthvalue
     rows = np.partition(_exact(score_RC).numpy(), count - 1, axis=1)
     return torch.from_numpy(rows[:, count - 1 : count].copy())

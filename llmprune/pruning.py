@@ -94,10 +94,14 @@ def _prune_several(
 ) -> list[Report]:
     if not isinstance(model, str | Path) or out is None:
         raise RecipeError("several patterns need a model on disk and an output folder: prune('org/model', 'out', ...)")
-    if tokenizer is not None:
-        raise RecipeError("a tokenizer goes with a loaded model: one on disk has its own")
+    _require_no_tokenizer(tokenizer)
     others = {name: value for name, value in options.items() if name != "pattern"}
     return prune_patterns(model, Path(out), options["pattern"], output, others)
+
+
+def _require_no_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is not None:
+        raise RecipeError("a tokenizer goes with a loaded model: one on disk has its own")
 
 
 def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, output: Output, team: Team) -> Report:
@@ -107,6 +111,7 @@ def _prune(model: Any, out: str | Path | None, tokenizer: Any, recipe: Recipe, o
         if out is not None or output != Output():
             raise RecipeError("a loaded model is pruned in place: leave out `out`, and call save_pretrained afterwards")
         return _prune_in_place(model, tokenizer, recipe)
+    _require_no_tokenizer(tokenizer)
     if out is None:
         raise RecipeError("an output folder is needed: prune(model, out, ...)")
     place = Path(out)

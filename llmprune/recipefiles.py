@@ -1,5 +1,6 @@
 """Recipes as YAML files."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """Return the options of a YAML recipe file.
 
     Raises:
-        RecipeError: the file is missing or is not a YAML mapping.
+        RecipeError: the file is missing or is not a YAML mapping, or says something twice.
     """
     import yaml
 
@@ -24,13 +25,16 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise RecipeError(f"recipe {path} must map option names to values, such as 'method: wanda'")
     require_known(options)
+    if not isinstance(given := options.get("method_options", {}), dict):  # to which the command line may add
+        raise RecipeError(f"recipe {path}: method_options must map names to values, not {given!r}")
     return options
 
 
 def _loader() -> Any:
     """Return a safe YAML loader that takes `2:4` for the text that it is; YAML 1.1 has it as 124, in base 60.
 
-    It takes no aliases, with which a few lines can stand for more values than fit in memory.
+    It takes no aliases, with which a few lines can stand for more values than fit in memory, and no name twice in one
+    mapping, of which only the last would count.
     """
     import yaml
 
@@ -39,6 +43,13 @@ def _loader() -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("it refers to a value by an alias (*name), write the value out")
             return super().compose_node(parent, index)
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            for name, count in Counter(str(key.value) for key, _ in node.value).items():
+                if count > 1:
+                    raise yaml.YAMLError(f"'{name}' stands twice in one mapping, leave one out")
+            return node
 
     def whole_number(loader: Loader, node: yaml.ScalarNode) -> str | int:
         return node.value if ":" in node.value else int(loader.construct_yaml_int(node))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.errors import PatternError, RecipeError
+from llmprune.errors import PatternError, RecipeError, naming
 from llmprune.methods import Method, Solution
 from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import NM, Count, Pattern, Unstructured, as_numbers
@@ -20,6 +20,7 @@ from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, DenseTarge
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 128  # of a matrix, from which the error of magnitude is taken
 _GPU_ROW_CHUNK = 1 << 26  # on a GPU, which small pieces leave idle
+_OF_ONE_MATRIX = ("preset", "method", "pattern", "comparison_group", "method_options", "seed")
 _TARGET_DAMP = 0.01  # of methods without a damping of their own; that of SparseGPT has one factor serve both
 Goal = Callable[[Tensor], Tensor]
 
@@ -29,13 +30,13 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
     """Prune one matrix with the maths that `prune` uses.
 
     Args:
-        weight: [outputs, inputs], any floating dtype; not modified.
+        weight: [outputs, inputs], any floating dtype of 16 bits or more; not modified.
         statistic: what the method needs of the inputs: a `ColumnNorm`, or a `Gram`, which serves for both; or a tensor:
             the inputs themselves [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods
             that need no more, their norms [inputs]. For `dsnot` the inputs, or a `llmprune.statistics.ColumnMoments`;
             for `taylor` the gradient of the loss [outputs, inputs], or a `llmprune.statistics.Gradient`. None for
             methods that need nothing.
-        options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`.
+        options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`, or `preset`.
 
     Returns:
         `weight_OI` [outputs, inputs] in the dtype of `weight`, with +0.0 for what was removed; `keep_OI`, the mask, True
@@ -47,11 +48,13 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
         NumericalError: a weight or the statistic is not finite.
     """
     recipe = Recipe.of(options)
+    if idle := [name for name in options if name not in _OF_ONE_MATRIX]:
+        raise RecipeError(f"{idle[0]} means nothing for a single matrix: solve takes {', '.join(_OF_ONE_MATRIX)}")
     method, pattern = recipe.solver(), recipe.target()
-    if weight.ndim != 2:
-        raise PatternError(f"a matrix [outputs, inputs] is needed, not a tensor of {weight.ndim} dimensions")
-    if not weight.is_floating_point():
-        raise PatternError(f"a matrix of floating point numbers is needed, not one of {weight.dtype}")
+    if weight.ndim != 2 or not weight.numel():
+        raise PatternError(f"a matrix [outputs, inputs] is needed, not a tensor {list(weight.shape)}")
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise PatternError(f"floating point numbers of 16 bits or more are needed, not a matrix of {weight.dtype}")
     if why := pattern.misfit(*weight.shape):
         raise PatternError(f"the matrix {why}")
     require_finite("the matrix", weight)
@@ -103,11 +106,15 @@ def prune_matrix(
     measured = Retry(name, False, generator, reliefs(statistic, on_host))
     yardstick: float | None = None
     if not isinstance(statistic, Gradient):  # which knows no outputs of the matrix
-        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, goal_of))
+        with naming(name):
+            (yardstick,) = measured.solved(
+                weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, goal_of)
+            )
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
-        goal_OI = goal_of(here_OI)
+        with naming(name):
+            goal_OI = goal_of(here_OI)
         solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
         zeros = int((solution.weight_OI == 0).sum())  # ten times as fast as count_nonzero
         part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic, solution.change_O), solution.notes)
@@ -159,7 +166,8 @@ def checked_solution(
     dtype: torch.dtype | None = None,
 ) -> Solution:
     """Solve, and vouch for the result: exactly the pattern, in `dtype`, finite, every zero a positive one."""
-    solution = _solved(method, weight_OI, statistic, pattern, generator)
+    with naming(name):
+        solution = _solved(method, weight_OI, statistic, pattern, generator)
     pattern.check(solution.keep_OI)
     pruned_OI = solution.weight_OI.to(dtype or weight_OI.dtype) * as_numbers(solution.keep_OI)
     pruned_OI = pruned_OI.add_(0.0).contiguous()  # turns -0.0 into +0.0
@@ -234,6 +242,8 @@ def _fed(method: Method, statistic: Any, weight: Tensor) -> ColumnNorm | Gram | 
     known = (needs,) if needs is ColumnMoments else (needs, Gram)  # a Gram also knows the column norms, but no means
     if not isinstance(statistic, known):
         raise RecipeError(f"{type(method).__name__} needs calibration inputs or a {needs.__name__} as its statistic")
+    if not statistic.sequences:
+        raise RecipeError("the statistic has seen no inputs: add some, or use --method magnitude, which needs none")
     if statistic.inputs != weight.shape[1]:
         raise RecipeError(f"the statistic is of {statistic.inputs} inputs, the matrix has {weight.shape[1]}")
     statistic.require_finite("the matrix")
@@ -259,10 +269,13 @@ def _from_tensor(needs: type[ColumnNorm] | type[Gram], tensor: Tensor, inputs: i
     if tensor.ndim != 2 or tensor.shape[1] != inputs:
         other = "" if needs is ColumnMoments else " or a Gram matrix"
         raise RecipeError(f"the statistic must be inputs [tokens, {inputs}]{other}, not {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise RecipeError(f"the statistic must be of floating point numbers, not of {tensor.dtype}")
     if tensor.shape[0] == inputs and needs is not ColumnMoments and torch.allclose(tensor, tensor.T):
         return Gram.from_matrix(tensor) if needs is Gram else ColumnNorm.from_norms(tensor.diagonal().sqrt())
     statistic = needs(inputs, tensor.device)
-    statistic.add(tensor, 1)
+    if len(tensor):
+        statistic.add(tensor, 1)
     return statistic
 
 

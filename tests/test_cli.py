@@ -229,6 +229,8 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "unknown option": (["--metod", "wanda"], ["--metod", "--method"]),
     "unknown method option": (["--method-option", "dampp=1"], ["no option 'dampp': did you mean 'damp'"]),
     "sparsity of a glob without one": (["--sparsity", "*.mlp.*"], ["must read NAME=VALUE"]),
+    "sparsity of a glob twice": (["--sparsity", "*=40%", "--sparsity", "*=60%"], ["--sparsity '*'", "given twice"]),
+    "method option twice": (["--method-option", "damp=1", "--method-option", "damp=2"], ["'damp'", "given twice"]),
     "unknown allocation": (["--allocation", "fishr"], ["unknown allocation 'fishr': did you mean 'fisher'"]),
     "allocation of N:M": (["--allocation", "error", "--pattern", "2:4"], ["2:4 is the same everywhere"]),
     "method option without a value": (["--method-option", "damp"], ["must read NAME=VALUE"]),
@@ -537,6 +539,18 @@ def test_the_command_line_wins_over_the_recipe(run: Run, recorded: dict[str, Any
     run("prune", "demo", "out", "--recipe", recipe, "--samples", "4", "--exclude", "b")
     assert (recorded["method"], recorded["pattern"], recorded["true_sequential"]) == ("wanda", "2:4", True)
     assert (recorded["samples"], recorded["exclude"]) == (4, ("b",))
+
+
+def test_hyper_parameters_of_a_recipe_and_of_the_command_line_go_together(
+    run: Run, recorded: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method_options: {damp: 0.1, block_size: 64}\n", "utf-8")
+    run("prune", "demo", "out", "--recipe", recipe, "--method-option", "damp=0.2")
+    assert recorded["method_options"] == {"damp": "0.2", "block_size": 64}
+    recipe.write_text("method_options: damp\n", "utf-8")
+    refused = run("prune", llama, tmp_path / "out", "--recipe", recipe, "--method-option", "damp=0.2")
+    assert_refused(refused, tmp_path / "out", "method_options must map names to values, not 'damp'")
 
 
 def test_an_unknown_option_in_a_recipe_is_one_line(run: Run, llama: Path, tmp_path: Path) -> None:

@@ -124,6 +124,24 @@ def test_a_statistic_that_overflows_float32_is_one_line(tmp_path: Path) -> None:
         prune(source)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "sparsegpt"},
+        {"method": "admm"},
+        {"method": "thanos"},
+        {"method": "sparsegpt", "true_sequential": True, "dense_target": 0.5},
+        {"method": "sparsegpt", "allocation": "error"},
+    ],
+    ids=str,
+)
+def test_a_statistic_whose_mean_overflows_float32_names_the_matrix(options: dict[str, Any], tmp_path: Path) -> None:
+    source = model_with(tmp_path, {UP: lambda weight: weight.mul_(1e18)})
+    with pytest.raises(NumericalError, match=rf"{DOWN}: .*not positive definite"):
+        prune(source, **options)
+    require_sound(prune(source, method="wanda"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_solution_beyond_the_stored_dtype_is_one_line(dtype: str, tmp_path: Path) -> None:
     """Inputs that are nearly the same: what is left has to make up for what is removed."""

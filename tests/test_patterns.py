@@ -63,6 +63,11 @@ def test_parse_refuses_in_one_line(text: str) -> None:
     assert "did you mean" not in str(error.value)
 
 
+def test_several_patterns_are_not_taken_for_a_misspelt_one() -> None:
+    with pytest.raises(PatternError, match="one pattern is needed here, not '50%,2:4': only prune takes several"):
+        parse("50%,2:4")
+
+
 def test_parse_guesses_that_50_means_percent() -> None:
     with pytest.raises(PatternError, match="did you mean '50%'"):
         parse("50")

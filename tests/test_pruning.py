@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -309,6 +310,12 @@ def test_another_seed_draws_another_random_mask(saved: Saved, tmp_path: Path) ->
     for seed in (0, 1):
         prune(saved("llama"), tmp_path / str(seed), method="random", seed=seed)
     assert not same_weights(tiny.tensors(tmp_path / "0"), tiny.tensors(tmp_path / "1"))
+
+
+@pytest.mark.parametrize("options", [{"method": "random"}, {"preset": "best"}], ids=str)
+def test_any_whole_number_is_a_seed(options: dict[str, Any], saved: Saved, tmp_path: Path) -> None:
+    report = llmprune.prune(saved("llama"), tmp_path / "out", seed=10**30, calibration=IDS, **options)
+    assert report.zeros == report.site_parameters // 2
 
 
 def test_another_seed_or_data_gives_another_fingerprint(tmp_path: Path, saved: Saved) -> None:
@@ -671,6 +678,37 @@ def test_an_expert_that_only_later_batches_reach_is_pruned_too(true_sequential: 
     report = llmprune.prune(model, method="wanda", calibration=IDS, batch_size=1, true_sequential=true_sequential)
     assert not [name for name in report.left_dense if "experts" in name]
     assert all(float((expert.get_parameter("weight") == 0).float().mean()) == 0.5 for expert in experts)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [*({"method": method} for method in methods.names()), {"preset": "balanced"}, {"preset": "best", "pattern": "2:4"}],
+    ids=str,
+)
+def test_the_callers_default_dtype_changes_nothing(options: dict[str, Any], dtype: torch.dtype, saved: Saved) -> None:
+    plain, within = tiny.load(saved("llama")), tiny.load(saved("llama"))
+    llmprune.prune(plain, calibration=IDS, **options)
+    with default_dtype(dtype):
+        llmprune.prune(within, calibration=IDS, **options)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), within.parameters(), strict=True))
+
+
+def test_a_tokenizer_for_a_model_on_disk_is_refused(saved: Saved, tmp_path: Path) -> None:
+    for pattern in ("50%", ["50%", "2:4"]):
+        with pytest.raises(RecipeError, match="a tokenizer goes with a loaded model"):
+            llmprune.prune(saved("llama"), tmp_path / "out", pattern=pattern, tokenizer=object(), calibration=IDS)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])

@@ -106,6 +106,7 @@ def test_an_unknown_option_gets_the_nearest_name(name: str, near: str) -> None:
         ({"method": Wanda}, "method must be a name or a method object"),
         ({"method": Wanda(), "method_options": {"damp": 1}}, "set them in wanda itself"),
         ({"method_options": {"dampp": 1}}, "method 'sparsegpt' has no option 'dampp'"),
+        ({"method_options": {"damp": True}}, "method 'sparsegpt': damp=True is not a float"),
         ({"method_options": {1: 2}}, "method 'sparsegpt' has no option '1': known: arithmetic, block_size, damp"),
         ({"preset": ["fast"]}, "unknown preset '['fast']': did you mean 'fast'?"),
         ({"preset": "best", "overrides": {4: {"pattern": "2:4"}}}, "overrides: a glob must be text, not 4"),
@@ -229,6 +230,10 @@ def test_an_nm_pattern_in_a_file_needs_no_quotes(tmp_path: Path, pattern: str) -
         ("method: [wanda", "is not valid YAML"),
         ("seed: 2024-99-99", "is not valid YAML"),
         ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+        ("seed: 1\nmethod: wanda\nseed: 2\n", "'seed' stands twice in one mapping"),
+        ("overrides:\n  '*.mlp.*': {pattern: 2:4}\n  '*.mlp.*': {method: wanda}\n", "'*.mlp.*' stands twice"),
+        ("method_options: damp\n", "method_options must map names to values, not 'damp'"),
+        ("method_options:\n", "method_options must map names to values, not None"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, part: str) -> None:

@@ -222,6 +222,14 @@ def test_a_hopeless_matrix_is_an_error(damp: float) -> None:
         factorize(torch.diag(torch.tensor([1.0, 1.0, -2.0])), damp)
 
 
+def test_outputs_that_cancel_have_no_negative_energy() -> None:
+    x_TI = inputs(1, 64)
+    weight_OI = torch.randn(200, 64, generator=torch.Generator().manual_seed(2))
+    weight_OI -= (weight_OI @ x_TI.T) @ x_TI / x_TI.square().sum()
+    energy_O = gram_of(x_TI).energy_O(weight_OI)
+    assert float(energy_O.min()) >= 0 and float(energy_O.max()) < 1e-4
+
+
 def test_a_gram_is_factored_once_for_the_sites_that_share_it() -> None:
     statistic = gram_of(inputs(30, 8))
     first = statistic.factor(0.01)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 from torch import Tensor
 
+from llmprune.errors import naming
 from llmprune.methods import Method
 from llmprune.model.groups import Group, is_starved
 from llmprune.model.sites import Site, require_finite
@@ -119,8 +120,10 @@ def _of_group(group: Group, gram: Gram, weight: Callable[[Site], Tensor], trials
         heights = tuple(len(job.weight_RI) for job in batch)
         pattern = Stacked(tuple(job.pattern for job in batch), heights)
         method, generator = batch[0].method, torch.Generator().manual_seed(seed)
-        solution = method.solve(weight_SI, gram, pattern, generator)
-        require_finite(f"a trial solution of {batch[0].site.name}", solution.weight_OI)
+        trial = f"a trial solution of {batch[0].site.name}"
+        with naming(trial):
+            solution = method.solve(weight_SI, gram, pattern, generator)
+        require_finite(trial, solution.weight_OI)
         change_S = solution.change_O
         energy_S = gram.energy_O(weight_SI - solution.weight_OI) if change_S is None else change_S
         error_S = (energy_S * count).cpu()

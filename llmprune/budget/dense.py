@@ -46,6 +46,7 @@ _ROW_POWER = 0.25  # of F_o, by which rows are scaled; a half would be right if 
 _ROW_TOKENS = 16  # of an expert, at which half of that is taken
 _MOST_OCTAVES = 12  # of F_o, up or down
 _TINY = 1e-30
+_SEEDS = 1 << 60  # torch takes 64 bits, of which some number the sequences; a user's may be any whole number
 
 Solver = Callable[[Recipe, Site], tuple[Method, Callable[[int, int], Count]]]
 
@@ -78,6 +79,11 @@ class DensePass:
         """The sequences that are run."""
         return self.tokens.rows[:MOST_SEQUENCES]
 
+    @property
+    def seed(self) -> int:
+        """The seed of all recipes."""
+        return self.recipes[0].seed % _SEEDS
+
     def costs(self) -> list[dict[str, Cost]]:
         """Return, for each recipe, the cost of every site that inputs have reached, by its name.
 
@@ -101,7 +107,7 @@ class DensePass:
         blocks, config, dtype = len(self.host.blocks), self.host.config, self.host.dtype
         most = self.team.tell(most_kept(rows, blocks, config, dtype))
         shelf = home_device(self.host.device, self.team.share(rows[:most]) * blocks, config, dtype)
-        return Tape(lanes, False, "sampled", self.recipes[0].seed, shelf, most, self.team)
+        return Tape(lanes, False, "sampled", self.seed, shelf, most, self.team)
 
     def _forward(self, lanes: Lanes, tape: Tape | None) -> list[dict[str, Loss]]:
         trials = [Trials(partial(self.solver, recipe), _shares(recipe)) for recipe in self.recipes]
@@ -111,7 +117,7 @@ class DensePass:
             return deal([_cost(group)], load) == [self.team.rank]
 
         for _, groups in self._blocks(lanes, tape):
-            of_block = losses(groups, self.host.weight, trials, self.recipes[0].seed, takes)
+            of_block = losses(groups, self.host.weight, trials, self.seed, takes)
             found = [before | more for before, more in zip(found, of_block, strict=True)]
         of_ranks = self.team.gather(found)
         return [{name: loss for part in parts for name, loss in part.items()} for parts in zip(*of_ranks, strict=True)]

@@ -55,8 +55,9 @@ what = options(
     click.option("--method", help=f"{METHODS}  [default: sparsegpt]"),
     click.option(
         "--pattern",
-        help="50% or 0.5 (unstructured), or N:M: N KEPT of every M; several with commas make OUT/50%, OUT/2of4, ..., in "
-        "one calibration pass through the dense model, or with presets and the like one after another  [default: 50%]",
+        help="50% or 0.5 (unstructured), or N:M: N KEPT of every M; of prune, several with commas make OUT/50%, OUT/2of4, "
+        "..., in one calibration pass through the dense model, or with presets and the like one after another  "
+        "[default: 50%]",
     ),
     click.option(
         "--comparison-group", help="Compare per row, layer, block (128 columns) or model  [default: the paper's]"
@@ -124,13 +125,23 @@ def recipe_options(recipe: str | None, values: dict[str, Any]) -> dict[str, Any]
 
     asked = given(values)
     if "method_option" in asked:
-        asked["method_options"] = dict(_pair("method-option", text, "damp=0.1") for text in asked.pop("method_option"))
+        asked["method_options"] = _pairs("method-option", asked.pop("method_option"), "damp=0.1")
     if "sparsity" in asked:
-        asked["sparsities"] = dict(_pair("sparsity", text, "*.down_proj.*=40%") for text in asked.pop("sparsity"))
+        asked["sparsities"] = _pairs("sparsity", asked.pop("sparsity"), "*.down_proj.*=40%")
     in_file = read_recipe(recipe) if recipe else {}
     if "method_options" in asked:
-        asked["method_options"] = (in_file.get("method_options") or {}) | asked["method_options"]
+        asked["method_options"] = in_file.get("method_options", {}) | asked["method_options"]
     return in_file | asked
+
+
+def _pairs(option: str, texts: tuple[str, ...], example: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, value = _pair(option, text, example)
+        if name in pairs:
+            raise RecipeError(f"--{option} '{name}' is given twice, as {pairs[name]} and {value}: leave one out")
+        pairs[name] = value
+    return pairs
 
 
 def _pair(option: str, text: str, example: str) -> tuple[str, str]:

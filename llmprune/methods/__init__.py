@@ -136,6 +136,7 @@ def _convert(name: str, option: str, value: Any, default: Any) -> Any:
         converted = type(default)(value)
     except (TypeError, ValueError, OverflowError):
         converted = None
-    if converted is None or (isinstance(value, float) and converted != value):  # 64.5 is no int, NaN nothing at all
+    inexact = isinstance(value, float) and converted != value  # 64.5 is no int, NaN nothing at all
+    if converted is None or inexact or (isinstance(value, bool) and converted is not value):
         raise RecipeError(f"method '{name}': {option}={value!r} is not a {type(default).__name__}")
     return converted

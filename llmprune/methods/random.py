@@ -20,5 +20,5 @@ class Random:
     comparison_groups: ClassVar[tuple[ComparisonGroup, ...]] = ("row", "layer", "block")
 
     def solve(self, weight_OI: Tensor, statistic: None, pattern: Pattern, generator: torch.Generator) -> Solution:
-        score_OI = torch.rand(weight_OI.shape, generator=generator).to(weight_OI.device)
+        score_OI = torch.rand(weight_OI.shape, generator=generator, dtype=torch.float32).to(weight_OI.device)
         return Solution.masked(weight_OI, pattern.keep(score_OI))

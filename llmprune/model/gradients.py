@@ -221,7 +221,7 @@ def _drawn(share_LV: Tensor, generator: torch.Generator) -> Tensor:
     if share_LV.is_cuda:  # where cumulative sums do not repeat to the bit
         return torch.multinomial(share_LV, 1, generator=generator)
     upto_LV = share_LV.cumsum(-1)
-    random_L1 = torch.rand(len(share_LV), 1, generator=generator, device=share_LV.device)
+    random_L1 = torch.rand(len(share_LV), 1, generator=generator, device=share_LV.device, dtype=share_LV.dtype)
     return torch.searchsorted(upto_LV, random_L1 * upto_LV[:, -1:], right=True).clamp_(max=share_LV.shape[1] - 1)
 
 

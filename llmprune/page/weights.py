@@ -63,12 +63,12 @@ def _samples(folder: Path, sites: set[str]) -> dict[str, list[Tensor]]:
 
 def _histogram(kind: str, before: list[Tensor] | None, after: list[Tensor]) -> Histogram:
     width = _REACH * float(torch.cat([part.flatten() for part in before or after]).std()) or 1.0
-    edges = torch.linspace(-width, width, BINS + 1).tolist()
+    edges = torch.linspace(-width, width, BINS + 1, dtype=torch.float32).tolist()
     return Histogram(kind, edges, None if before is None else _counts(before, width), _counts(after, width))
 
 
 def _counts(parts: list[Tensor], width: float) -> list[float]:
-    counts = torch.zeros(BINS)
+    counts = torch.zeros(BINS, dtype=torch.float32)
     for part in parts:
         counts += torch.histc(part[part != 0], BINS, -width, width)
     found: list[float] = counts.tolist()

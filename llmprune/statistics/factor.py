@@ -52,7 +52,8 @@ def factorize(hessian_II: Tensor, damp: float, kind: FactorKind = "inverse") -> 
             notes.append(f"not positive definite at damping {tried:g}, raised to {raised:g}")
             _log.warning("Gram matrix of %d inputs: %s", len(hessian_II), notes[-1])
     raise NumericalError(
-        f"the Gram matrix is not positive definite even at damping {ladder[-1]:g}: use more calibration"
+        f"the Gram matrix is not positive definite even at damping {ladder[-1]:g}: its inputs are out of the range of "
+        "float32, or it is no Gram matrix; --exclude it, or use --method wanda"
     )
 
 

@@ -197,7 +197,7 @@ class Gram:
         return math.fsum(_values(self.energy_O(weight_OI)))  # read at once, as a GPU stops for each answer
 
     def energy_O(self, weight_OI: Tensor) -> Tensor:
-        """Return the energy of each row w [outputs]: half of w H wᵀ, its squared outputs per sequence."""
+        """Return the energy of each row w [outputs]: half of w H wᵀ, its squared outputs per sequence; never below zero."""
         weight_OI = weight_OI.float()
         energy_O = weight_OI.new_zeros(len(weight_OI))
         tile = _GPU_TILE if self.device.type == "cuda" else _GRAM_TILE
@@ -208,7 +208,7 @@ class Gram:
                 if start:
                     product_OB.addmm_(weight_OI[:, :start], self.hessian_II[:start, start:stop])
             energy_O += product_OB.mul_(here_OB).sum(1)
-        return energy_O
+        return energy_O.clamp_min_(0)
 
     def move(self, device: torch.device) -> None:
         self._mean_II = self._mean_II.to(device)

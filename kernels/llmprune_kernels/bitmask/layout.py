@@ -119,7 +119,7 @@ def multiply(x_TI: Tensor, matrix: Bitmask, level: int | None = None) -> Tensor:
         x_TI = x_TI.float()
     missing = -matrix.inputs % _COLUMNS
     x_TI = functional.pad(x_TI, (0, missing)) if missing else x_TI.contiguous()
-    y_TO = torch.empty(len(x_TI), matrix.outputs)
+    y_TO = torch.empty(len(x_TI), matrix.outputs, dtype=torch.float32)
     native.bitmask_linear(
         *_addresses(matrix), matrix.outputs, matrix.inputs, TYPES[matrix.values.dtype],
         x_TI.data_ptr(), len(x_TI), y_TO.data_ptr(), torch.get_num_threads(), level,

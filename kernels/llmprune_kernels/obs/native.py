@@ -48,7 +48,7 @@ def prune_nm(block_BO: Tensor, upper_BB: Tensor, n: int, m: int) -> Tensor:
 
 
 def _paper(block_BO: Tensor, upper_BB: Tensor, keep_BO: Tensor, n: int, m: int) -> Tensor:
-    error_BO, upper_BB = torch.empty(block_BO.shape), upper_BB.contiguous()
+    error_BO, upper_BB = torch.empty_like(block_BO, memory_format=torch.contiguous_format), upper_BB.contiguous()
     matrices = (*_matrices(block_BO, upper_BB), keep_BO.data_ptr(), error_BO.data_ptr())
     _compiled().obs_paper(*matrices, *block_BO.shape, n, m, torch.get_num_threads(), cpu_level())
     return error_BO

@@ -27,9 +27,8 @@ logger = logging.getLogger(__name__)
 def runs_on(device: torch.device) -> bool:
     """Say whether the kernel compiles and runs there: Triton needs a C compiler, and not too old a GPU."""
     try:
-        prune_masked(
-            torch.ones(1, 1, device=device), torch.ones(1, 1, device=device), torch.ones(1, 1, device=device) > 0
-        )
+        one_11 = torch.ones(1, 1, dtype=torch.float32, device=device)
+        prune_masked(one_11, one_11.clone(), one_11 > 0)
     except Exception as error:  # whatever Triton, its compiler or the driver raises
         logger.warning("no Triton kernels on %s (%s): the recursion runs in torch, slower", device, str(error)[:200])
         return False
