@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import llmprune
 import tiny
-from llmprune import kernels
+from llmprune import kernels, methods
 from llmprune.errors import (
     CheckpointError,
     DataError,
