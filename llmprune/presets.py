@@ -11,22 +11,22 @@ from llmprune.errors import RecipeError, did_you_mean
 from llmprune.statistics import ColumnMoments, Gradient, Gram
 
 _TOWARDS_DENSE = {"true_sequential": True, "dense_target": "auto", "autocast": True}
-_FAST = {"arithmetic": "fast"}
+_SOLVER = {"arithmetic": "fast", "sampling_damp": 0.3}
 _BY_LOSS = {"allocation": "fisher"}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"method": "sparsegpt", "method_options": _FAST, **_TOWARDS_DENSE},
+    "fast": {"method": "sparsegpt", "method_options": _SOLVER, **_TOWARDS_DENSE},
     "balanced": {
         "method": "admm",
-        "method_options": {"iterations": 10, "stages": 3, "first_rho": 0.2, "refit": 2, **_FAST},
+        "method_options": {"iterations": 10, "stages": 3, "first_rho": 0.2, "refit": 2, **_SOLVER},
         **_TOWARDS_DENSE,
         **_BY_LOSS,
     },
-    "best": {"method": "admm", "method_options": _FAST, **_TOWARDS_DENSE, **_BY_LOSS, "tune_epochs": 10},
+    "best": {"method": "admm", "method_options": _SOLVER, **_TOWARDS_DENSE, **_BY_LOSS, "tune_epochs": 10},
 }
 # What is otherwise for N:M: such a sparsity is the same everywhere, so the time of sharing it out goes into the search.
 _OF_GROUPS: dict[str, dict[str, Any]] = {
-    "balanced": {"method_options": {"iterations": 20, "stages": 5, "first_rho": 0.2, "refit": 4, **_FAST}},
+    "balanced": {"method_options": {"iterations": 20, "stages": 5, "first_rho": 0.2, "refit": 4, **_SOLVER}},
 }
 
 

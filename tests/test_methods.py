@@ -290,6 +290,16 @@ def test_sparsegpt_follows_its_options(damp: float, block_size: int) -> None:
     torch.testing.assert_close(solution.weight_OI, expected_OI, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", [SparseGPT(), SparseGPT(arithmetic="fast"), ADMM(iterations=10, refit=3)], ids=repr)
+def test_few_tokens_add_to_the_damping(method: SparseGPT | ADMM) -> None:
+    weight_OI, pattern = weights(), Unstructured(0.5)
+    few_TI, single_TI = correlated(4 * INPUTS, INPUTS), correlated(1, INPUTS)
+    for x_TI, damp in ((few_TI, 0.01 + 0.2 / 4), (single_TI, 0.01 + 0.2)):
+        found = solved(replace(method, sampling_damp=0.2), weight_OI, x_TI, pattern)
+        assert torch.equal(found.weight_OI, solved(replace(method, damp=damp), weight_OI, x_TI, pattern).weight_OI)
+    assert not torch.equal(found.weight_OI, solved(method, weight_OI, single_TI, pattern).weight_OI)
+
+
 @pytest.mark.parametrize("remove", [1, 2, 4, 6])
 @pytest.mark.parametrize("seed", range(4))
 def test_sparsegpt_lies_between_the_best_removal_and_magnitudes(seed: int, remove: int) -> None:

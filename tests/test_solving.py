@@ -15,7 +15,8 @@ from llmprune.methods.wanda import Wanda
 from llmprune.patterns import Count, as_row_levels
 from llmprune.recipe import Recipe
 from llmprune.solving import checked_solution, energies, prune_matrix, seeded
-from llmprune.statistics import ColumnNorm, Gradient, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, FactorKind, Gradient, Gram
+from llmprune.statistics.factor import Factor, factorize
 
 CPU = torch.device("cpu")
 METHODS = llmprune.methods.names()
@@ -230,3 +231,18 @@ def test_rows_are_solved_as_large_as_their_errors_count(method: str, dtype: torc
 def test_rows_that_are_alike_have_no_levels() -> None:
     assert as_row_levels(torch.tensor([1.0, 1.0, 1.02]).log2()) == b""
     assert as_row_levels(torch.tensor([0.5, 1.0, 2.0]).log2()) == bytes([120, 128, 136])
+
+
+def test_one_factor_serves_a_dense_target_and_sparsegpt(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def counted(hessian_II: Tensor, damp: float, kind: FactorKind) -> Factor:
+        asked.append(damp)
+        return factorize(hessian_II, damp, kind)
+
+    monkeypatch.setattr("llmprune.statistics.gram.factorize", counted)
+    statistic, x_TI = CrossGram(32, CPU), matrix(64, seed=1)
+    statistic.add(x_TI, 1, x_TI + matrix(64, seed=2))
+    method = methods.get("sparsegpt", {"arithmetic": "fast", "sampling_damp": 0.1})
+    prune_matrix("a site", method, matrix(), statistic, Recipe.of({"method": method}).target(), 0, dense_target=0.5)
+    assert asked == [pytest.approx(0.01 + 0.1 * 32 / 64)]

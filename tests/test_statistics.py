@@ -237,6 +237,14 @@ def test_a_gram_is_factored_once_for_the_sites_that_share_it() -> None:
     assert statistic.factor(0.1).damp == 0.1
 
 
+def test_damping_by_tokens() -> None:
+    statistic = gram_of(inputs(40, 8))
+    assert statistic.damping(0.01, 0.0) == 0.01
+    assert statistic.damping(0.01, 0.5) == pytest.approx(0.01 + 0.5 * 8 / 40)
+    assert gram_of(inputs(2, 8)).damping(0.01, 0.5) == pytest.approx(0.51)  # as if there were a token for each input
+    assert Gram.from_matrix(torch.eye(8)).damping(0.01, 0.5) == 0.01  # of how many tokens is not known
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_target_solves_the_ridge_problem_towards_both_models(share: float) -> None:
     """min |G Wᵀ - P W*ᵀ|² + λ |W* - W|² with the mixed goal G Wᵀ, solved by stacking the ridge under the inputs."""
