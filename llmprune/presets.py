@@ -11,7 +11,7 @@ from llmprune.errors import RecipeError, did_you_mean
 from llmprune.statistics import ColumnMoments, Gradient, Gram
 
 _TOWARDS_DENSE = {"true_sequential": True, "dense_target": "auto", "autocast": True}
-_SOLVER = {"arithmetic": "fast", "sampling_damp": 0.3}
+_SOLVER = {"arithmetic": "fast", "sampling_damp": 0.5}
 _BY_LOSS = {"allocation": "fisher"}
 
 PRESETS: dict[str, dict[str, Any]] = {
