@@ -51,6 +51,8 @@ def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | Non
     if idle := [name for name in options if name not in _OF_ONE_MATRIX]:
         raise RecipeError(f"{idle[0]} means nothing for a single matrix: solve takes {', '.join(_OF_ONE_MATRIX)}")
     method, pattern = recipe.solver(), recipe.target()
+    if not isinstance(weight, Tensor):
+        raise PatternError(f"a matrix must be a torch.Tensor [outputs, inputs], not a {type(weight).__name__}")
     if weight.ndim != 2 or not weight.numel():
         raise PatternError(f"a matrix [outputs, inputs] is needed, not a tensor {list(weight.shape)}")
     if not weight.is_floating_point() or weight.element_size() < 2:

@@ -96,6 +96,13 @@ def test_a_method_object_will_do() -> None:
         (matrix(), matrix(1)[0], {"method": "dsnot"}, RecipeError, "must be inputs [tokens, 32], not [32]"),
         (matrix(), fed(Gram, matrix(9, 16)), {}, RecipeError, "of 16 inputs, the matrix has 32"),
         (matrix(), fed(ColumnNorm, matrix(9, 1)), {"method": "wanda"}, RecipeError, "of 1 inputs, the matrix has 32"),
+        (
+            matrix().tolist(),
+            matrix(9, 32),
+            {},
+            PatternError,
+            "a matrix must be a torch.Tensor [outputs, inputs], not a list",
+        ),
         (matrix()[0], matrix(), {}, PatternError, "a matrix [outputs, inputs] is needed, not a tensor [32]"),
         (matrix()[:, :0], matrix(9, 0), {}, PatternError, "a matrix [outputs, inputs] is needed, not a tensor [8, 0]"),
         (matrix(), matrix()[:0], {}, RecipeError, "the statistic has seen no inputs"),
