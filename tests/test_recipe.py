@@ -173,7 +173,8 @@ def test_a_method_object_is_taken_as_it_is() -> None:
     recipe = Recipe.of({"method": SparseGPT(damp=0.5)})
     assert recipe.solver() == SparseGPT(damp=0.5)
     assert recipe.to_json()["method"] == "sparsegpt"
-    assert recipe.to_json()["method_options"] == {"damp": 0.5, "block_size": 128, "arithmetic": "paper"}
+    told = {"damp": 0.5, "block_size": 128, "arithmetic": "paper", "sampling_damp": 0.0}
+    assert recipe.to_json()["method_options"] == told
     assert Recipe.of({"method": Magnitude()}).target() == Unstructured(0.5, "layer")
 
 
