@@ -104,19 +104,15 @@ def prune_matrix(
     where sums are rounded otherwise.
     """
     generator, rows_apart = seeded(seed, name), method.row_wise and pattern.row_wise
-    goal_of = _goal_of(method, statistic, dense_target if method.needs is Gram else 0.0)
+    goal_of = _goal_of(name, method, statistic, dense_target if method.needs is Gram else 0.0)
     measured = Retry(name, False, generator, reliefs(statistic, on_host))
     yardstick: float | None = None
     if not isinstance(statistic, Gradient):  # which knows no outputs of the matrix
-        with naming(name):
-            (yardstick,) = measured.solved(
-                weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, goal_of)
-            )
+        (yardstick,) = measured.solved(weight_OI, lambda all_OI: magnitude_error(all_OI, statistic, pattern, goal_of))
 
     def solve_rows(rows_OI: Tensor) -> _Part:
         here_OI = rows_OI.to(statistic.device) if statistic else rows_OI  # accelerate may keep weights off the GPU
-        with naming(name):
-            goal_OI = goal_of(here_OI)
+        goal_OI = goal_of(here_OI)
         solution = checked_solution(name, method, goal_OI, statistic, pattern, generator, rows_OI.dtype)
         zeros = int((solution.weight_OI == 0).sum())  # ten times as fast as count_nonzero
         part = _Part(zeros, energies(goal_OI, solution.weight_OI, statistic, solution.change_O), solution.notes)
@@ -132,12 +128,17 @@ def prune_matrix(
     return Outcome(sum(part.zeros for part in parts), error, tuple(notes), yardstick)
 
 
-def _goal_of(method: Method, statistic: Any, dense_target: DenseTarget) -> Goal:
+def _goal_of(name: str, method: Method, statistic: Any, dense_target: DenseTarget) -> Goal:
     """Return what makes of dense weights those without a pattern that the pruned ones are to come close to."""
     if not isinstance(statistic, CrossGram):
         return _as_they_are
     damp = statistic.damping(getattr(method, "damp", _TARGET_DAMP), getattr(method, "sampling_damp", 0.0))
-    return lambda weight_OI: statistic.target(weight_OI, dense_target, damp)
+
+    def goal_of(weight_OI: Tensor) -> Tensor:
+        with naming(name):
+            return statistic.target(weight_OI, dense_target, damp)
+
+    return goal_of
 
 
 def _as_they_are(weight_OI: Tensor) -> Tensor:

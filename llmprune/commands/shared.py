@@ -12,8 +12,8 @@ import click
 
 from llmprune.errors import RecipeError
 
-_METHOD_FILES = iter_modules([str(files("llmprune") / "methods")])  # their names: importing them takes torch
-METHODS = ", ".join(sorted(method.name for method in _METHOD_FILES))
+# The names of the files, as importing `llmprune.methods` takes torch.
+METHODS = ", ".join(sorted(method.name for method in iter_modules([str(files("llmprune") / "methods")])))
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -93,9 +93,8 @@ class ADMM:
             rho, products = self._rho(stage), self._products(stage, hessian_II.device)
             inverse = _pays_to_invert(hessian_II, self._share(stage) * len(target_OI), products)
             division = partial(_division, hessian_II, rho, inverse, products)
-            divided = (
-                kept.once((self.damp, self.sampling_damp, rho, inverse, products), division) if kept else division()
-            )
+            key = self.damp, self.sampling_damp, rho, inverse, products
+            divided = kept.once(key, division) if kept else division()
             dual_OI.mul_(before / rho)  # scaled by 1/rho
             for _ in range(self._share(stage)):
                 split_OI = dual_OI.add_(target_OI)
