@@ -11,7 +11,7 @@ from typing import Any
 from llmprune.cardheader import read_metadata
 from llmprune.checkpoint.compressed import holds_compressed, size_in_bytes
 from llmprune.errors import CheckpointError
-from llmprune.runs import command_of, update_run
+from llmprune.runs import command_of, replace_text, update_run
 
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 NOBODY = "none"  # what a user gives as the base model where that is on no Hub
@@ -49,7 +49,7 @@ def write_card(folder: Path, run: dict[str, Any], repo: str, base: str | None, i
     if not run.get(_WRITTEN):
         _set_aside(folder)
     if not run.get(_WRITTEN) or not path.is_file() or GENERATED.encode() in path.read_bytes():
-        path.write_text(card_text(folder, run, repo, base, inherited), "utf-8")
+        replace_text(path, card_text(folder, run, repo, base, inherited))
         update_run(folder, **{_WRITTEN: True})
     metadata = read_metadata(path)
     found = _UNFILLED.search(path.read_text("utf-8"))

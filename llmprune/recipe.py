@@ -131,6 +131,8 @@ class Recipe:
             raise RecipeError(f"tune_rate must be a number above 0, not {self.tune_rate!r}")
         if self.tune_epochs and self.solver().needs is None:
             raise RecipeError(f"{methods.name_of(self.solver())} needs no calibration: leave out tune_epochs")
+        if self.tune_epochs and self.samples == 1:
+            raise RecipeError("tune_epochs holds out a tenth of the samples: ask for more of them, or tune_epochs 0")
 
     def _require_dense_target(self) -> None:
         if self.dense_target != "auto" and not (is_number(self.dense_target) and 0 <= self.dense_target <= 1):

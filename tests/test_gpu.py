@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import llmprune
 import tiny
 from llmprune import kernels
+from llmprune.checkpoint.pinned import on_host
 from llmprune.model import lanes, memory
 from llmprune.sparse.bench import twin
 from llmprune.sparse.forms import CuSparseLt, Form, Fragments, Pairs, Rows, Step, gpu_forms
@@ -250,15 +251,14 @@ def test_hidden_states_wait_in_pinned_memory_where_the_gpu_is_too_small(
     options: dict[str, Any] = {"method": "wanda", "calibration": tiny.ids(6, 24), "device": "cuda"}
     llmprune.prune(source, tmp_path / "on the GPU", **options)
     pinned: list[bool] = []
-    to_pinned = lanes._to_pinned
 
     def watched(tensor: Tensor) -> Tensor:
-        moved = to_pinned(tensor)
+        moved = on_host(tensor)
         pinned.append(moved.is_pinned())
         return moved
 
     monkeypatch.setattr(memory, "_HIDDEN_SHARE", 0.0)
-    monkeypatch.setattr(lanes, "_to_pinned", watched)
+    monkeypatch.setattr(lanes, "on_host", watched)
     llmprune.prune(source, tmp_path / "on the host", **options)
     assert pinned and all(pinned)
     ours, theirs = weights(tmp_path / "on the GPU"), weights(tmp_path / "on the host")

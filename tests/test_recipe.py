@@ -113,6 +113,7 @@ def test_an_unknown_option_gets_the_nearest_name(name: str, near: str) -> None:
         ({"sparsities": {4: "40%"}}, "sparsities: a glob must be text, not 4"),
         ({"allocation_range": True}, "allocation_range must be a number between 0 and 1, not True"),
         ({"tune_rate": True}, "tune_rate must be a number above 0, not True"),
+        ({"preset": "best", "samples": 1}, "tune_epochs holds out a tenth of the samples: ask for more"),
         ({"comparison_group": "rows"}, "unknown comparison_group 'rows': did you mean 'row'"),
         ({"comparison_group": 5}, "unknown comparison_group '5'"),
         ({"comparison_group": "layer"}, "sparsegpt cannot compare per layer: it takes row, block"),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from llmprune.checkpoint import durable
 from llmprune.checkpoint.compressed import DENSE_CONFIG, compress_shards, compressed_config
 from llmprune.checkpoint.journal import this_process
+from llmprune.checkpoint.pinned import on_host
 from llmprune.checkpoint.place import Place, announced, described, folder_id, is_committed, pruned
 from llmprune.checkpoint.source import CONFIG, Source
 from llmprune.errors import CheckpointError, Interrupted, LlmpruneError, NumericalError, UnsupportedModelError
@@ -105,7 +106,7 @@ class Sink:
         entry = self.copy.entries[name]
         if tuple(tensor.shape) != entry.shape:
             raise AssertionError(f"{name}: shape {tuple(tensor.shape)} written over {entry.shape}")
-        data = _on_host(tensor.detach().to(entry.torch_dtype).contiguous()).view(-1).view(torch.uint8).numpy()
+        data = on_host(tensor.detach().to(entry.torch_dtype).contiguous()).view(-1).view(torch.uint8).numpy()
         with _writing(entry.file, f"write {name} to"):
             durable.overwrite(entry.file, entry.start, data.data)
         self._written[self.copy.place_of(entry)] = xxhash.xxh3_64(data.data).intdigest()
@@ -119,7 +120,7 @@ class Sink:
                 if tensor.device.type == "cpu":
                     self.write(name, tensor)
                 else:
-                    jobs.append(writers.submit(self.write, name, _on_host(tensor.detach())))
+                    jobs.append(writers.submit(self.write, name, on_host(tensor.detach())))
             for job in jobs:
                 job.result()
 
@@ -235,13 +236,6 @@ class Sink:
 
     def _target(self, path: Path) -> Path:
         return self.place.model / path.relative_to(self._source.folder)
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy in host memory; from a GPU through pinned memory, which is several times as fast."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 @contextmanager

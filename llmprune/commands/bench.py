@@ -22,14 +22,14 @@ from llmprune.commands.shared import given, imports, json_option, of_model, show
 def bench(model: str, plot: Path | None, save: bool, as_json: bool, **options: Any) -> None:
     """Compare MODEL dense and sparse: tokens a second, memory, and the kernel that runs for each shape."""
     with imports():
-        from llmprune.runs import add_speed, read_run
+        from llmprune.runs import add_speed, read_run, replace_text
         from llmprune.sparse.bench import bench as run
 
     if save:
         read_run(model)  # before the work: it has to be an output folder
     found = run(model, **given(options))
     if plot is not None:
-        plot.write_text(found.plot(), "utf-8")
+        replace_text(plot, found.plot())
     if save:
         add_speed(model, found.to_json())
     show(found, as_json)

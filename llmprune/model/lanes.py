@@ -21,6 +21,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from llmprune.checkpoint.pinned import on_host
 from llmprune.errors import UnsupportedModelError
 from llmprune.model.precision import multiplying_in
 from llmprune.model.sites import Stage
@@ -213,7 +214,7 @@ class Lanes:
     def _send_home(self, output: Any) -> Any:
         """Move a stage's output to where lanes wait; from a GPU to the host through pinned memory."""
         if self.home.type == "cpu":
-            return recursively_apply(_to_pinned, output)
+            return recursively_apply(on_host, output)
         return send_to_device(output, self.home)
 
     def _start(self, batch: Tensor) -> None:
@@ -271,12 +272,6 @@ class Lanes:
         self._arrivals.clear()
         self._provided.clear()
         self._modes.close()
-
-
-def _to_pinned(tensor: Tensor) -> Tensor:
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

@@ -103,9 +103,8 @@ class Outline:
         self._set(name, filled)
 
     def _set(self, name: str, value: Tensor) -> None:
-        names = [name, *(target for target, source in self._tied.items() if source == name)]
         parameter = nn.Parameter(value, requires_grad=False)
-        for path, _, own in (each.rpartition(".") for each in names):
+        for path, _, own in (each.rpartition(".") for each in Ties(self._tied, ()).names(name)):
             self.model.get_submodule(path)._parameters[own] = parameter
 
 

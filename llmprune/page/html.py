@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from llmprune.page import png
+from llmprune.runs import replace_text
 
 
 def document(title: str, sections: Sequence[str]) -> str:
@@ -22,7 +23,7 @@ def document(title: str, sections: Sequence[str]) -> str:
 
 def write(path: Path, page: str) -> Path:
     """Write a page, and its figures as PNG files where that is possible; return where it is."""
-    path.write_text(page, "utf-8")
+    replace_text(path, page)
     if png.can_draw():
         png.write_figures(path)
     return path
