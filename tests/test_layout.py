@@ -17,6 +17,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.errors", "llmprune_kernels"},
     {"llmprune.team"},
     {"llmprune.kernels", "llmprune.progress"},
+    {"llmprune.selection"},
     {"llmprune.patterns"},
     {"llmprune.statistics", "llmprune.allocation", "llmprune.refit"},
     {"llmprune.methods"},
@@ -54,7 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.progress": {"llmprune.team"},
     "llmprune_kernels": set(),
     "llmprune.kernels": {"llmprune_kernels"},
-    "llmprune.patterns": {"llmprune.errors", "llmprune.kernels"},
+    "llmprune.selection": {"llmprune.kernels"},
+    "llmprune.patterns": {"llmprune.errors", "llmprune.selection"},
     "llmprune.statistics": {"llmprune.errors", "llmprune.kernels", "llmprune.patterns"},
     "llmprune.refit": {"llmprune.kernels", "llmprune.patterns"},
     "llmprune.methods": {
