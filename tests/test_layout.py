@@ -27,7 +27,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.recipe"},
     {"llmprune.recipefiles", "llmprune.planning", "llmprune.retrying"},
     {"llmprune.solving"},
-    {"llmprune.budget", "llmprune.tuning"},
+    {"llmprune.budget", "llmprune.tuning", "llmprune.single"},
     {"llmprune.inspection", "llmprune.runs", "llmprune.uploading", "llmprune.batching"},
     {"llmprune.cardheader", "llmprune.privacy"},
     {"llmprune.card", "llmprune.page"},
