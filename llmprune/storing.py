@@ -7,11 +7,12 @@ import torch
 
 from llmprune.checkpoint import ALLOCATION, Sink, Source
 from llmprune.checkpoint.sink import difference
+from llmprune.environment import hardware, versions
 from llmprune.errors import RankError
 from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
-from llmprune.report import Report, SiteReport, hardware, versions
+from llmprune.report import Report, SiteReport
 from llmprune.team.team import Team
 from llmprune.tuning import BlockTuning
 

@@ -17,7 +17,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.errors", "llmprune_kernels"},
     {"llmprune.team"},
     {"llmprune.kernels", "llmprune.progress"},
-    {"llmprune.selection"},
+    {"llmprune.selection", "llmprune.environment"},
     {"llmprune.patterns"},
     {"llmprune.statistics", "llmprune.allocation", "llmprune.refit"},
     {"llmprune.methods"},
@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune_kernels": set(),
     "llmprune.kernels": {"llmprune_kernels"},
     "llmprune.selection": {"llmprune.kernels"},
+    "llmprune.environment": {"llmprune.kernels"},
     "llmprune.patterns": {"llmprune.errors", "llmprune.selection"},
     "llmprune.statistics": {"llmprune.errors", "llmprune.kernels", "llmprune.patterns"},
     "llmprune.refit": {"llmprune.kernels", "llmprune.patterns"},
@@ -98,6 +99,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.recipefiles": {"llmprune.errors", "llmprune.recipe"},
     "llmprune.sparse": {
         "llmprune.checkpoint",
+        "llmprune.environment",
         "llmprune.errors",
         "llmprune.locate",
         "llmprune.model",
@@ -105,8 +107,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "llmprune.page",
         "llmprune.planning",
         "llmprune.progress",
-        "llmprune.recipe",
-        "llmprune.report",
         "llmprune_kernels",
     },
 }
