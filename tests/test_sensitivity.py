@@ -17,11 +17,11 @@ import torch
 import llmprune
 import tiny
 from llmprune import cli, runs
+from llmprune.branch import Branch
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import compress
 from llmprune.errors import CheckpointError, DataError, Interrupted, PatternError, RecipeError
 from llmprune.report import SiteReport
-from llmprune.run import Run
 from llmprune.storing import OnDisk
 from llmprune_eval import sensitivity as room
 from llmprune_eval import sweep as sweep_room
@@ -278,13 +278,13 @@ def test_a_sweep_goes_on_where_it_was(
     out = Path(shutil.copytree(swept[1], tmp_path / "sweep"))
     shutil.rmtree(out / "wanda-2of4")
     solved = list[str]()
-    solve_site = Run.solve_site
+    solve_site = Branch.solve_site
 
-    def counted_solve(run: Run, site: Any, *rest: Any) -> SiteReport:
-        solved.append(str(run.recipe.pattern))
-        return solve_site(run, site, *rest)
+    def counted_solve(branch: Branch, site: Any, *rest: Any) -> SiteReport:
+        solved.append(str(branch.recipe.pattern))
+        return solve_site(branch, site, *rest)
 
-    monkeypatch.setattr(Run, "solve_site", counted_solve)
+    monkeypatch.setattr(Branch, "solve_site", counted_solve)
     found = llmprune.sweep(folder, out, **SWEEP)
     assert solved == ["2:4"] * tiny.BLOCKS * 7
     assert [row.perplexity for row in found.rows] == [row.perplexity for row in swept[0].rows]
