@@ -9,7 +9,7 @@ from typing import Any
 from llmprune import patterns
 from llmprune.apart import prune_apart
 from llmprune.branch import SOLVE
-from llmprune.checkpoint.compressed import holds_compressed
+from llmprune.checkpoint.format import holds_compressed
 from llmprune.determinism import repeatable
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.opening import Output
