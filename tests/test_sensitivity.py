@@ -24,7 +24,7 @@ from llmprune.errors import CheckpointError, DataError, Interrupted, PatternErro
 from llmprune.report import SiteReport
 from llmprune.storing import OnDisk
 from llmprune_eval import sensitivity as room
-from llmprune_eval import sweep as sweep_room
+from llmprune_eval import table
 
 DATA = [row.tolist() for row in tiny.ids(5, 20)]
 
@@ -224,9 +224,9 @@ def test_the_size_is_that_of_the_compressed_tensors(swept: tuple[Any, Path], tmp
 
 def test_the_best_rows_are_those_that_no_other_beats(swept: tuple[Any, Path]) -> None:
     rows = swept[0].rows
-    row = sweep_room.Row("wanda", "50%", 0.5, 90, 20.0, 0.1, 0.9, 0.1, 1.0, "out", decode=95.0)
+    row = table.Row("wanda", "50%", 0.5, 90, 20.0, 0.1, 0.9, 0.1, 1.0, "out", decode=95.0)
     slow, fast, small = row, replace(row, decode=101.0), replace(row, size=110, decode=None)
-    marked = sweep_room._marked([slow, fast, small], dense=10.0, size=100, decode=100.0)
+    marked = table.mark_best([slow, fast, small], dense=10.0, size=100, decode=100.0)
     assert [(row.smallest, row.fastest) for row in marked] == [(True, False), (True, True), (False, False)]
     for row in rows:
         beaten = any(other.size <= row.size and other.perplexity < row.perplexity for other in rows)
