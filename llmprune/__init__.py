@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmprune.publishing import push as push
     from llmprune.recipe import Recipe as Recipe
     from llmprune.report import Report as Report
-    from llmprune.solving import solve as solve
+    from llmprune.single import solve as solve
     from llmprune.sparse.quantizer import SparseConfig as SparseConfig
     from llmprune.sparse.sparsify import densify as densify
     from llmprune.sparse.sparsify import sparsify as sparsify
@@ -56,7 +56,7 @@ _HOMES = {
     "prune": "llmprune.pruning",
     "push": "llmprune.publishing",
     "sensitivity": "llmprune_eval.sensitivity",
-    "solve": "llmprune.solving",
+    "solve": "llmprune.single",
     "sweep": "llmprune_eval.sweep",
     "sparsify": "llmprune.sparse.sparsify",
 }

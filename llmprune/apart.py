@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+from llmprune.branch import Branch
 from llmprune.checkpoint import Sink
 from llmprune.errors import saying_what_is_kept
 from llmprune.locate import require_own_name
@@ -61,8 +62,9 @@ def _prune(opened: Opened, out: Path, recipe: Recipe, output: Output, team: Team
         if team.leads:
             with report.clock.phase("copy"):
                 sink.copy_source()
-        store, kind = (OnDisk if team.leads else Beside)(host, sink, report), run_of(recipe)
-        kind(host, plan, tokens, recipe, opened.home, report, store, team=team, chooser=opened.chooser).prune()
+        store = (OnDisk if team.leads else Beside)(host, sink, report)
+        branch = Branch(recipe, plan, report, store, host.weight, team=team)
+        run_of(recipe).of(branch, host, tokens, opened.home, opened.chooser).prune()
         if team.leads:
             sink.commit(report.to_json())
     report.out = out

@@ -1,25 +1,21 @@
-"""The branches of a calibration pass: each solves the same blocks in its own way, and none changes the model."""
+"""A pass for several results: branches solve the same blocks, each in its own way, and none changes the model."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from llmprune.branch import SOLVE, Branch
 from llmprune.checkpoint import Sink
 from llmprune.model import Streamed
 from llmprune.model.groups import Group
 from llmprune.model.sites import Site, Stage
-from llmprune.patterns import Pattern
 from llmprune.planning import Plan
-from llmprune.portions import Loads, Portions
-from llmprune.report import Report, SiteReport
+from llmprune.report import Report
 from llmprune.run import Run
-from llmprune.storing import OnDisk
-
-SOLVE = "solve"  # the phase whose time each branch counts for itself; all others are shared
+from llmprune.storing import OnDisk, Store
 
 
 class OnBranch(OnDisk):
@@ -43,10 +39,6 @@ class OnBranch(OnDisk):
         shared.memory |= report.memory
         shared.retries.extend(retry for retry in report.retries if retry not in shared.retries)
         report.memory, report.retries = shared.memory, shared.retries
-
-    def lacks(self, site: Site) -> bool:
-        """Say whether the stage of a site is still to be pruned."""
-        return not self.has(self._stage_of[site.tensor])
 
     def weight(self, site: Site) -> Tensor:
         """Return the branch's own matrix [outputs, inputs], dense until it is overwritten."""
@@ -94,50 +86,11 @@ class BesideBranch(OnBranch):
         pass
 
 
-@dataclass
-class Branch:
-    """One result of a pass: the run that it would be alone, where its matrices go, and who solves which.
-
-    With several ranks those that a rank has solved of a stage wait for its end.
-    """
-
-    run: Run
-    store: OnBranch
-    portions: Portions
-    patterns: dict[str, Pattern] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, run: Run, store: OnBranch, loads: Loads) -> "Branch":
-        """Return the branch; `loads` is what ranks have to do for those before it."""
-        solver = run.recipe.solver()
-        portions = Portions(run.team, store.weight, run.plan, solver, run.report, loads, store.solved)
-        return cls(run, store, portions)
-
-    @property
-    def solving(self) -> float:
-        """Seconds that were needed to solve."""
-        return self.run.report.clock.seconds.get(SOLVE, 0.0)
-
-    def solve(self, group: Group) -> None:
-        """Solve the sites of a group in this branch's way, as far as they are this rank's."""
-        for site in group.sites:
-            if self.store.lacks(site):
-                self.portions.take(site, partial(self._solved, site, group))
-
-    def _solved(self, site: Site, group: Group) -> SiteReport:
-        return self.run.solve_site(site, self.store.weight(site), group, self.patterns[site.name])
-
-
 class Branches:
     """The store of a pass: a stage is kept when every branch has kept it, and is always recalled as it was."""
 
-    allocation: dict[str, Any] | None = None  # each branch has its own
-
-    def __init__(self, host: Streamed, stores: Sequence[OnBranch]) -> None:
+    def __init__(self, host: Streamed, stores: Sequence[Store]) -> None:
         self._host, self._stores = host, stores
-
-    def keep_allocation(self, allocation: dict[str, Any]) -> None:
-        """Nothing to take: each branch keeps its own."""
 
     @property
     def batch_size(self) -> int:
@@ -168,35 +121,33 @@ class Branches:
 
 @dataclass(frozen=True)
 class Pass(Run):
-    """A run through the dense model whose groups are solved by branches, one after another."""
+    """A run through the dense model for several results, whose matrices are copies of the model's.
 
-    branches: tuple[Branch, ...] = ()
+    With several ranks those that a rank has solved of a stage wait for its end.
+    """
 
     def prune(self) -> None:
         super().prune()
+        self.report.close(self.plan)
         for branch in self.branches:
-            report = branch.run.report
-            report.clock.seconds |= self.report.clock.seconds
-            branch.run.close()
-            report.notes.extend(note for note in self.report.notes if note not in report.notes)
+            branch.report.clock.seconds |= self.report.clock.seconds
+            branch.report.notes.extend(note for note in self.report.notes if note not in branch.report.notes)
 
-    def patterns(self) -> dict[str, Pattern]:
-        for branch in self.branches:
-            branch.patterns = branch.run.patterns()
-        return {}
+    def _settle(self) -> None:
+        """Nothing to bring: the blocks are run as they are."""
 
-    def _solve(self, groups: Iterable[Group], patterns: dict[str, Pattern]) -> None:
-        before = [branch.solving for branch in self.branches]
-        for group in groups:
-            for branch in self.branches:
-                branch.solve(group)
-        with self.exchanging():
-            for branch in self.branches:
-                branch.portions.settle()
+    def _solve(self, stage: Stage, groups: Iterable[Group]) -> None:
+        before = [_solving(branch) for branch in self.branches]
+        super()._solve(stage, groups)
         self._add_up(before)
 
     def _add_up(self, before: Sequence[float]) -> None:
         """Let the time that each branch has solved since `before`, its time then, be the sum over all ranks."""
-        took = self.team.gather([branch.solving - then for branch, then in zip(self.branches, before, strict=True)])
+        took = self.team.gather([_solving(branch) - then for branch, then in zip(self.branches, before, strict=True)])
         for branch, then, *of_ranks in zip(self.branches, before, *took, strict=True):
-            branch.run.report.clock.seconds[SOLVE] = then + sum(of_ranks)
+            branch.report.clock.seconds[SOLVE] = then + sum(of_ranks)
+
+
+def _solving(branch: Branch) -> float:
+    """Return the seconds that were needed to solve."""
+    return branch.report.clock.seconds.get(SOLVE, 0.0)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.cardheader import read_metadata
-from llmprune.checkpoint.compressed import holds_compressed, size_in_bytes
+from llmprune.checkpoint.compressed import size_in_bytes
+from llmprune.checkpoint.format import holds_compressed
 from llmprune.errors import CheckpointError
 from llmprune.runs import command_of, replace_text, update_run
 

@@ -12,7 +12,6 @@ from llmprune.errors import RecipeError
 from llmprune.model import Lanes
 from llmprune.model.collect import Collector
 from llmprune.model.memory import fits_side_by_side, parameter_bytes, statistics_budget
-from llmprune.model.sharing import collector_of
 from llmprune.planning import Host, Plan, asks_autocast, multiplied_in, sums_inputs
 from llmprune.recipe import Recipe
 from llmprune.statistics import CrossGram
@@ -92,15 +91,15 @@ class Feed:
                 f"a dense target holds the activations of {tokens} tokens, too many here: ask for fewer samples"
             )
         statistic = CrossGram if self.recipe.dense_target else needs
-        return collector_of(
-            self.team,
+        return Collector(
             lanes,
             statistic,
             budget,
-            settle,
             true_sequential=self.recipe.true_sequential,
             side_by_side=fits,
             dense_stream=dense_stream,
+            team=self.team,
+            settle=settle,
         )
 
     @property

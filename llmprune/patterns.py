@@ -1,6 +1,6 @@
 """Which weights of a matrix may stay: unstructured sparsity and N:M.
 
-Shape suffixes: O outputs, I inputs, R rows of a selection, C candidates in a row. `keep` is boolean, True stays.
+Shape suffixes: O outputs, I inputs, B inputs of a block of columns, R rows of a part. `keep` is boolean, True stays.
 N:M always means N kept of every M consecutive inputs; some tools mean N removed.
 
 A comparison group is the set of weights that compete for the same budget: `row` (one output), `layer` (the whole
@@ -11,17 +11,15 @@ import re
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llmprune import kernels
 from llmprune.errors import PatternError
+from llmprune.selection import highest, lowest, lowest_of_rows
 
 ComparisonGroup = Literal["row", "layer", "block", "model"]
 COMPARISON_GROUPS: tuple[ComparisonGroup, ...] = get_args(ComparisonGroup)
 BLOCK_COLUMNS = 128
-_CHUNK_ELEMENTS = 1 << 20  # selection copies its scores; a chunk of rows bounds the copy to 4 MiB
 
 _LEVELS = 8  # of a row's scale, between one power of two and the next
 _LEVEL_OF_ONE = 128  # the byte that stands for a scale of 1
@@ -137,7 +135,7 @@ class Count:
     def keep(self, score_OI: Tensor) -> Tensor:
         rows, columns = score_OI.shape
         if self.group == "row":
-            return ~_lowest_of_rows(score_OI, self._of_rows(rows))
+            return ~lowest_of_rows(score_OI, self._of_rows(rows))
         if self.group == "block":
             return torch.cat([self.keep_block(score_OI[:, s:e], s) for s, e in column_blocks(columns)], dim=1)
         return ~lowest(score_OI.reshape(1, -1), self.removed).view(rows, columns)
@@ -147,7 +145,7 @@ class Count:
         columns, stop = self.total // rows, start + width
         if self.group == "row":
             counts = self._of_rows(rows)
-            return ~_lowest_of_rows(score_OB, [_share(count, columns, start, stop) for count in counts])
+            return ~lowest_of_rows(score_OB, [_share(count, columns, start, stop) for count in counts])
         return ~lowest(score_OB.reshape(1, -1), _share(self.removed, columns, start, stop)).view(rows, width)
 
     def check(self, keep_OI: Tensor) -> None:
@@ -213,11 +211,7 @@ class NM:
         return f"has {columns} inputs, not divisible by {self.m}" if columns % self.m else None
 
     def keep(self, score_OI: Tensor) -> Tensor:
-        score_GM = score_OI.reshape(-1, self.m)
-        if is_on_cpu(score_OI):
-            keep_GM = kernels.keep_highest_of_groups(score_GM, self.n)
-            return (~lowest(score_GM, self.m - self.n) if keep_GM is None else keep_GM).view(score_OI.shape)
-        return kernels.keep_highest(score_GM.T.contiguous(), self.n).T.reshape(score_OI.shape)
+        return highest(score_OI.reshape(-1, self.m), self.n).reshape(score_OI.shape)
 
     def keep_block(self, score_OB: Tensor, start: int) -> Tensor:
         return self.keep(score_OB)
@@ -280,72 +274,6 @@ def _share(count: int, parts: int, start: int, stop: int) -> int:
     return count * stop // parts - count * start // parts
 
 
-def _lowest_of_rows(score_RC: Tensor, counts: list[int]) -> Tensor:
-    """Mark the lowest scores of every row, of each as many as `counts` has for it."""
-    marked_RC, counts_R = torch.zeros_like(score_RC, dtype=torch.bool), torch.tensor(counts, device=score_RC.device)
-    for count in sorted(set(counts)):
-        rows = (counts_R == count).nonzero().squeeze(1)
-        marked_RC[rows] = lowest(score_RC[rows], count)
-    return marked_RC
-
-
 def as_numbers(keep_OI: Tensor) -> Tensor:
     """Return a mask, seen as zeros and ones: torch multiplies by these three times as fast as by booleans."""
     return keep_OI.view(torch.uint8)
-
-
-def is_on_cpu(tensor: Tensor) -> bool:
-    """Say whether a tensor is where answers that decide what comes next cost nothing."""
-    return tensor.device.type == "cpu"
-
-
-def lowest(score_RC: Tensor, count: int) -> Tensor:
-    """Mark the `count` lowest scores of every row: exactly that many, among equals the lowest index first.
-
-    A selection, not a sort: O(C) per row; on the CPU in chunks of rows so that the extra memory stays bounded.
-    """
-    rows, candidates = score_RC.shape
-    if count == 0:
-        return torch.zeros_like(score_RC, dtype=torch.bool)
-    if not is_on_cpu(score_RC):
-        return kernels.lowest(score_RC, count)
-    step = max(1, _CHUNK_ELEMENTS // candidates)
-    if rows <= step:
-        return _lowest(score_RC, count)
-    return torch.cat([_lowest(chunk, count) for chunk in score_RC.split(step)])
-
-
-def _lowest(score_RC: Tensor, count: int) -> Tensor:
-    kth_R1 = _kth_smallest(score_RC, count)
-    marked_RC = score_RC <= kth_R1
-    excess_R = _count_true(marked_RC) - count
-    if bool((excess_R == 0).all()):
-        return marked_RC
-    tied = excess_R.nonzero().squeeze(1)  # only the rows in which equal scores straddle the threshold
-    marked_RC[tied] = _break_ties(score_RC[tied], kth_R1[tied], count)
-    return marked_RC
-
-
-def _break_ties(score_RC: Tensor, kth_R1: Tensor, count: int) -> Tensor:
-    below_RC, equal_RC = score_RC < kth_R1, score_RC == kth_R1
-    missing_R1 = count - _count_true(below_RC).unsqueeze(1)
-    return below_RC | (equal_RC & (equal_RC.cumsum(1, dtype=torch.int32) <= missing_R1))
-
-
-def _kth_smallest(score_RC: Tensor, count: int) -> Tensor:
-    if len(score_RC) == 1 and kernels.selects(score_RC):
-        return torch.full((1, 1), kernels.kth_smallest(score_RC, count), dtype=score_RC.dtype)
-    # numpy's vectorised partition: three times torch's kthvalue
-    rows = np.partition(_exact(score_RC).numpy(), count - 1, axis=1)
-    return torch.from_numpy(rows[:, count - 1 : count].copy())
-
-
-def _exact(score_RC: Tensor) -> Tensor:
-    """Return the scores, unchanged in value, in a dtype that numpy knows."""
-    return score_RC if score_RC.dtype == torch.float64 else score_RC.float()
-
-
-def _count_true(mask_RC: Tensor) -> Tensor:
-    if len(mask_RC) == 1:  # without an axis it counts eight times as fast
-        return torch.tensor([np.count_nonzero(mask_RC.numpy())])
-    return torch.from_numpy(np.count_nonzero(mask_RC.numpy(), axis=1))

@@ -8,6 +8,7 @@ from typing import Any
 from llmprune import forecast
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.source import CONFIG, has_weights, read_fields
+from llmprune.environment import hardware, versions
 from llmprune.errors import RecipeError
 from llmprune.forecast import Part, Workload
 from llmprune.locate import locate
@@ -19,7 +20,7 @@ from llmprune.options import require_whole
 from llmprune.planning import Plan, make_plan, multiplied_in
 from llmprune.progress import size_text
 from llmprune.recipe import Recipe
-from llmprune.report import hardware, left_dense_text, versions
+from llmprune.report import left_dense_text
 
 
 @dataclass(frozen=True)

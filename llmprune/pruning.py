@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any, overload
 
 from llmprune.apart import prune_apart, run_of
+from llmprune.branch import Branch
+from llmprune.budget import Chooser
 from llmprune.determinism import repeatable
 from llmprune.errors import RecipeError
 from llmprune.model import Resident
@@ -130,9 +132,11 @@ def _prune_in_place(model: Any, tokenizer: Any, recipe: Recipe) -> Report:
         require_finite(site.name, host.weight(site))
     report = Report.begin(model.name_or_path or type(model).__name__, recipe.to_json(), host, plan, tokens)
     store = InMemory(host, report, once=recipe.dense_stream or recipe.needs is Gradient)
+    branch = Branch(recipe, plan, report, store, host.weight)
+    chooser = Chooser(branch.team, host, tokens, host.home, [recipe])
     try:
         with current(host.device):
-            run_of(recipe)(host, plan, tokens, recipe, host.home, report, store).prune()
+            run_of(recipe).of(branch, host, tokens, host.home, chooser).prune()
     except BaseException:
         store.go_back()  # every block is as it was, or pruned
         raise

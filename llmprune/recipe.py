@@ -119,6 +119,8 @@ class Recipe:
         self._require_dense_target()
         overrides.require_valid(self, self.overrides, self.sparsities)
         self._require_allocation()
+        self._require_one_statistic()
+        self._require_something_to_share()
         self._require_tuning()
 
     @property
@@ -148,6 +150,9 @@ class Recipe:
             raise RecipeError(f"unknown allocation '{self.allocation}': {hint}")
         if not is_number(self.allocation_range) or not 0 < self.allocation_range < 1:
             raise RecipeError(f"allocation_range must be a number between 0 and 1, not {self.allocation_range!r}")
+
+    def _require_one_statistic(self) -> None:
+        """One kind of statistic is collected in a run, which all methods and the allocation share."""
         if self.needs is Gradient:
             self._require_gradients()
         elif self.needs is Gram and ColumnMoments in self._needed:
@@ -156,6 +161,9 @@ class Recipe:
             )
         if ColumnMoments in self._needed and self.allocation in ("error", "fisher"):
             raise RecipeError(f"allocation '{self.allocation}' solves from Gram matrices, dsnot from means: use owl")
+
+    def _require_something_to_share(self) -> None:
+        """What sites differ in must be theirs to have: N:M is the same everywhere, and a model's budget is one."""
         pattern = self.target()
         stated = [name for name in ("sparsities", "overrides") if getattr(self, name)]
         stated += [f"allocation '{self.allocation}'"] if self.allocation != "uniform" else []
@@ -169,13 +177,11 @@ class Recipe:
 
     def _require_gradients(self) -> None:
         """Gradients are those of the dense model, and come in the reverse order of blocks."""
-        parts = [self, *(overrides.changed(self, changes) for changes in self.overrides.values())]
-        solvers = [part.solver() for part in parts]
-        name = next(methods.name_of(solver) for solver in solvers if solver.needs is Gradient)
+        name = next(methods.name_of(solver) for solver in self._solvers if solver.needs is Gradient)
         for option in ("true_sequential", "tune_epochs"):
             if getattr(self, option):
                 raise RecipeError(f"{name} takes the dense model's gradients: leave out {option}")
-        if any(solver.needs not in (Gradient, None) for solver in solvers):
+        if self._needed - {Gradient, None}:
             raise RecipeError(
                 f"{name} prunes from the last block to the first: no overrides with methods that see inputs"
             )
@@ -198,8 +204,13 @@ class Recipe:
 
     @property
     def _needed(self) -> set[Any]:
+        return {solver.needs for solver in self._solvers}
+
+    @property
+    def _solvers(self) -> list[Method]:
+        """The methods of all sites."""
         parts = [self, *(overrides.changed(self, changes) for changes in self.overrides.values())]
-        return {part.solver().needs for part in parts}
+        return [part.solver() for part in parts]
 
     @property
     def calibrates(self) -> bool:

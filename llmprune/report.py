@@ -1,22 +1,18 @@
 """What a run leaves behind: which weights were pruned, at what cost, from what, in what time and memory."""
 
-import platform
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmprune.calibration import Tokens
+from llmprune.environment import hardware, peak_memory, versions
 from llmprune.errors import RecipeError
-from llmprune.kernels import compiled_level
 from llmprune.model.sites import Site
 from llmprune.patterns import Pattern
 from llmprune.planning import Host, Plan
@@ -29,17 +25,6 @@ if TYPE_CHECKING:
     from llmprune.uploading import Published
 
 _SHOWN_NOTES = 8  # a mixture may have one for each of a thousand experts
-_PACKAGES = (
-    "llmprune",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "triton",
-)
 
 
 @dataclass(frozen=True)
@@ -311,27 +296,3 @@ def left_dense_text(reasons: Mapping[str, str]) -> str:
     """Return how many tensors stay dense, and for which reasons, in words; `reasons` are by the tensors' names."""
     listed = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons.values()).most_common())
     return f"{len(reasons)} tensors beside norms and biases" + (f": {listed}" if listed else "")
-
-
-def peak_memory() -> dict[str, int]:
-    """Return the most memory the process has occupied so far, in bytes, on the host and on the GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"host": host, "device": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the result."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """Return what the run ran on; `kernels` is the level of instructions that the compiled ones use, 0 without them."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu, "kernels": compiled_level()}

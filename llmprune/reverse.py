@@ -16,7 +16,6 @@ from llmprune.model.gradients import Tape
 from llmprune.model.groups import Group
 from llmprune.model.memory import home_device, most_kept, out_of_memory_in
 from llmprune.model.sites import Stage
-from llmprune.patterns import Pattern
 from llmprune.progress import Progress
 from llmprune.run import Run
 
@@ -27,7 +26,7 @@ _UNREACHED = ("no token reached it: solved by magnitude",)
 class ReverseRun(Run):
     """A run whose sites are solved from their `Gradient`, the last block first."""
 
-    def _stream(self, patterns: dict[str, Pattern]) -> None:
+    def _stream(self) -> None:
         rows = self._rows()
         with closing(self._reversed_stages(self.team.share(rows))) as stages:
             while True:
@@ -38,7 +37,7 @@ class ReverseRun(Run):
                 if stage in self.plan.stages and not self.store.has(stage):
                     sites = self.plan.sites.get(stage.name, [])
                     self.store.begin(stage, sites)
-                    self._solve(groups, patterns)
+                    self._solve(stage, groups)
                     with self.report.clock.phase("write"):
                         self.store.keep(stage, sites)
         if self.tokens and len(rows) < len(self.tokens.rows):

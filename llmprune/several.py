@@ -8,8 +8,8 @@ from typing import Any
 
 from llmprune import patterns
 from llmprune.apart import prune_apart
-from llmprune.branches import SOLVE
-from llmprune.checkpoint.compressed import holds_compressed
+from llmprune.branch import SOLVE
+from llmprune.checkpoint.format import holds_compressed
 from llmprune.determinism import repeatable
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.opening import Output

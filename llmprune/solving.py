@@ -1,4 +1,4 @@
-"""One matrix: solve it, check what came out, measure what it costs."""
+"""One matrix of a run: solve it, check what came out, measure what it costs."""
 
 import hashlib
 import math
@@ -9,61 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmprune.errors import PatternError, RecipeError, naming
+from llmprune.errors import naming
 from llmprune.methods import Method, Solution
 from llmprune.model.sites import out_of_range, require_finite
 from llmprune.patterns import NM, Count, Pattern, Unstructured, as_numbers
-from llmprune.recipe import Recipe
 from llmprune.retrying import Retry, reliefs
-from llmprune.statistics import ColumnMoments, ColumnNorm, CrossGram, DenseTarget, Gradient, Gram
+from llmprune.statistics import ColumnNorm, CrossGram, DenseTarget, Gradient, Gram
 
 ROW_CHUNK = 1 << 20  # weights of which copies in fp32 are held at once
 _SAMPLED_ROWS = 128  # of a matrix, from which the error of magnitude is taken
 _GPU_ROW_CHUNK = 1 << 26  # on a GPU, which small pieces leave idle
-_OF_ONE_MATRIX = ("preset", "method", "pattern", "comparison_group", "method_options", "seed")
 _TARGET_DAMP = 0.01  # of methods without a damping of their own; that of SparseGPT has one factor serve both
 Goal = Callable[[Tensor], Tensor]
-
-
-@torch.no_grad()
-def solve(weight: Tensor, statistic: Tensor | ColumnNorm | Gram | Gradient | None = None, **options: Any) -> Solution:
-    """Prune one matrix with the maths that `prune` uses.
-
-    Args:
-        weight: [outputs, inputs], any floating dtype of 16 bits or more; not modified.
-        statistic: what the method needs of the inputs: a `ColumnNorm`, or a `Gram`, which serves for both; or a tensor:
-            the inputs themselves [tokens, inputs], their Gram matrix XᵀX (symmetric, [inputs, inputs]), or, for methods
-            that need no more, their norms [inputs]. For `dsnot` the inputs, or a `llmprune.statistics.ColumnMoments`;
-            for `taylor` the gradient of the loss [outputs, inputs], or a `llmprune.statistics.Gradient`. None for
-            methods that need nothing.
-        options: `method`, `pattern`, `comparison_group`, `method_options`, `seed` as in `llmprune.Recipe`, or `preset`.
-
-    Returns:
-        `weight_OI` [outputs, inputs] in the dtype of `weight`, with +0.0 for what was removed; `keep_OI`, the mask, True
-        for what stays; and `notes`, such as that the damping had to be raised.
-
-    Raises:
-        RecipeError: an option is wrong, or the statistic is missing or of the wrong kind.
-        PatternError: the pattern does not fit the matrix, or it is no matrix of floating point numbers.
-        NumericalError: a weight or the statistic is not finite.
-    """
-    recipe = Recipe.of(options)
-    if idle := [name for name in options if name not in _OF_ONE_MATRIX]:
-        raise RecipeError(f"{idle[0]} means nothing for a single matrix: solve takes {', '.join(_OF_ONE_MATRIX)}")
-    method, pattern = recipe.solver(), recipe.target()
-    if not isinstance(weight, Tensor):
-        raise PatternError(f"a matrix must be a torch.Tensor [outputs, inputs], not a {type(weight).__name__}")
-    if weight.ndim != 2 or not weight.numel():
-        raise PatternError(f"a matrix [outputs, inputs] is needed, not a tensor {list(weight.shape)}")
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise PatternError(f"floating point numbers of 16 bits or more are needed, not a matrix of {weight.dtype}")
-    if why := pattern.misfit(*weight.shape):
-        raise PatternError(f"the matrix {why}")
-    require_finite("the matrix", weight)
-    generator = seeded(recipe.seed, "the matrix")
-    return checked_solution(
-        "the matrix", method, weight, _fed(method, statistic, weight), pattern, generator, weight.dtype
-    )
 
 
 @dataclass(frozen=True)
@@ -232,54 +189,6 @@ def _chunks(weight_OI: Tensor) -> tuple[Tensor, ...]:
     size = _GPU_ROW_CHUNK if weight_OI.device.type == "cuda" else ROW_CHUNK
     chunks: tuple[Tensor, ...] = weight_OI.split(max(1, size // weight_OI.shape[1]))
     return chunks
-
-
-def _fed(method: Method, statistic: Any, weight: Tensor) -> ColumnNorm | Gram | Gradient | None:
-    needs = method.needs
-    if needs is None:
-        return None
-    if issubclass(needs, Gradient):
-        return _gradient_of(statistic, weight)
-    if isinstance(statistic, Tensor):
-        statistic = _from_tensor(needs, statistic.to(weight.device), weight.shape[1])
-    known = (needs,) if needs is ColumnMoments else (needs, Gram)  # a Gram also knows the column norms, but no means
-    if not isinstance(statistic, known):
-        raise RecipeError(f"{type(method).__name__} needs calibration inputs or a {needs.__name__} as its statistic")
-    if not statistic.sequences:
-        raise RecipeError("the statistic has seen no inputs: add some, or use --method magnitude, which needs none")
-    if statistic.inputs != weight.shape[1]:
-        raise RecipeError(f"the statistic is of {statistic.inputs} inputs, the matrix has {weight.shape[1]}")
-    statistic.require_finite("the matrix")
-    return statistic
-
-
-def _gradient_of(statistic: Any, weight_OI: Tensor) -> Gradient:
-    if isinstance(statistic, Tensor) and statistic.shape == weight_OI.shape:
-        statistic = Gradient.from_gradient(statistic.to(weight_OI.device))
-    if (
-        not isinstance(statistic, Gradient)
-        or statistic.square_OI is None
-        or statistic.square_OI.shape != weight_OI.shape
-    ):
-        raise RecipeError(f"a gradient of the loss {list(weight_OI.shape)}, or a Gradient with its squares, is needed")
-    statistic.require_finite("the matrix")
-    return statistic
-
-
-def _from_tensor(needs: type[ColumnNorm] | type[Gram], tensor: Tensor, inputs: int) -> ColumnNorm | Gram:
-    if tensor.ndim == 1 and len(tensor) == inputs and needs is ColumnNorm:
-        return ColumnNorm.from_norms(tensor)
-    if tensor.ndim != 2 or tensor.shape[1] != inputs:
-        other = "" if needs is ColumnMoments else " or a Gram matrix"
-        raise RecipeError(f"the statistic must be inputs [tokens, {inputs}]{other}, not {list(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise RecipeError(f"the statistic must be of floating point numbers, not of {tensor.dtype}")
-    if tensor.shape[0] == inputs and needs is not ColumnMoments and torch.allclose(tensor, tensor.T):
-        return Gram.from_matrix(tensor) if needs is Gram else ColumnNorm.from_norms(tensor.diagonal().sqrt())
-    statistic = needs(inputs, tensor.device)
-    if len(tensor):
-        statistic.add(tensor, 1)
-    return statistic
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

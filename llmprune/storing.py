@@ -7,11 +7,12 @@ import torch
 
 from llmprune.checkpoint import ALLOCATION, Sink, Source
 from llmprune.checkpoint.sink import difference
+from llmprune.environment import hardware, versions
 from llmprune.errors import RankError
 from llmprune.model import Resident, Streamed
 from llmprune.model.originals import Backup
 from llmprune.model.sites import Site, Stage
-from llmprune.report import Report, SiteReport, hardware, versions
+from llmprune.report import Report, SiteReport
 from llmprune.team.team import Team
 from llmprune.tuning import BlockTuning
 
@@ -23,14 +24,9 @@ class Store(Protocol):
 
     Attributes:
         batch_size: sequences a forward, 0 as long as nobody has set it; a resumed run goes on with the same.
-        allocation: what an earlier run that was interrupted has kept of it.
     """
 
     batch_size: int
-    allocation: dict[str, Any] | None
-
-    def keep_allocation(self, allocation: dict[str, Any]) -> None:
-        """Take the allocation, plain values, for a resumed run to go on with."""
 
     def has(self, stage: Stage) -> bool:
         """Say whether the stage was kept before, be it by an earlier run that was interrupted."""
@@ -46,6 +42,19 @@ class Store(Protocol):
 
     def go_back(self) -> bool:
         """Undo what was done of a stage that was not kept; False if the model cannot be run from its start again."""
+
+
+class ResultStore(Store, Protocol):
+    """Takes all that is to be kept of one result.
+
+    Attributes:
+        allocation: what an earlier run that was interrupted has kept of it.
+    """
+
+    allocation: dict[str, Any] | None
+
+    def keep_allocation(self, allocation: dict[str, Any]) -> None:
+        """Take the allocation, plain values, for a resumed run to go on with."""
 
 
 class _Undoing:

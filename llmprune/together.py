@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llmprune import methods
-from llmprune.branches import BesideBranch, Branch, Branches, OnBranch, Pass
+from llmprune.branch import Branch
+from llmprune.branches import BesideBranch, Branches, OnBranch, Pass
 from llmprune.checkpoint import Sink
 from llmprune.model.memory import out_of_memory_in
 from llmprune.opening import Opened, Output, open_model
@@ -21,7 +22,6 @@ from llmprune.options import current
 from llmprune.portions import Loads
 from llmprune.recipe import Recipe
 from llmprune.report import Report
-from llmprune.run import Run
 from llmprune.statistics import ColumnNorm, Gram
 from llmprune.storing import fingerprint, require_alike
 from llmprune.team.team import Team
@@ -78,8 +78,8 @@ def prune_together(
         for out, recipe in recipes.items():
             sinks[out].done = team.tell(sinks[out].done)
             store = (OnBranch if team.leads else BesideBranch)(host, plans[out], sinks[out], reports[out], shared)
-            run = Run(host, plans[out], tokens, recipe, home, reports[out], store, thrift, team=team, chooser=chooser)
-            branches.append(Branch.of(run, store, loads))
+            weight, solved = store.weight, store.solved
+            branches.append(Branch(recipe, plans[out], reports[out], store, weight, thrift, team, loads, solved))
         with shared.clock.phase("load"), out_of_memory_in("what surrounds the blocks"):
             host.open(home)
         if team.leads:
@@ -87,7 +87,7 @@ def prune_together(
                 for sink in sinks.values():
                     sink.copy_source()
         stores = Branches(host, [branch.store for branch in branches])
-        Pass(host, plan, tokens, widest, home, shared, stores, thrift, tuple(branches), team=team).prune()
+        Pass(host, plan, tokens, widest, home, shared, stores, tuple(branches), chooser, thrift, team).prune()
         for out, sink in reversed(sinks.items()):  # the first one last, as it tells what is kept
             if team.leads:
                 sink.commit(reports[out].to_json())

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "eval"), str(ROOT /
 import transformers  # noqa: E402
 
 import zoo  # noqa: E402
-from llmprune.report import versions  # noqa: E402
+from llmprune.environment import versions  # noqa: E402
 from zoo.check import DTYPES, Row  # noqa: E402
 from zoo.isolated import Job, run  # noqa: E402
 

@@ -49,9 +49,9 @@ from safetensors.torch import save_file
 import llmprune
 from bench_memory import INDEX, INIT_STD, Llama, block_shapes
 from bench_peers import Row, machine, say
+from llmprune.environment import hardware, peak_memory, versions
 from llmprune.errors import one_line
 from llmprune.presets import PRESETS
-from llmprune.report import hardware, peak_memory, versions
 from llmprune.statistics import CrossGram, Gram
 
 VOCABULARY = 32000

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmprune.environment import hardware, versions
 from llmprune.patterns import parse
-from llmprune.report import hardware, versions
 from llmprune.sparse.bench import linear_bytes, twin
 from llmprune.sparse.forms import CuSparseLt, Form, Fragments, Pairs, Rows, is_two_four
 from llmprune.sparse.machine import machine_of

@@ -40,9 +40,9 @@ from torch.nn import functional
 import llmprune
 from llmprune.checkpoint.compressed import compress
 from llmprune.checkpoint.unpacked import open_dense
+from llmprune.environment import hardware, versions
 from llmprune.locate import demo_folder
 from llmprune.patterns import parse
-from llmprune.report import hardware, versions
 from llmprune.sparse.bench import measure, weight_bytes
 from llmprune.sparse.running import load
 from llmprune_kernels.bitmask.layout import Bitmask

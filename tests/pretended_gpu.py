@@ -393,13 +393,11 @@ def _is_gpu(device: Any) -> bool:
     return isinstance(device, int) or torch.device(device).type == "cuda"
 
 
-def _generator(gpu: PretendedGpu) -> Any:
-    real = torch.Generator
+class _Generator(torch.Generator):
+    """A class, as what torch imports meanwhile writes types with it."""
 
-    def generator(device: Any = "cpu") -> torch.Generator:
-        return real("cpu")
-
-    return generator
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 class _Event:
@@ -444,7 +442,7 @@ def pretended_gpu(backing: str = "cpu", gibibytes: float = GIBIBYTES) -> Iterato
             stack.enter_context(mock.patch.object(triton, "runs_on", lambda device: True))
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        stack.enter_context(mock.patch.object(torch, "Generator", _generator(gpu)))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.dict("os.environ", {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
         stack.enter_context(_Calls(gpu))
         stack.enter_context(_Operations(gpu))

@@ -19,7 +19,8 @@ from transformers.quantizers import auto
 import llmprune
 import tiny
 from llmprune.checkpoint import packed
-from llmprune.checkpoint.compressed import DENSE_CONFIG, compress, decompress
+from llmprune.checkpoint.compressed import compress, decompress
+from llmprune.checkpoint.format import DENSE_CONFIG
 from llmprune.errors import CheckpointError, RecipeError
 from llmprune.sparse import register
 from llmprune.sparse.linear import SparseLinear

@@ -124,7 +124,7 @@ def test_rows_compete_by_what_their_errors_cost(
         met[name] = pattern
         return prune_matrix(name, method, weight_OI, statistic, pattern, *rest)
 
-    monkeypatch.setattr("llmprune.run.prune_matrix", see)
+    monkeypatch.setattr("llmprune.branch.prune_matrix", see)
     options: dict[str, Any] = {"pattern": pattern, "calibration": IDS, "comparison_group": group}
     options |= {"preset": "balanced"} if pattern == "2:4" else {"method": "admm", "allocation": "fisher"}
     fisher = fisher_of(made) if pattern == "50%" and group is None else {}

@@ -299,7 +299,8 @@ def test_an_input_that_is_changed_in_place_is_told_from_what_it_was() -> None:
     model.block, model.forward = block, lambda input_ids, use_cache: block()
     stage = Stage("block", block)
     expected = [x[0].T @ x[0], (x[0] * scale).T @ (x[0] * scale)]
-    for options in ({}, {"true_sequential": True}, {"true_sequential": True, "side_by_side": True}):
+    ways: list[dict[str, Any]] = [{}, {"true_sequential": True}, {"true_sequential": True, "side_by_side": True}]
+    for options in ways:
         with Lanes(model, [stage, Stage("end", nn.Identity())], [tiny.ids(1, 9)], CPU, lambda stage: CPU) as lanes:
             grams = [
                 matrix(g.statistic).clone()

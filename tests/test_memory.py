@@ -223,7 +223,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_block_leaves_one_report_on_each
             raise MemoryError
         return plain(name, *rest)
 
-    monkeypatch.setattr("llmprune.run.prune_matrix", prune_matrix)
+    monkeypatch.setattr("llmprune.branch.prune_matrix", prune_matrix)
     if in_place:
         model = tiny.load(source)
         report = llmprune.prune(model, calibration=IDS)
@@ -308,7 +308,7 @@ def test_a_loaded_model_that_cannot_be_finished_has_no_block_that_is_pruned_in_p
         done.append(name)
         return plain(name, *rest)
 
-    monkeypatch.setattr("llmprune.run.prune_matrix", prune_matrix)
+    monkeypatch.setattr("llmprune.branch.prune_matrix", prune_matrix)
     with pytest.raises(ResourceError, match=r"out of memory in model\.layers\.1\.mlp\.down_proj\.weight"):
         llmprune.prune(model, calibration=IDS, true_sequential=True, dense_target=dense_target)
     assert any("layers.1" in name for name in done)

@@ -11,7 +11,8 @@ from torch import Tensor
 import oracle
 from llmprune import patterns
 from llmprune.errors import PatternError
-from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Count, Pattern, Unstructured, lowest, parse
+from llmprune.patterns import COMPARISON_GROUPS, NM, ComparisonGroup, Count, Pattern, Unstructured, parse
+from llmprune.selection import lowest
 
 NM_PATTERNS = [NM(2, 4), NM(4, 8), NM(1, 4), NM(3, 5), NM(16, 32), NM(64, 128)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -101,7 +102,7 @@ def test_the_selection_does_not_depend_on_its_chunks(
 ) -> None:
     score_RC = scores(13, 48, distinct=distinct)
     whole = lowest(score_RC, 20)
-    monkeypatch.setattr(patterns, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("llmprune.selection._CHUNK_ELEMENTS", chunk)
     assert torch.equal(lowest(score_RC, 20), whole)
 
 

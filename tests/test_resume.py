@@ -114,7 +114,7 @@ def test_a_run_that_is_resumed_does_not_solve_again(tmp_path: Path, monkeypatch:
         solved.append(name)
         return plain(name, *rest)
 
-    monkeypatch.setattr("llmprune.run.prune_matrix", record)
+    monkeypatch.setattr("llmprune.branch.prune_matrix", record)
     llmprune.prune(source, tmp_path / "out", resume=True, calibration=IDS)
     assert {name.split(".")[2] for name in solved} == {"2"}
 

@@ -56,7 +56,7 @@ def test_scores_that_differ_in_the_last_bit_are_told_apart() -> None:
 def test_patterns_choose_the_same_on_a_gpu(pattern: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     score_OI = torch.randint(0, 40, (7, 304), generator=torch.Generator().manual_seed(0)).float()
     expected_OI = pattern.keep(score_OI)
-    monkeypatch.setattr("llmprune.patterns.is_on_cpu", lambda tensor: False)
+    monkeypatch.setattr("llmprune.selection.is_on_cpu", lambda tensor: False)
     assert torch.equal(pattern.keep(score_OI), expected_OI)
 
 

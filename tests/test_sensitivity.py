@@ -17,14 +17,14 @@ import torch
 import llmprune
 import tiny
 from llmprune import cli, runs
+from llmprune.branch import Branch
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.compressed import compress
 from llmprune.errors import CheckpointError, DataError, Interrupted, PatternError, RecipeError
 from llmprune.report import SiteReport
-from llmprune.run import Run
 from llmprune.storing import OnDisk
 from llmprune_eval import sensitivity as room
-from llmprune_eval import sweep as sweep_room
+from llmprune_eval import table
 
 DATA = [row.tolist() for row in tiny.ids(5, 20)]
 
@@ -224,9 +224,9 @@ def test_the_size_is_that_of_the_compressed_tensors(swept: tuple[Any, Path], tmp
 
 def test_the_best_rows_are_those_that_no_other_beats(swept: tuple[Any, Path]) -> None:
     rows = swept[0].rows
-    row = sweep_room.Row("wanda", "50%", 0.5, 90, 20.0, 0.1, 0.9, 0.1, 1.0, "out", decode=95.0)
+    row = table.Row("wanda", "50%", 0.5, 90, 20.0, 0.1, 0.9, 0.1, 1.0, "out", decode=95.0)
     slow, fast, small = row, replace(row, decode=101.0), replace(row, size=110, decode=None)
-    marked = sweep_room._marked([slow, fast, small], dense=10.0, size=100, decode=100.0)
+    marked = table.mark_best([slow, fast, small], dense=10.0, size=100, decode=100.0)
     assert [(row.smallest, row.fastest) for row in marked] == [(True, False), (True, True), (False, False)]
     for row in rows:
         beaten = any(other.size <= row.size and other.perplexity < row.perplexity for other in rows)
@@ -278,13 +278,13 @@ def test_a_sweep_goes_on_where_it_was(
     out = Path(shutil.copytree(swept[1], tmp_path / "sweep"))
     shutil.rmtree(out / "wanda-2of4")
     solved = list[str]()
-    solve_site = Run.solve_site
+    solve_site = Branch.solve_site
 
-    def counted_solve(run: Run, site: Any, *rest: Any) -> SiteReport:
-        solved.append(str(run.recipe.pattern))
-        return solve_site(run, site, *rest)
+    def counted_solve(branch: Branch, site: Any, *rest: Any) -> SiteReport:
+        solved.append(str(branch.recipe.pattern))
+        return solve_site(branch, site, *rest)
 
-    monkeypatch.setattr(Run, "solve_site", counted_solve)
+    monkeypatch.setattr(Branch, "solve_site", counted_solve)
     found = llmprune.sweep(folder, out, **SWEEP)
     assert solved == ["2:4"] * tiny.BLOCKS * 7
     assert [row.perplexity for row in found.rows] == [row.perplexity for row in swept[0].rows]

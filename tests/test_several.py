@@ -14,7 +14,8 @@ import torch
 import llmprune
 import tiny
 from llmprune import cli, runs, several
-from llmprune.branches import SOLVE, Pass
+from llmprune.branch import SOLVE
+from llmprune.branches import OnBranch, Pass
 from llmprune.checkpoint.compressed import compress, compress_shards
 from llmprune.errors import CheckpointError, LlmpruneError, PatternError, RecipeError
 from llmprune.model import Streamed
@@ -175,14 +176,29 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(NAMES)
 
 
+def test_memory_that_runs_out_while_a_matrix_is_written_leaves_each_result_as_it_would_be(
+    folders: dict[str, Path], whole: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, asked = OnBranch._write, list[str]()
+
+    def fail_once(store: OnBranch, site: Any) -> None:
+        asked.append(site.name)
+        if len(asked) == 5:
+            raise MemoryError
+        write(store, site)
+
+    monkeypatch.setattr(OnBranch, "_write", fail_once)
+    reports: Any = llmprune.prune(folders["llama"], tmp_path / "out", pattern=PATTERNS, **OPTIONS)
+    for one, other in zip(reports, whole, strict=True):
+        assert len(one.retries) == 1
+        assert one.sites == other.sites and same_weights(one.out, other.out)
+
+
 def test_time_to_solve_is_that_of_all_ranks_once() -> None:
     """Also of what a resumed pass has been told of, which all ranks know."""
     team = SimpleNamespace(gather=lambda mine: [mine, [0.5, 0.25]])
     clocks = [Clock({SOLVE: 10.0 + 1.0}), Clock({SOLVE: 2.0})]  # the first has taken ten seconds before, the other none
-    branches = [
-        SimpleNamespace(run=SimpleNamespace(report=SimpleNamespace(clock=clock)), solving=clock.seconds[SOLVE])
-        for clock in clocks
-    ]
+    branches = [SimpleNamespace(report=SimpleNamespace(clock=clock)) for clock in clocks]
     Pass._add_up(SimpleNamespace(team=team, branches=branches), [10.0, 0.0])  # type: ignore[arg-type]
     assert [clock.seconds[SOLVE] for clock in clocks] == [10.0 + 1.0 + 0.5, 2.0 + 0.25]
 

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING
 
 from llmprune.page import html, svg
 from llmprune.page.svg import Axis, Series, percent, plain
-
-DECODING = "decoding on the CPU, one sequence, layers sparse where that is faster"  # what speeds of a sweep are
+from llmprune_eval.table import DECODING, Row, Sweep
 
 if TYPE_CHECKING:
     from llmprune_eval.sensitivity import Sensitivity
-    from llmprune_eval.sweep import Row, Sweep
 
 
 def sensitivity_page(result: "Sensitivity") -> str:
@@ -51,7 +49,7 @@ def _figure(title: str, label: str, series: list[Series], caption: str, format: 
     return html.figure(title, svg.chart(title, x, y, series), caption, svg.legend(series))
 
 
-def sweep_page(result: "Sweep") -> str:
+def sweep_page(result: Sweep) -> str:
     """Return the sweep as one HTML page: perplexity against size and against decoding speed, and the table."""
     by_size = {row: row.size / 1e6 for row in result.rows}
     by_speed = {row: row.decode for row in result.rows if row.decode is not None}
@@ -76,7 +74,7 @@ def sweep_page(result: "Sweep") -> str:
 
 
 def _front(
-    title: str, label: str, result: "Sweep", values: "dict[Row, float]", dense: float | None, mark: str, caption: str
+    title: str, label: str, result: Sweep, values: dict[Row, float], dense: float | None, mark: str, caption: str
 ) -> str:
     """Return the rows as points, and the line through those that no other row beats."""
     if not values or dense is None:
@@ -94,11 +92,11 @@ def _front(
     return html.figure(title, svg.chart(title, x, y, shown, names=True), caption, svg.legend(shown))
 
 
-def _by_method(rows: "list[Row]") -> "dict[str, list[Row]]":
+def _by_method(rows: list[Row]) -> dict[str, list[Row]]:
     return {method: [row for row in rows if row.method == method] for method in dict.fromkeys(r.method for r in rows)}
 
 
-def _cells(row: "Row") -> list[str]:
+def _cells(row: Row) -> list[str]:
     decode = "" if row.decode is None else f"{row.decode:.1f}"
     return [
         row.method, row.pattern, percent(row.left), f"{row.size / 1e6:.1f} MB", f"{row.perplexity:.2f}",

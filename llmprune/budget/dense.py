@@ -27,10 +27,10 @@ from llmprune.budget.outliers import block_shares, outlier_share
 from llmprune.calibration import Tokens
 from llmprune.methods import Method
 from llmprune.model import Lanes
+from llmprune.model.collect import Collector
 from llmprune.model.gradients import Tape
 from llmprune.model.groups import Group
 from llmprune.model.memory import home_device, most_kept, parameter_bytes, statistics_budget
-from llmprune.model.sharing import collector_of
 from llmprune.model.sites import Site, Stage
 from llmprune.patterns import Count, as_row_levels
 from llmprune.planning import Host
@@ -166,7 +166,7 @@ class DensePass:
         blocks = self.host.blocks
         largest = max(parameter_bytes(block.module) for block in blocks)
         budget = self.team.tell(statistics_budget(largest, self.host.device))
-        collector = collector_of(self.team, lanes, Gram, budget, stays_dense=True)
+        collector = Collector(lanes, Gram, budget, stays_dense=True, team=self.team)
         with Progress(len(blocks), "measuring", "block") as bar:
             for index, stage in enumerate(blocks):
                 self.host.load(stage)

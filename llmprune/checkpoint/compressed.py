@@ -19,18 +19,24 @@ import numpy as np
 
 from llmprune.checkpoint import durable
 from llmprune.checkpoint.folder import appearing
+from llmprune.checkpoint.format import (
+    DENSE_CONFIG,
+    DENSE_HEADER,
+    compressed_config,
+    dense_header,
+    header_text,
+    is_compressed,
+    metadata_of,
+    require_readable,
+)
 from llmprune.checkpoint.header import TensorEntry, read_header
 from llmprune.checkpoint.packed import Bytes, Layout, can_pack, matrix_of, pack, values_of
 from llmprune.checkpoint.place import require_place
-from llmprune.checkpoint.source import CONFIG, Source, read_fields
+from llmprune.checkpoint.source import CONFIG, Source
 from llmprune.errors import CheckpointError
 from llmprune.progress import Progress
 from llmprune_kernels.bitmask.layout import expand
 
-METHOD = "llmprune"
-FORMAT, FORMAT_VERSION = "bitmask", 1
-DENSE_CONFIG = "config.dense.json"
-_HEADER = "llmprune.dense_header"
 _ALIGNED = 8  # bytes: where tensors and headers begin
 
 
@@ -92,17 +98,12 @@ def compress_shards(shards: Iterable[Path]) -> None:
     shards = list(shards)
     with Progress(len(shards), "compressing", "file") as bar:
         for shard in shards:
-            if _HEADER not in _metadata(shard):
+            if DENSE_HEADER not in metadata_of(shard):
                 small = shard.with_name(f"{shard.name}.small")
                 _compress_shard(shard, small, _packed_sizes(read_header(shard)))
                 durable.sync(small)
                 os.replace(small, shard)
             bar.step()
-
-
-def compressed_config(config: dict[str, Any]) -> str:
-    """Return the config.json of a compressed checkpoint, given what that of the dense one holds."""
-    return json.dumps(config | {"quantization_config": _description()}, indent=2, ensure_ascii=False) + "\n"
 
 
 def least_sparsity(size: int) -> float:
@@ -145,44 +146,6 @@ def decompress(folder: Path, out: Path, overwrite: bool = False) -> None:
             bar.step()
 
 
-def is_compressed(config: dict[str, Any]) -> bool:
-    """Say whether a checkpoint's configuration is that of a compressed one."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
-
-
-def holds_compressed(folder: Path) -> bool:
-    """Say whether a folder holds a compressed checkpoint.
-
-    Raises:
-        CheckpointError: as `read_fields`.
-    """
-    return is_compressed(read_fields(folder))
-
-
-def require_readable(source: Source) -> None:
-    """Raise CheckpointError unless the checkpoint is compressed in a format that this llmprune reads."""
-    if not is_compressed(source.config):
-        raise CheckpointError(f"{source.folder} is not compressed by llmprune: nothing to decompress")
-    require_version(source.config["quantization_config"], str(source.folder))
-    if not (source.folder / DENSE_CONFIG).is_file():
-        raise CheckpointError(f"{source.folder} lacks {DENSE_CONFIG}: download or compress it again")
-
-
-def require_version(quantization: dict[str, Any], name: str) -> None:
-    """Raise CheckpointError for a format that only a newer llmprune knows."""
-    found = (quantization.get("format"), quantization.get("version"))
-    if found != (FORMAT, FORMAT_VERSION):
-        raise CheckpointError(
-            f"{name} is compressed in format {found[0]} {found[1]}, this llmprune reads {FORMAT} {FORMAT_VERSION}: "
-            "upgrade it"
-        )
-
-
-def _description() -> dict[str, Any]:
-    return {"quant_method": METHOD, "format": FORMAT, "version": FORMAT_VERSION}
-
-
 def _require_dense(source: Source) -> None:
     if is_compressed(source.config):
         raise CheckpointError(f"{source.folder} is compressed already")
@@ -215,8 +178,8 @@ def _layout(entry: TensorEntry) -> Layout:
 
 def _compress_shard(shard: Path, target: Path, packed: dict[str, int]) -> None:
     entries = read_header(shard)
-    text = _header_text(shard)
-    metadata = {**json.loads(text).get("__metadata__", {}), _HEADER: text}
+    text = header_text(shard)
+    metadata = {**json.loads(text).get("__metadata__", {}), DENSE_HEADER: text}
     fields: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for entry in entries:
@@ -257,34 +220,10 @@ def _dense_part(entry: TensorEntry, field: dict[str, Any]) -> Bytes:
     return data
 
 
-def dense_header(shard: Path) -> str:
-    """Return the header of the dense file that a compressed one was made of.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
-    metadata = _metadata(shard)
-    if _HEADER not in metadata:
-        raise CheckpointError(f"{shard} lacks the header of its dense twin: compress the checkpoint again")
-    return str(metadata[_HEADER])
-
-
 def _dense_bytes(shard: Path) -> int:
     """Return the bytes of the tensors of the dense file that a compressed one was made of."""
     fields = json.loads(dense_header(shard))
     return max((entry["data_offsets"][1] for name, entry in fields.items() if name != "__metadata__"), default=0)
-
-
-def _metadata(shard: Path) -> dict[str, str]:
-    metadata: dict[str, str] = json.loads(_header_text(shard)).get("__metadata__", {})
-    return metadata
-
-
-def _header_text(shard: Path) -> str:
-    """Return the header of a safetensors file that `read_header` has found sound, its spacing included."""
-    with shard.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        return file.read(length).decode()
 
 
 def _read(entry: TensorEntry) -> Bytes:

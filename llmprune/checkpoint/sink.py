@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llmprune.checkpoint import durable
-from llmprune.checkpoint.compressed import DENSE_CONFIG, compress_shards, compressed_config
+from llmprune.checkpoint.compressed import compress_shards
+from llmprune.checkpoint.format import DENSE_CONFIG, compressed_config
 from llmprune.checkpoint.journal import this_process
 from llmprune.checkpoint.pinned import on_host
 from llmprune.checkpoint.place import Place, announced, described, folder_id, is_committed, pruned

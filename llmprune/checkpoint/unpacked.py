@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from llmprune.checkpoint.compressed import DENSE_CONFIG, dense_header, is_compressed, require_readable
+from llmprune.checkpoint.format import DENSE_CONFIG, dense_header, is_compressed, require_readable
 from llmprune.checkpoint.guard import read_json
 from llmprune.checkpoint.header import TensorEntry
 from llmprune.checkpoint.packed import Bytes, Layout, count_zero_values, dense_parts, matrix_of, typed_matrix

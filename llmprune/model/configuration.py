@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llmprune.checkpoint.compressed import is_compressed
+from llmprune.checkpoint.format import is_compressed
 from llmprune.errors import CheckpointError, UnsupportedModelError, did_you_mean, first_line
 
 

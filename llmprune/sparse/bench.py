@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.checkpoint.unpacked import open_dense
+from llmprune.environment import hardware, versions
 from llmprune.errors import RecipeError
 from llmprune.locate import locate
 from llmprune.model.configuration import read_config
@@ -19,7 +20,6 @@ from llmprune.model.experts import stacks_of
 from llmprune.options import resolve_device
 from llmprune.planning import context_length
 from llmprune.progress import Progress
-from llmprune.report import hardware, versions
 from llmprune.sparse.linear import SparseLinear
 from llmprune.sparse.plot import Bar, picture
 from llmprune.sparse.running import load

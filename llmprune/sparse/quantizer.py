@@ -20,7 +20,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune.checkpoint.compressed import FORMAT, FORMAT_VERSION, METHOD, require_version
+from llmprune.checkpoint.format import FORMAT, FORMAT_VERSION, METHOD, require_version
 from llmprune.checkpoint.packed import dense_tensor, is_packed, typed_matrix
 from llmprune.errors import RecipeError, did_you_mean
 from llmprune.sparse.forms import Form, Packed, sparse_forms
