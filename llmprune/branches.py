@@ -37,6 +37,7 @@ class OnBranch(OnDisk):
         self._shared = shared
         shared.clock.seconds |= {name: took for name, took in report.clock.seconds.items() if name != SOLVE}
         shared.memory |= report.memory
+        shared.most_runs = max(shared.most_runs, report.most_runs)
         shared.retries.extend(retry for retry in report.retries if retry not in shared.retries)
         report.memory, report.retries = shared.memory, shared.retries
 

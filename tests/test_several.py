@@ -13,7 +13,7 @@ import torch
 
 import llmprune
 import tiny
-from llmprune import cli, runs, several
+from llmprune import cli, feeding, runs, several
 from llmprune.branch import SOLVE
 from llmprune.branches import OnBranch, Pass
 from llmprune.checkpoint.compressed import compress, compress_shards
@@ -174,6 +174,26 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(
         assert same_weights(one.out, other.out)
         assert one.sites == other.sites and set(one.memory) == set(other.memory)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(NAMES)
+
+
+def test_a_resumed_pass_tells_in_how_many_runs_its_first_part_was_collected(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, stages = OnDisk._finish, list[str]()
+
+    def stop(store: OnDisk, stage: Any) -> None:
+        finish(store, stage)
+        stages.append(stage.name)
+        if stages.count(stage.name) == len(NAMES):
+            raise KeyboardInterrupt
+
+    run: dict[str, Any] = {"pattern": PATTERNS, **OPTIONS}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(OnDisk, "_finish", stop)
+        patch.setattr(feeding, "statistics_budget", lambda *_: 1)
+        llmprune.prune(folders["llama"], tmp_path / "out", **run)
+    reports: Any = llmprune.prune(folders["llama"], tmp_path / "out", resume=True, **run)
+    assert all(any("were collected in" in note for note in report.notes) for report in reports)
 
 
 def test_memory_that_runs_out_while_a_matrix_is_written_leaves_each_result_as_it_would_be(
