@@ -40,7 +40,7 @@ class Feed:
     def notes(self, plan: Plan) -> list[str]:
         """Return what the recipe asks for and this model or machine does not get."""
         notes = []
-        if self.recipe.dense_target and any(site.expert is not None for site in plan.all_sites()):
+        if self.recipe.dense_target and any(site.of_expert for site in plan.all_sites()):
             notes.append("blocks with experts are fitted to their own outputs: no dense target follows tokens")
         if asks_autocast(self.host, self.recipe) and not self._autocast:
             why = "bfloat16 is not faster here" if sums_inputs(self.recipe) else "no method sums up inputs"

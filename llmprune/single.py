@@ -12,6 +12,7 @@ from llmprune.recipe import Recipe
 from llmprune.solving import checked_solution, seeded
 from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
 
+_SYMMETRIC = 1e-5  # to which share of its largest number a Gram matrix is
 _OF_ONE_MATRIX = ("preset", "method", "pattern", "comparison_group", "method_options", "seed")
 
 
@@ -99,9 +100,17 @@ def _from_tensor(needs: type[ColumnNorm] | type[Gram], tensor: Tensor, inputs: i
         raise RecipeError(f"the statistic must be inputs [tokens, {inputs}]{other}, not {list(tensor.shape)}")
     if not tensor.is_floating_point():
         raise RecipeError(f"the statistic must be of floating point numbers, not of {tensor.dtype}")
-    if tensor.shape[0] == inputs and needs is not ColumnMoments and torch.allclose(tensor, tensor.T):
+    if needs is not ColumnMoments and _is_gram(tensor):
         return Gram.from_matrix(tensor) if needs is Gram else ColumnNorm.from_norms(tensor.diagonal().sqrt())
     statistic = needs(inputs, tensor.device)
     if len(tensor):
         statistic.add(tensor, 1)
     return statistic
+
+
+def _is_gram(tensor: Tensor) -> bool:
+    """Say whether this may be a Gram matrix: symmetric, but for rounding beside its largest sum, and with no square below 0."""
+    if tensor.shape[0] != tensor.shape[1] or bool((tensor.diagonal() < 0).any()):
+        return False
+    rounding = _SYMMETRIC * float(tensor.abs().max())
+    return torch.allclose(tensor, tensor.T, rtol=0, atol=rounding)

@@ -1,13 +1,14 @@
 """Experts of a mixture: each is pruned from its own routed tokens, however the model and the file store them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from torch import Tensor
+from torch import Tensor, nn
 
 import llmprune
 import tiny
@@ -187,3 +188,26 @@ def test_a_dense_target_tells_that_it_stops_at_experts(saved: Saved, calibration
         tiny.load(saved("mixtral")), calibration=str(calibration), samples=8, true_sequential=True, dense_target=0.5
     )
     assert any("no dense target" in note for note in report.notes)
+
+
+class _Experts(nn.Module):
+    """Experts in modules of their own, as models that bring their code have them."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([mlp, deepcopy(mlp)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x.tensor_split(2, dim=-2)
+        return torch.cat([self.experts[0](one), self.experts[1](other)], dim=-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_report_tells_that_no_dense_target_follows_tokens_to_experts(family: str) -> None:
+    model = tiny.model(family)
+    if family == "llama":
+        for block in model.model.layers:
+            block.mlp = _Experts(block.mlp)
+    report = prune(model, calibration=IDS, method="sparsegpt", true_sequential=True, dense_target=0.5)
+    assert any(".experts" in site.name for site in report.sites)
+    assert any("no dense target follows tokens" in note for note in report.notes)

@@ -17,11 +17,13 @@ from llmprune.errors import NumericalError, RecipeError
 from llmprune.methods import ARITHMETICS, Method, Solution, sparsegpt
 from llmprune.methods.admm import ADMM
 from llmprune.methods.sparsegpt import SparseGPT
+from llmprune.methods.thanos import Thanos
 from llmprune.model.live import LiveBytes
 from llmprune.patterns import NM, Count, Pattern, Unstructured
 from llmprune.presets import in_full
 from llmprune.solving import checked_solution, prune_matrix
 from llmprune.statistics import ColumnMoments, ColumnNorm, Gradient, Gram
+from llmprune.statistics.factor import Factor
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -71,12 +73,14 @@ def gradient_of(weight_OI: Tensor, x_TI: Tensor) -> Gradient:
     return statistic
 
 
-def solved(method: Method, weight_OI: Tensor, x_TI: Tensor, pattern: Pattern, seed: int = 0) -> Solution:
+def solved(
+    method: Method, weight_OI: Tensor, x_TI: Tensor, pattern: Pattern, seed: int = 0, statistic: Any = None
+) -> Solution:
     return checked_solution(
         "a site",
         method,
         weight_OI,
-        statistic_for(method, x_TI, weight_OI),
+        statistic or statistic_for(method, x_TI, weight_OI),
         pattern,
         torch.Generator().manual_seed(seed),
     )
@@ -483,6 +487,21 @@ def test_thanos_is_the_best_fit_on_its_mask_where_one_block_is_all(seed: int, re
     hessian_II = gram_of(x_TI).hessian_II.double()
     for row, keep, found in zip(weight_OI.double(), solution.keep_OI, solution.weight_OI, strict=True):
         torch.testing.assert_close(found.double(), oracle.best_fit(row, hessian_II, keep), rtol=1e-3, atol=1e-4)
+
+
+def test_thanos_solves_what_float32_cannot_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two inputs that are nearly one: in fp32 their part of the inverse Hessian, Uᵀ U, is singular."""
+    upper_II = torch.tensor([[1, 1, 0.5], [0, 1e-4, 0.3], [0, 0, 1]])
+    weight_OI, gram = torch.tensor([[1, 1.0001, 9.0]]), gram_of(torch.eye(3))
+    monkeypatch.setattr(gram, "factor", lambda damp: Factor(upper_II, torch.zeros(3, dtype=torch.bool), damp))
+    solution = solved(Thanos(), weight_OI, torch.eye(3), Unstructured(0.67), statistic=gram)
+    u_II, w_I = upper_II.double(), weight_OI[0].double()
+    inverse_II = u_II.T @ u_II
+    kept = w_I[2] - torch.linalg.solve(inverse_II[:2, :2], w_I[:2]) @ inverse_II[:2, 2]
+    torch.testing.assert_close(solution.weight_OI, torch.tensor([[0, 0, float(kept)]]), rtol=1e-3, atol=0)
+    upper_II[1, 1] = 0
+    with pytest.raises(NumericalError, match=r"thanos: .* raise damp"):
+        solved(Thanos(), weight_OI, torch.eye(3), Unstructured(0.67), statistic=gram)
 
 
 def test_thanos_beats_sparsegpt_on_correlated_inputs() -> None:

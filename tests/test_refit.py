@@ -45,6 +45,32 @@ def test_every_step_lowers_the_objective() -> None:
     assert all(after < before for before, after in itertools.pairwise(errors))
 
 
+@pytest.mark.parametrize("steps", [3, 10, 100])
+@pytest.mark.parametrize(("tokens", "inputs"), [(1, 8), (3, 16), (5, 40), (2, 200)])
+def test_steps_after_the_last_that_helps_do_no_harm(tokens: int, inputs: int, steps: int) -> None:
+    """Fewer tokens than inputs, undamped: after as many steps as there are tokens all that is left is rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI, target_OI = (torch.randn(rows, inputs, generator=generator) for rows in (tokens, 16))
+    scale_I = x_TI.norm(dim=0)
+    hessian_II, target_OI = (x_TI / scale_I).T @ (x_TI / scale_I), target_OI * scale_I
+    keep_OI = torch.rand(16, inputs, generator=generator) > 0.5
+    fit = refit(target_OI, hessian_II, keep_OI, target_OI, steps)
+    before, left = (objective(target_OI, w_OI, hessian_II) for w_OI in (target_OI * keep_OI, fit.weight_OI))
+    assert left < before / 2
+    assert float(fit.left_O.sum()) == pytest.approx(left, abs=1e-4 * before)
+    assert float(fit.weight_OI.abs().max()) < 10 * float(target_OI.abs().max())
+
+
+@pytest.mark.parametrize(("of_weights", "of_hessian"), [(-40, 0), (-20, -40), (0, -60), (20, 20)])
+def test_the_scale_of_weights_and_inputs_changes_no_bit(of_weights: int, of_hessian: int) -> None:
+    target_OI, hessian_II, keep_OI = problem(0)
+    scaled_OI = target_OI * 2.0**of_weights
+    fit = refit(target_OI, hessian_II, keep_OI, target_OI, 3)
+    scaled = refit(scaled_OI, hessian_II * 2.0**of_hessian, keep_OI, scaled_OI, 3)
+    assert torch.equal(scaled.weight_OI, fit.weight_OI * 2.0**of_weights)
+    assert torch.equal(scaled.left_O, fit.left_O * 2.0 ** (2 * of_weights + of_hessian))
+
+
 def test_the_arguments_are_only_read() -> None:
     arguments = problem(0)
     before = [argument.clone() for argument in arguments]

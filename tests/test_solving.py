@@ -195,6 +195,24 @@ def test_inputs_and_their_gram_matrix_give_one_result(method: str) -> None:
     assert torch.equal(by_inputs.keep_OI, by_gram.keep_OI)
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40], ids=["small", "large"])
+def test_as_many_tokens_as_inputs_are_no_gram_matrix_whatever_their_scale(scale: float, method: str) -> None:
+    inputs = matrix(32, seed=1)
+    expected = llmprune.solve(matrix(), fed(Gram, inputs), method=method)
+    assert torch.equal(llmprune.solve(matrix(), inputs * scale, method=method).keep_OI, expected.keep_OI)
+    assert llmprune.solve(matrix(8, 1), torch.tensor([[-scale]]), method=method).keep_OI.shape == (8, 1)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_gram_matrix_may_be_rounded_otherwise_above_its_diagonal_than_below(method: str) -> None:
+    inputs = matrix(512, seed=1)
+    gram = inputs.T @ inputs
+    gram[0, 1:] += 1e-6 * gram[0, 0]
+    by_inputs, by_gram = (llmprune.solve(matrix(), told, method=method) for told in (inputs, gram))
+    assert torch.equal(by_inputs.keep_OI, by_gram.keep_OI)
+
+
 def test_norms_will_do_for_wanda_only() -> None:
     inputs = matrix(64, seed=1)
     by_norms = llmprune.solve(matrix(), inputs.norm(dim=0), method="wanda")

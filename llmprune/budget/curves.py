@@ -94,7 +94,7 @@ def losses(
     found = [dict[str, Loss]() for _ in several]
     for group in groups:
         if isinstance(group.statistic, Gram):
-            if takes(group):
+            if takes(group) and group.tokens:  # an expert without tokens has but what its fellows have seen
                 for trials, losses_so_far in zip(several, found, strict=True):
                     losses_so_far |= _of_group(group, group.statistic, weight, trials, seed)
                 group.statistic.forget_factors()

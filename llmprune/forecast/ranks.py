@@ -56,7 +56,7 @@ def statistics_share(
 def solving_share(groups: Sequence[Group], times: SolvingTime, recipe: Recipe, ranks: int) -> float:
     """Return the seconds that a block's matrices take the rank that has the most of them."""
     sites = [site for group in groups for site in group.sites]
-    if recipe.true_sequential and all(site.expert is None for site in sites):
+    if recipe.true_sequential and not any(site.of_expert for site in sites):
         return sum(times.seconds([site.shape]) for site in sites)  # each waits for the one before it
     load = [0.0] * ranks
     deal([times.seconds([site.shape]) for site in sites], load)

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from llmprune.errors import NumericalError
 from llmprune.methods import Solution, require_at_least, require_from_zero
 from llmprune.patterns import ComparisonGroup, Pattern, block_width, column_blocks
 from llmprune.statistics import Gram
@@ -51,20 +52,40 @@ class Thanos:
             score_OI[:, start:stop] = torch.where(keep_OB, torch.inf, -1.0)  # decided
             upper_BI = factor.upper_II[start:stop, start:]
             inverse_BI = upper_BI[:, : stop - start].T @ upper_BI
-            lambda_OB = _multipliers(solved_OI[:, start:stop], keep_OB, inverse_BI[:, : stop - start])
+            lambda_OB = _multipliers(
+                solved_OI[:, start:stop], keep_OB, inverse_BI[:, : stop - start], upper_BI[:, : stop - start]
+            )
             solved_OI[:, start:].addmm_(lambda_OB, inverse_BI, alpha=-1)
             solved_OI[:, start:stop].masked_fill_(~keep_OB, 0)
         return Solution(solved_OI.to(weight_OI.dtype), score_OI == torch.inf, factor.notes)
 
 
-def _multipliers(weight_OB: Tensor, keep_OB: Tensor, inverse_BB: Tensor) -> Tensor:
-    """Solve λ H⁻¹[q, q] = w[q] for each row, q what it does not keep; λ is zero elsewhere."""
+def _multipliers(weight_OB: Tensor, keep_OB: Tensor, inverse_BB: Tensor, upper_BB: Tensor) -> Tensor:
+    """Solve λ H⁻¹[q, q] = w[q] for each row, q what it does not keep; λ is zero elsewhere.
+
+    Where inputs are nearly alike, Uᵀ U can be indefinite in fp32 though U is sound; in fp64 it is not.
+    """
     rows = max(1, _CHUNK_ELEMENTS // inverse_BB.numel())
     found = []
     for block_RB, keep_RB in zip(weight_OB.split(rows), keep_OB.split(rows), strict=True):
-        removed_RB = (~keep_RB).to(inverse_BB.dtype)
-        system_RBB = inverse_BB * removed_RB.unsqueeze(1) * removed_RB.unsqueeze(2)
-        system_RBB.diagonal(dim1=1, dim2=2).add_(keep_RB)  # rows of the identity leave the other unknowns alone
-        factor_RBB = torch.linalg.cholesky(system_RBB)
-        found.append(torch.cholesky_solve((block_RB * removed_RB).unsqueeze(2), factor_RBB).squeeze(2))
+        lambda_RB = _solved(block_RB, keep_RB, inverse_BB)
+        if lambda_RB is None:
+            exact_BB = upper_BB.double()
+            lambda_RB = _solved(block_RB.double(), keep_RB, exact_BB.T @ exact_BB)
+        if lambda_RB is None:
+            raise NumericalError(
+                "thanos: the inverse Hessian is not positive definite: raise damp, or use more calibration"
+            )
+        found.append(lambda_RB.float())
     return torch.cat(found)
+
+
+def _solved(weight_RB: Tensor, keep_RB: Tensor, inverse_BB: Tensor) -> Tensor | None:
+    """Return λ of some rows, or None where H⁻¹[q, q] of one of them is not positive definite."""
+    removed_RB = (~keep_RB).to(inverse_BB.dtype)
+    system_RBB = inverse_BB * removed_RB.unsqueeze(1) * removed_RB.unsqueeze(2)
+    system_RBB.diagonal(dim1=1, dim2=2).add_(keep_RB)  # rows of the identity leave the other unknowns alone
+    factor_RBB, failed_R = torch.linalg.cholesky_ex(system_RBB)
+    if bool(failed_R.any()):
+        return None
+    return torch.cholesky_solve((weight_RB * removed_RB).unsqueeze(2), factor_RBB).squeeze(2)

@@ -75,7 +75,7 @@ class Collector:
 
     def holds(self, sites: Sequence[Site]) -> bool:
         """Say whether all lanes are held before each of these sites of a block."""
-        experts = any(Group([site]).of_expert for site in sites)  # lanes do not come to all of them
+        experts = any(site.of_expert for site in sites)  # lanes do not come to all of them
         return self.true_sequential and self.side_by_side and not experts
 
     def run_dense(self, index: int) -> None:

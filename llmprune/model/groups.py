@@ -35,7 +35,7 @@ class Group:
 
     @property
     def of_expert(self) -> bool:
-        return self.family != self.sites[0].name
+        return self.sites[0].of_expert
 
     @property
     def inputs(self) -> int:

@@ -56,6 +56,11 @@ class Site:
         return re.sub(r"\.experts\.\d+\.", ".experts.*.", self.tensor)
 
     @property
+    def of_expert(self) -> bool:
+        """Whether it is one expert's: part of a stack, or in a module of its own."""
+        return self.family != self.name
+
+    @property
     def kind(self) -> str:
         """What holds the matrix: `Linear`, `Conv1D`, `expert` (one of a stack) or `Embedding`."""
         if self.expert is not None:
