@@ -11,6 +11,7 @@ from typing import Any
 from llmprune.checkpoint.sink import REPORT
 from llmprune.errors import CheckpointError
 from llmprune.recipe import Recipe
+from llmprune.runfile import read_run_file
 
 _TOLD = {"method": None, "pattern": None}  # these are told even where they are the defaults
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe)} | _TOLD
@@ -38,12 +39,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         cause = "it has no llmprune.json" if Path(folder).is_dir() else "there is no such folder"
         raise CheckpointError(f"{folder} is not an output of llmprune: {cause}")
-    try:
-        run = json.loads(path.read_text("utf-8"))
-        run["model"], run["recipe"]["method"], run["recipe"]["pattern"], run["sites"], run["sparsity"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is damaged: prune the model again") from None
-    return run  # type: ignore[no-any-return]
+    return read_run_file(path, "restore it, or prune the model again")
 
 
 def add_evaluations(folder: str | Path, evaluations: Sequence[dict[str, Any]]) -> None:

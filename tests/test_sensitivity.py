@@ -85,6 +85,18 @@ def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest
         llmprune.sensitivity(folder, tmp_path / "stopped", **options | {"method": "random"})
 
 
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [("{", "it is no JSON"), ("[]", "it must be an object"), ('{"axis": "block"}', "part is missing")],
+)
+def test_a_journal_that_is_damaged_is_refused(folder: Path, tmp_path: Path, line: str, fault: str) -> None:
+    llmprune.sensitivity(folder, tmp_path, sparsities=(0.5,), data=DATA)
+    journal = (tmp_path / room.JOURNAL).read_text("utf-8").splitlines()
+    (tmp_path / room.JOURNAL).write_text("\n".join([*journal[:2], line, *journal[3:], ""]), "utf-8")
+    with pytest.raises(CheckpointError, match=rf"sensitivity\.jsonl is damaged in line 3: {fault}.*; delete it to"):
+        llmprune.sensitivity(folder, tmp_path, sparsities=(0.5,), data=DATA)
+
+
 def stopping(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
     """Have Ctrl-C come when a function is called once more than `after` times."""
     module, _, attribute = name.rpartition(".")
@@ -306,9 +318,17 @@ def test_a_narrower_sweep_keeps_the_rows_of_earlier_ones(swept: tuple[Any, Path]
     assert rows[-1][:2] == ("random", "2:4")
     assert json.loads((out / "sweep.json").read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
     assert f"<td>{rows[0][2]:.2f}</td>" in (out / "sweep.html").read_text("utf-8")
-    (out / "sweep.json").write_text("{", "utf-8")
-    with pytest.raises(CheckpointError, match="is damaged: delete it"):
-        llmprune.sweep(folder, out, **SWEEP)
+    table = json.loads((out / "sweep.json").read_text("utf-8"))
+    for damaged, fault in (
+        ("{", "it is no JSON in UTF-8"),
+        ("[]", "it must be an object"),
+        ("{}", "settings is missing"),
+        (json.dumps(table | {"rows": [{"method": "wanda"}]}), r"rows\[0\]\.pattern is missing"),
+        (json.dumps(table | {"rows": [table["rows"][0] | {"size": "x"}]}), r"rows\[0\]\.size must be a whole number"),
+    ):
+        (out / "sweep.json").write_text(damaged, "utf-8")
+        with pytest.raises(CheckpointError, match=rf"sweep\.json is damaged: {fault}.*; delete it, the pruned models"):
+            llmprune.sweep(folder, out, **SWEEP)
     (out / "sweep.json").unlink()
     assert len(llmprune.sweep(folder, out, **SWEEP).rows) == len(swept[0].rows)
 
