@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert len(pruned) == len(whole.cells) - 8
     pruned.clear()
     assert llmprune.sensitivity(folder, tmp_path / "stopped", **options) == whole and pruned == []
-    with pytest.raises(RecipeError, match="is of other settings: choose another folder"):
+    with pytest.raises(RecipeError, match=r"other settings: method \(magnitude, now random\); choose another folder"):
         llmprune.sensitivity(folder, tmp_path / "stopped", **options | {"method": "random"})
 
 
@@ -95,6 +95,25 @@ def test_a_journal_that_is_damaged_is_refused(folder: Path, tmp_path: Path, line
     (tmp_path / room.JOURNAL).write_text("\n".join([*journal[:2], line, *journal[3:], ""]), "utf-8")
     with pytest.raises(CheckpointError, match=rf"sensitivity\.jsonl is damaged in line 3: {fault}.*; delete it to"):
         llmprune.sensitivity(folder, tmp_path, sparsities=(0.5,), data=DATA)
+
+
+def test_results_do_not_go_into_a_folder_that_is_a_model_or_named_as_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(folder.iterdir())
+    for out, cause in (
+        (folder, "is a model folder: choose another"),
+        (Path("demo"), "would be mistaken for the shipped"),
+    ):
+        for run in (
+            lambda out: llmprune.sweep(folder, out, **SWEEP),
+            lambda out: llmprune.sensitivity(folder, out, data=DATA),
+            lambda out: llmprune.prune(folder, out, method="magnitude", pattern=["50%", "2:4"]),
+        ):
+            with pytest.raises(CheckpointError, match=cause):
+                run(out)
+    assert sorted(folder.iterdir()) == before and not (tmp_path / "demo").exists()
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:

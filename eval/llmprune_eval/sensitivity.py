@@ -16,6 +16,7 @@ from llmprune import data as data_room
 from llmprune import methods
 from llmprune.allocation import kind_of
 from llmprune.calibration import batches, sample
+from llmprune.checkpoint.sink import difference
 from llmprune.errors import CheckpointError, RecipeError, saying_what_is_kept
 from llmprune.locate import DEMO, require_folder
 from llmprune.model import Resident
@@ -193,7 +194,8 @@ class _Journal:
         whole = text[: text.rfind("\n") + 1] or json.dumps(settings) + "\n"  # a killed run may leave half a line
         first, *rest = whole.splitlines()
         if first != json.dumps(settings):
-            raise RecipeError(f"{self._path} is of other settings: choose another folder, or delete it")
+            cause = _differing(first, settings)
+            raise RecipeError(f"{self._path} is of other settings{cause}; choose another folder, or delete it")
         if whole != text:
             replace_text(self._path, whole)
         self.cells = [self._cell(number, line) for number, line in enumerate(rest, start=2)]
@@ -225,6 +227,15 @@ class _Journal:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(cell)) + "\n")
+
+
+def _differing(first: str, settings: dict[str, Any]) -> str:
+    """Return in which setting the first line of a journal differs, in words; nothing where that line cannot be read."""
+    try:
+        cause = difference(json.loads(first), json.loads(json.dumps(settings)))
+    except (ValueError, RecursionError):
+        return ""
+    return f": {cause}" if cause else ""
 
 
 def _parts(network: Any) -> dict[tuple[str, str], list[Site]]:
