@@ -44,6 +44,13 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return read_run_file(path, "restore it, or prune the model again")
 
 
+def require_output(folder: str | Path) -> None:
+    """Raise CheckpointError, before what takes long, where figures could not be added to an output folder's file."""
+    read_run(folder)
+    if not os.access(folder, os.W_OK):
+        raise CheckpointError(f"{Path(folder) / REPORT} cannot be written: no permission to write in {folder}")
+
+
 def add_evaluations(folder: str | Path, evaluations: Sequence[dict[str, Any]]) -> None:
     """Add measurements to the `llmprune.json` of an output folder, in place of earlier ones of the same kind.
 
