@@ -78,7 +78,7 @@ def main() -> None:
         _say(str(error))
         os._exit(2)  # torch would wait for the rank that is lost
     except (LlmpruneError, click.ClickException) as error:
-        _fail(error.format_message() if isinstance(error, click.ClickException) else str(error))
+        _fail(_usage(error) if isinstance(error, click.ClickException) else str(error))
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error  # click turns what Ctrl-C raises into an Abort
         kept = cause.args[0] if isinstance(cause, Interrupted) else "nothing was written"
@@ -111,6 +111,15 @@ def _say(message: str) -> None:
     rank, size, _ = launch()
     of_rank = f"rank {rank}: " if size > 1 else ""
     click.echo(f"llmprune: {of_rank}{redact(' '.join(message.split()))}", err=True)
+
+
+def _usage(error: click.ClickException) -> str:
+    """Return what is wrong with a command line, and where its words are explained unless the value of one is wrong."""
+    message = error.format_message()
+    wrong_value = isinstance(error, click.BadParameter) and not isinstance(error, click.MissingParameter)
+    if not isinstance(error, click.UsageError) or error.ctx is None or wrong_value:
+        return message
+    return f"{message.rstrip('.')}: see `{error.ctx.command_path} --help`"
 
 
 def _fail(message: str) -> NoReturn:

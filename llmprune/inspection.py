@@ -1,6 +1,5 @@
 """What a checkpoint really holds: the zeros of every tensor, and the patterns they form."""
 
-import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -13,11 +12,12 @@ from torch import Tensor
 from llmprune.checkpoint import Source
 from llmprune.checkpoint.sink import REPORT
 from llmprune.checkpoint.unpacked import Unpacked, open_dense
-from llmprune.errors import CheckpointError, PatternError
+from llmprune.errors import PatternError
 from llmprune.locate import locate
 from llmprune.model import Streamed
 from llmprune.model.sites import Site, dense_parameters, is_router, outer_parameters, sites_of, tensor_of
 from llmprune.patterns import NM, Unstructured, parse
+from llmprune.runfile import read_run_file
 
 GROUP_SIZES = (4, 8, 16, 32, 64, 128)
 
@@ -119,13 +119,15 @@ def inspect(model: str | Path, *, revision: str | None = None, trust_remote_code
         LlmpruneError: the checkpoint cannot be opened or read.
     """
     source = open_dense(locate(model, revision))
+    path = source.folder / REPORT
+    run = read_run_file(path, "delete it to inspect the weights alone") if path.is_file() else {}
     host = Streamed(source, torch.device("cpu"), trust_remote_code=trust_remote_code)
     sites = {site.tensor: site for stage in host.blocks for site in sites_of(stage) if not is_router(site.tensor)}
-    promises = _promises(source.folder)
+    promises = _promises(run)
     sizes = sorted({*GROUP_SIZES, *_promised_sizes(promises)})
     tensors = [_tensor_report(source, key, sites.get(host.parameter_of(key)), sizes) for key in source.entries]
     faults = [*_wasted(source), *_broken(promises, tensors, host)]
-    return Inspection(str(model), tensors, _left_dense(source.folder, host), faults, bool(promises))
+    return Inspection(str(model), tensors, _left_dense(run, host), faults, bool(promises))
 
 
 def _wasted(source: Source) -> list[str]:
@@ -134,10 +136,10 @@ def _wasted(source: Source) -> list[str]:
     return [f"{name}: stores {count} zeros as values, compress it again" for name, count in wasted.items()]
 
 
-def _left_dense(folder: Path, host: Streamed) -> dict[str, str]:
+def _left_dense(run: dict[str, Any], host: Streamed) -> dict[str, str]:
     """Return what a run left dense as its report says, or what a run with default options would leave dense."""
-    if (told := _report(folder).get("left_dense")) is not None:
-        return dict(told)
+    if run:
+        return dict(run["left_dense"])
     ends = {site.tensor: "embedding" for site in sites_of(host.embedding)}
     ends |= {site.tensor: "output head" for site in sites_of(host.head)}
     inner = dict(pair for stage in host.blocks for pair in dense_parameters(stage))
@@ -170,26 +172,12 @@ def _most_kept(kept: Tensor, m: int, dimension: int) -> int:
     return int(kept.unflatten(dimension, (-1, m)).sum(dimension).max())
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    path = folder / REPORT
-    if not path.is_file():
-        return {}
-    try:
-        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return {"sites": report["sites"], "left_dense": report.get("left_dense")}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} is damaged: delete it to inspect the weights alone") from None
-
-
-def _promises(folder: Path) -> list[dict[str, Any]]:
+def _promises(run: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what was promised of each parameter; the promises of its experts are added up."""
     promises: dict[tuple[str, str], int] = {}
-    try:
-        for site in _report(folder).get("sites", []):
-            key = tensor_of(site["name"]), site["pattern"]
-            promises[key] = promises.get(key, 0) + int(site["zeros"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{folder / REPORT} is damaged: delete it to inspect the weights alone") from None
+    for site in run.get("sites", []):
+        key = tensor_of(site["name"]), site["pattern"]
+        promises[key] = promises.get(key, 0) + site["zeros"]
     return [{"name": name, "pattern": pattern, "zeros": zeros} for (name, pattern), zeros in promises.items()]
 
 

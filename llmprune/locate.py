@@ -38,9 +38,12 @@ def require_own_name(out: Path) -> None:
 
 
 def require_folder(out: Path) -> None:
-    """Raise CheckpointError for an output folder that cannot become one, as a file is in its place."""
+    """Raise CheckpointError for the folder of several results that cannot become one: a file or a model is there."""
     if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
         raise CheckpointError(f"output {out}: {file} is a file, and a folder is needed there: choose another place")
+    if (out / "config.json").exists():
+        raise CheckpointError(f"output {out} is a model folder: choose another one")
+    require_own_name(out)
 
 
 def demo_folder() -> Path:

@@ -19,6 +19,7 @@ from llmprune.planning import Host, Plan
 from llmprune.progress import resident_bytes
 from llmprune.solving import Outcome
 from llmprune.statistics import Gradient, Gram, Statistic
+from llmprune.structure import fields_of
 from llmprune.tuning import BlockTuning
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class SiteReport:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "SiteReport":
         """Return the report that `asdict` and JSON have made plain."""
-        return cls(**values | {"shape": tuple(values["shape"]), "notes": tuple(values["notes"])})
+        plain = fields_of(cls, values)
+        return cls(**plain | {"shape": tuple(values["shape"]), "notes": tuple(values["notes"])})
 
 
 @dataclass

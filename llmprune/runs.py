@@ -5,12 +5,14 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llmprune.checkpoint.sink import REPORT
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, RecipeError
 from llmprune.recipe import Recipe
+from llmprune.runfile import read_run_file
 
 _TOLD = {"method": None, "pattern": None}  # these are told even where they are the defaults
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Recipe)} | _TOLD
@@ -36,14 +38,17 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / REPORT
     if not path.is_file():
-        cause = "it has no llmprune.json" if Path(folder).is_dir() else "there is no such folder"
+        cause = "it is a file" if Path(folder).is_file() else "there is no such folder"
+        cause = "it has no llmprune.json" if Path(folder).is_dir() else cause
         raise CheckpointError(f"{folder} is not an output of llmprune: {cause}")
-    try:
-        run = json.loads(path.read_text("utf-8"))
-        run["model"], run["recipe"]["method"], run["recipe"]["pattern"], run["sites"], run["sparsity"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is damaged: prune the model again") from None
-    return run  # type: ignore[no-any-return]
+    return read_run_file(path, "restore it, or prune the model again")
+
+
+def require_output(folder: str | Path) -> None:
+    """Raise CheckpointError, before what takes long, where figures could not be added to an output folder's file."""
+    read_run(folder)
+    if not os.access(folder, os.W_OK):
+        raise CheckpointError(f"{Path(folder) / REPORT} cannot be written: no permission to write in {folder}")
 
 
 def add_evaluations(folder: str | Path, evaluations: Sequence[dict[str, Any]]) -> None:
@@ -81,9 +86,21 @@ def replace_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, "utf-8")
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # the name that the user knows
         raise
+
+
+def require_file(path: Path, suffix: str) -> None:
+    """Raise RecipeError for a file that the user has named, and that cannot be written there, or is of another kind."""
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder: give the name of a file, such as {path / f'figures{suffix}'}")
+    if path.suffix != suffix:
+        raise RecipeError(f"{path} would hold no such file as its name says: give a name that ends in {suffix}")
+    if not path.parent.is_dir():
+        raise RecipeError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
 
 
 def json_text(run: dict[str, Any]) -> str:

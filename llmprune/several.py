@@ -11,7 +11,8 @@ from llmprune.apart import prune_apart
 from llmprune.branch import SOLVE
 from llmprune.checkpoint.format import holds_compressed
 from llmprune.determinism import repeatable
-from llmprune.errors import CheckpointError, RecipeError
+from llmprune.errors import RecipeError
+from llmprune.locate import require_folder
 from llmprune.opening import Output
 from llmprune.options import host_by_default
 from llmprune.recipe import Recipe
@@ -31,8 +32,7 @@ def prune_patterns(
     Raises:
         LlmpruneError: as `prune_several`; a pattern is given twice.
     """
-    if (out / "config.json").exists():
-        raise CheckpointError(f"output {out} is a model folder: choose another one for several results")
+    require_folder(out)
     folders = [out / patterns.folder_name(patterns.parse(pattern)) for pattern in chosen]
     if not folders or len(set(folders)) < len(folders):
         raise RecipeError(f"patterns {', '.join(map(str, chosen))}: at least one is needed, and none twice")

@@ -22,6 +22,7 @@ from llmprune.model import Lanes
 from llmprune.model.function import BlockFunction, Weights
 from llmprune.model.sites import Site, Stage, is_router
 from llmprune.solving import seeded
+from llmprune.structure import fields_of
 from llmprune.team.team import Team
 
 STEP_SEQUENCES = 4  # calibration sequences of one step of Adam
@@ -59,8 +60,7 @@ class BlockTuning:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "BlockTuning":
         """Return what `to_json` and JSON have made plain."""
-        fields = {name: value for name, value in values.items() if name != "kept"}
-        return cls(**fields | {"vectors": tuple(values["vectors"])})
+        return cls(**fields_of(cls, values) | {"vectors": tuple(values["vectors"])})
 
     def to_json(self) -> dict[str, Any]:
         """Return all as plain values."""

@@ -352,7 +352,10 @@ def test_a_wrong_option_of_eval_is_one_line(
 
 @pytest.mark.parametrize("arguments", [["prune"], ["prune", "demo"], ["prun", "demo", "out"], ["inspect"], ["eval"]])
 def test_a_wrong_command_is_one_line(run: Run, tmp_path: Path, arguments: list[str]) -> None:
-    assert_refused(run(*arguments), tmp_path / "out")
+    result = run(*arguments)
+    assert_refused(result, tmp_path / "out")
+    command = "" if arguments[0] == "prun" else f" {arguments[0]}"
+    assert result.stderr.strip().endswith(f"{command} --help`") and ": see `" in result.stderr
 
 
 def test_no_command_at_all_shows_the_help(run: Run) -> None:

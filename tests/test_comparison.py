@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,26 @@ def test_results_are_kept_for_the_card(folders: dict[str, Path], pruned: Path) -
     assert runs.read_run(pruned)["evaluations"] == [table.evaluations[1].to_json()]
     with pytest.raises(CheckpointError, match="is not an output of llmprune"):
         llmprune.evaluate(folders["llama"], tiny.ids(), save=True)
+
+
+def test_figures_that_could_not_be_kept_are_not_measured(
+    folders: dict[str, Path], pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*arguments: Any) -> Any:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(perplexity, "measure", measured)
+    monkeypatch.setattr(comparison, "measure", measured)
+    dense = folders["llama"]
+    with pytest.raises(CheckpointError, match=r"is not an output of llmprune: it has no llmprune\.json"):
+        llmprune.evaluate(dense, tiny.ids(), save=True)
+    with pytest.raises(CheckpointError, match=r"is not an output of llmprune: it has no llmprune\.json"):
+        llmprune.compare([pruned, dense], [tiny.ids()], save=True)
+    with pytest.raises(AssertionError, match="measured"):  # nothing is added to the first one, which is the dense model
+        llmprune.compare([dense, pruned], [tiny.ids()], save=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != pruned)
+    with pytest.raises(CheckpointError, match=r"llmprune\.json cannot be written: no permission to write in"):
+        llmprune.evaluate(pruned, tiny.ids(), save=True)
 
 
 def test_a_stopped_comparison_says_which_figures_are_kept(

@@ -14,7 +14,7 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels", ROOT / "eval")
 
 # From the ground up. A module may import what lies on lower floors, and its own package.
 FLOORS: tuple[set[str], ...] = (
-    {"llmprune.errors", "llmprune_kernels"},
+    {"llmprune.errors", "llmprune.structure", "llmprune_kernels"},
     {"llmprune.team"},
     {"llmprune.kernels", "llmprune.progress"},
     {"llmprune.selection", "llmprune.environment"},
@@ -22,7 +22,7 @@ FLOORS: tuple[set[str], ...] = (
     {"llmprune.statistics", "llmprune.allocation", "llmprune.refit"},
     {"llmprune.methods"},
     {"llmprune.checkpoint", "llmprune.hub", "llmprune.documents", "llmprune.datafiles", "llmprune.determinism"},
-    {"llmprune.model", "llmprune.data", "llmprune.calibration", "llmprune.locate"},
+    {"llmprune.model", "llmprune.data", "llmprune.calibration", "llmprune.locate", "llmprune.runfile"},
     {"llmprune.presets", "llmprune.overrides", "llmprune.options"},
     {"llmprune.recipe"},
     {"llmprune.recipefiles", "llmprune.planning", "llmprune.retrying"},
@@ -52,6 +52,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Stricter than the floors: what each room below the line of a run needs.
 MAY_IMPORT: dict[str, set[str]] = {
     "llmprune.errors": set(),
+    "llmprune.structure": set(),
+    "llmprune.runfile": {"llmprune.checkpoint", "llmprune.errors", "llmprune.structure"},
     "llmprune.team": {"llmprune.errors"},
     "llmprune.progress": {"llmprune.team"},
     "llmprune_kernels": set(),

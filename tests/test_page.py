@@ -21,7 +21,7 @@ import llmprune
 import tiny
 from llmprune import cli, runs
 from llmprune.allocation import kind_of
-from llmprune.errors import CheckpointError
+from llmprune.errors import CheckpointError, RecipeError
 from llmprune.page import comparison, facts, png, run, svg, write_comparison, write_page
 from llmprune.solving import magnitude_error
 
@@ -58,6 +58,29 @@ def pictures(page: str) -> dict[str, ElementTree.Element]:
 
 def circles(picture: ElementTree.Element) -> list[ElementTree.Element]:
     return list(picture.iter("circle"))
+
+
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        ("config.json", "config.json would hold no such file as its name says: give a name that ends in .html"),
+        ("a.html", "a.html is a folder: give the name of a file, such as a.html/figures.html"),
+        ("nowhere/a.html", "nowhere/a.html cannot be written: there is no folder nowhere; make it first"),
+    ],
+)
+def test_a_page_is_not_written_where_none_can_be(
+    outs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    (tmp_path / "a.html").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RecipeError) as of_one:
+        write_page(outs[0], to)
+    with pytest.raises(RecipeError) as of_several:
+        write_comparison(outs, to)
+    assert str(of_one.value) == str(of_several.value) == words and sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "config.json").read_text("utf-8") == "{}"
 
 
 def test_the_page_has_every_figure(page: str) -> None:

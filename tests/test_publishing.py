@@ -203,7 +203,8 @@ def test_the_card_of_a_dense_output_tells_how_to_run_it_sparse(hub: FakeHub, out
 
 def test_what_a_newer_llmprune_has_added_is_no_obstacle(hub: FakeHub, out: Path) -> None:
     recipe = runs.read_run(out)["recipe"]
-    runs.update_run(out, allocation={"kind": "owl", "curve": [0.1]}, tuning=[{"kept": True, "new": 3}], recipe=recipe | {
+    tuned = {"block": "0", "before": 2.0, "after": 1.0, "epochs": 1, "rate": 0.1, "vectors": [], "kept": True, "new": 3}
+    runs.update_run(out, allocation={"kind": "owl", "curve": [0.1]}, tuning=[tuned], recipe=recipe | {
         "allocation": "owl", "sparsities": {"*.0.*": "0.4"}, "tune": None,
     })  # fmt: skip
     publish(out)

@@ -81,8 +81,39 @@ def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest
     assert len(pruned) == len(whole.cells) - 8
     pruned.clear()
     assert llmprune.sensitivity(folder, tmp_path / "stopped", **options) == whole and pruned == []
-    with pytest.raises(RecipeError, match="is of other settings: choose another folder"):
+    with pytest.raises(RecipeError, match=r"other settings: method \(magnitude, now random\); choose another folder"):
         llmprune.sensitivity(folder, tmp_path / "stopped", **options | {"method": "random"})
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [("{", "it is no JSON"), ("[]", "it must be an object"), ('{"axis": "block"}', "part is missing")],
+)
+def test_a_journal_that_is_damaged_is_refused(folder: Path, tmp_path: Path, line: str, fault: str) -> None:
+    llmprune.sensitivity(folder, tmp_path, sparsities=(0.5,), data=DATA)
+    journal = (tmp_path / room.JOURNAL).read_text("utf-8").splitlines()
+    (tmp_path / room.JOURNAL).write_text("\n".join([*journal[:2], line, *journal[3:], ""]), "utf-8")
+    with pytest.raises(CheckpointError, match=rf"sensitivity\.jsonl is damaged in line 3: {fault}.*; delete it to"):
+        llmprune.sensitivity(folder, tmp_path, sparsities=(0.5,), data=DATA)
+
+
+def test_results_do_not_go_into_a_folder_that_is_a_model_or_named_as_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(folder.iterdir())
+    for out, cause in (
+        (folder, "is a model folder: choose another"),
+        (Path("demo"), "would be mistaken for the shipped"),
+    ):
+        for run in (
+            lambda out: llmprune.sweep(folder, out, **SWEEP),
+            lambda out: llmprune.sensitivity(folder, out, data=DATA),
+            lambda out: llmprune.prune(folder, out, method="magnitude", pattern=["50%", "2:4"]),
+        ):
+            with pytest.raises(CheckpointError, match=cause):
+                run(out)
+    assert sorted(folder.iterdir()) == before and not (tmp_path / "demo").exists()
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, name: str, after: int) -> None:
@@ -306,9 +337,17 @@ def test_a_narrower_sweep_keeps_the_rows_of_earlier_ones(swept: tuple[Any, Path]
     assert rows[-1][:2] == ("random", "2:4")
     assert json.loads((out / "sweep.json").read_text("utf-8")) == json.loads(json.dumps(found.to_json()))
     assert f"<td>{rows[0][2]:.2f}</td>" in (out / "sweep.html").read_text("utf-8")
-    (out / "sweep.json").write_text("{", "utf-8")
-    with pytest.raises(CheckpointError, match="is damaged: delete it"):
-        llmprune.sweep(folder, out, **SWEEP)
+    table = json.loads((out / "sweep.json").read_text("utf-8"))
+    for damaged, fault in (
+        ("{", "it is no JSON in UTF-8"),
+        ("[]", "it must be an object"),
+        ("{}", "settings is missing"),
+        (json.dumps(table | {"rows": [{"method": "wanda"}]}), r"rows\[0\]\.pattern is missing"),
+        (json.dumps(table | {"rows": [table["rows"][0] | {"size": "x"}]}), r"rows\[0\]\.size must be a whole number"),
+    ):
+        (out / "sweep.json").write_text(damaged, "utf-8")
+        with pytest.raises(CheckpointError, match=rf"sweep\.json is damaged: {fault}.*; delete it, the pruned models"):
+            llmprune.sweep(folder, out, **SWEEP)
     (out / "sweep.json").unlink()
     assert len(llmprune.sweep(folder, out, **SWEEP).rows) == len(swept[0].rows)
 

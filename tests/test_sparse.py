@@ -470,6 +470,13 @@ def test_bench_draws_both_sides(pruned: Path, tmp_path: Path, monkeypatch: pytes
     assert len(bars) == 4 and all(float(bar.attrib["width"]) > 0 for bar in bars)
 
 
+def test_bench_asks_for_a_place_for_its_picture_before_it_measures(tmp_path: Path) -> None:
+    for name, words in (("speeds.png", "ends in .svg"), ("nowhere/speeds.svg", "make it first"), (".", "is a folder")):
+        done = run("bench", "demo", "--plot", tmp_path / name)
+        assert isinstance(done.exception, RecipeError) and words in str(done.exception) and not done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bench_fits_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _prompt_length(None, 32, 256) == 224
     assert _prompt_length(None, 32, None) == _prompt_length(None, 32, 4096) == 512

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmprune.errors import RecipeError, saying_what_is_kept
-from llmprune.runs import add_evaluations
+from llmprune.runs import add_evaluations, require_output
 from llmprune.team.launch import launch
 from llmprune_eval.perplexity import Evaluation, measure, read_text
 from llmprune_eval.subjects import Place, Subject
@@ -71,6 +71,12 @@ def compare(
         reference = None
     elif dense is not None:
         reference = Subject(dense, replace(place, sparse=False), tokenizer)
+
+    def is_kept(subject: Subject) -> bool:
+        return save and (subject is not reference or len(models) == 1)
+
+    for subject in filter(is_kept, subjects):
+        require_output(subject.folder)
     found: list[Evaluation] = []
     saved: list[str] = []
     with saying_what_is_kept(lambda: f"figures were added to {', '.join(saved)}" if saved else ""):
@@ -78,7 +84,7 @@ def compare(
             subject = subjects.pop(0)
             other = None if subject is reference else reference
             measured = [measure(subject, text, other, amount) for text in texts]
-            if save and launch().rank == 0 and (subject is not reference or len(models) == 1):
+            if is_kept(subject) and launch().rank == 0:
                 add_evaluations(subject.folder, [evaluation.to_json() for evaluation in measured])
                 saved.append(subject.name)
             found += measured

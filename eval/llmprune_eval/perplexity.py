@@ -15,7 +15,7 @@ from llmprune.documents import Documents
 from llmprune.errors import DataError, NumericalError
 from llmprune.locate import DEMO
 from llmprune.planning import context_length, window_length
-from llmprune.runs import add_evaluations
+from llmprune.runs import add_evaluations, require_output
 from llmprune.team.joining import joined
 from llmprune.team.launch import launch
 from llmprune.team.team import in_turn
@@ -118,6 +118,8 @@ def evaluate(
     place = Place.of(device, dtype, streamed, trust_remote_code, sparse)
     amount = Amount(length, windows, batch_size)
     subject = Subject(model, place, tokenizer, revision)
+    if save:
+        require_output(subject.folder)
     text = read_text(model, data)
     reference = None if dense is None else Subject(dense, replace(place, sparse=False), tokenizer)
     found = measure(subject, text, reference, amount)

@@ -16,7 +16,8 @@ from llmprune import data as data_room
 from llmprune import methods
 from llmprune.allocation import kind_of
 from llmprune.calibration import batches, sample
-from llmprune.errors import RecipeError, saying_what_is_kept
+from llmprune.checkpoint.sink import difference
+from llmprune.errors import CheckpointError, RecipeError, saying_what_is_kept
 from llmprune.locate import DEMO, require_folder
 from llmprune.model import Resident
 from llmprune.model.sites import Site, is_router, sites_of
@@ -25,6 +26,7 @@ from llmprune.planning import DEFAULT_CALIBRATION, context_length, window_length
 from llmprune.progress import Progress
 from llmprune.pruning import prune
 from llmprune.runs import json_text, replace_text
+from llmprune.structure import fault_in, fields_of
 from llmprune_eval.pages import sensitivity_page
 from llmprune_eval.perplexity import cut_for, perplexity_of, read_text
 from llmprune_eval.scores import score
@@ -192,10 +194,21 @@ class _Journal:
         whole = text[: text.rfind("\n") + 1] or json.dumps(settings) + "\n"  # a killed run may leave half a line
         first, *rest = whole.splitlines()
         if first != json.dumps(settings):
-            raise RecipeError(f"{self._path} is of other settings: choose another folder, or delete it")
+            cause = _differing(first, settings)
+            raise RecipeError(f"{self._path} is of other settings{cause}; choose another folder, or delete it")
         if whole != text:
             replace_text(self._path, whole)
-        self.cells = [Cell(**json.loads(line)) for line in rest]
+        self.cells = [self._cell(number, line) for number, line in enumerate(rest, start=2)]
+
+    def _cell(self, number: int, line: str) -> Cell:
+        try:
+            values = json.loads(line)
+            fault = fault_in(values, Cell)
+        except (ValueError, RecursionError) as error:
+            fault = f"it is no JSON ({error})"
+        if fault is not None:
+            raise CheckpointError(f"{self._path} is damaged in line {number}: {fault}; delete it to measure anew")
+        return Cell(**fields_of(Cell, values))
 
     def kept(self) -> str:
         """Return what a run that is stopped leaves in the file, and how to go on, in words; nothing without a file."""
@@ -214,6 +227,15 @@ class _Journal:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(cell)) + "\n")
+
+
+def _differing(first: str, settings: dict[str, Any]) -> str:
+    """Return in which setting the first line of a journal differs, in words; nothing where that line cannot be read."""
+    try:
+        cause = difference(json.loads(first), json.loads(json.dumps(settings)))
+    except (ValueError, RecursionError):
+        return ""
+    return f": {cause}" if cause else ""
 
 
 def _parts(network: Any) -> dict[tuple[str, str], list[Site]]:

@@ -4,7 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -23,6 +23,7 @@ from llmprune.recipe import Recipe
 from llmprune.runs import add_evaluations, add_speed, read_run, replace_text, update_run
 from llmprune.several import prune_several, require_shared_inputs
 from llmprune.sparse.bench import Benchmark, bench
+from llmprune.structure import fault_in, fields_of
 from llmprune.team.joining import joined
 from llmprune_eval.pages import sweep_page
 from llmprune_eval.perplexity import Evaluation, measure, read_text
@@ -38,6 +39,14 @@ _SETTING: dict[str, Any] = {
     "device": "cpu",
 }  # of the benchmark: fits into every context
 _OF_ROW = ("method", "method_options", "pattern", "comparison_group")  # what differs between rows
+
+
+class _Earlier(TypedDict):
+    """What a sweep reads of an earlier one's table."""
+
+    settings: dict[str, Any]
+    dense_decode: float | None
+    rows: list[Row]
 
 
 def sweep(
@@ -130,7 +139,7 @@ def _table(
     """
     size = sum(entry.size for entry in dense.source.entries.values()) if dense.source else 0
     decode = statistics.median(dense_rates) if dense_rates else earlier.get("dense_decode")
-    every = {(old["method"], old["pattern"]): Row(**old) for old in earlier.get("rows", [])}
+    every = {(old["method"], old["pattern"]): Row(**fields_of(Row, old)) for old in earlier.get("rows", [])}
     every |= {(row.method, row.pattern): row for row in rows}
     marked = mark_best(list(every.values()), base.perplexity, size, decode)
     one_pass, measured = not settings["separate"], (base.data, base.convention, base.perplexity)
@@ -162,10 +171,13 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError):
-        raise CheckpointError(f"{path} is damaged: delete it, the pruned models beside it stay") from None
-    if cause := difference(found.get("settings", {}), settings):
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        fault = fault_in(found, _Earlier)
+    except (ValueError, RecursionError) as error:
+        fault = f"it is no JSON in UTF-8 ({error})"
+    if fault is not None:
+        raise CheckpointError(f"{path} is damaged: {fault}; delete it, the pruned models beside it stay")
+    if cause := difference(found["settings"], settings):
         raise RecipeError(f"{path} is of other settings: {cause}; choose another folder for the sweep, or delete it")
     return found
 

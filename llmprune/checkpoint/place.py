@@ -158,7 +158,7 @@ def _require_free(source: Source, out: Path, overwrite: bool, resume: bool, way_
     if out.exists() and not overwrite and not (resume and found.committed):
         raise CheckpointError(f"output {out} exists: choose another folder, or {way_out}")
     if out.exists() and not _is_model(out) and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"output {out} is not a model folder: llmprune does not replace it")
+        raise CheckpointError(f"output {out} is not a model folder, and only such are replaced: choose another place")
     if found.done and not resume and not overwrite:
         raise CheckpointError(
             f"{place.partial} holds an unfinished run ({found.done} done): "

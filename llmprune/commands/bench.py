@@ -22,11 +22,13 @@ from llmprune.commands.shared import given, imports, json_option, of_model, show
 def bench(model: str, plot: Path | None, save: bool, as_json: bool, **options: Any) -> None:
     """Compare MODEL dense and sparse: tokens a second, memory, and the kernel that runs for each shape."""
     with imports():
-        from llmprune.runs import add_speed, read_run, replace_text
+        from llmprune.runs import add_speed, replace_text, require_file, require_output
         from llmprune.sparse.bench import bench as run
 
     if save:
-        read_run(model)  # before the work: it has to be an output folder
+        require_output(model)
+    if plot is not None:
+        require_file(plot, ".svg")
     found = run(model, **given(options))
     if plot is not None:
         replace_text(plot, found.plot())

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmprune.page import facts, html, svg
 from llmprune.page.svg import Axis, Series, percent, plain
-from llmprune.runs import read_run
+from llmprune.runs import read_run, require_file
 
 PAGE = "comparison.html"
 
@@ -19,9 +19,11 @@ def write_comparison(folders: Sequence[str | Path], path: str | Path | None = No
 
     Raises:
         CheckpointError: a folder is no output of llmprune.
+        RecipeError: `path` is no place for a page.
     """
-    target = Path(PAGE if path is None else path)
-    return html.write(target, comparison_page(_named(folders)))
+    target, runs = Path(PAGE if path is None else path), _named(folders)
+    require_file(target, Path(PAGE).suffix)
+    return html.write(target, comparison_page(runs))
 
 
 def comparison_page(runs: dict[str, dict[str, Any]]) -> str:

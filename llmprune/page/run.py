@@ -7,7 +7,7 @@ from typing import Any
 from llmprune.page import facts, html, svg
 from llmprune.page.svg import Axis, Series, percent, plain
 from llmprune.page.weights import Histogram, histograms
-from llmprune.runs import command_of, read_run
+from llmprune.runs import command_of, read_run, require_file
 
 PAGE = "report.html"
 
@@ -19,10 +19,12 @@ def write_page(folder: str | Path, path: str | Path | None = None) -> Path:
 
     Raises:
         CheckpointError: the folder is no output of llmprune.
+        RecipeError: `path` is no place for a page.
     """
     folder = Path(folder)
     target = folder / PAGE if path is None else Path(path)
     run = read_run(folder)
+    require_file(target, Path(PAGE).suffix)
     return html.write(target, run_page(run, histograms(folder, run)))
 
 

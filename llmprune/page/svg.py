@@ -48,12 +48,14 @@ class Axis:
         cls, label: str, values: Sequence[float], format: Format, zero: bool = False, log: bool = False,
         whole: bool = False,
     ) -> "Axis":  # fmt: skip
-        """Return an axis that holds all `values`, with a margin; from 0 on where `zero` says so."""
+        """Return an axis that holds all `values`, with a margin; and 0 where `zero` says so, at its foot if none is below."""
         low, high = min(values), max(values)
         if log:
             return cls(label, low / 1.15, high * 1.15, format, log=True)
-        margin = 0.06 * (high - (0.0 if zero else low)) or 0.5 * abs(high) or 0.5
-        return cls(label, 0.0 if zero else low - margin, high + margin, format, whole=whole)
+        if zero:
+            low, high = min(low, 0.0), max(high, 0.0)
+        margin = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+        return cls(label, 0.0 if zero and not low else low - margin, high + margin, format, whole=whole)
 
     def place(self, value: float) -> float:
         """Return where between the ends, from 0 to 1, a value lies."""
