@@ -14,20 +14,16 @@ _TOWARDS_DENSE = {"true_sequential": True, "dense_target": "auto", "autocast": T
 _SOLVER = {"arithmetic": "fast", "sampling_damp": 0.5}
 _BY_LOSS = {"allocation": "fisher"}
 
+_SHORT_SEARCH = {"iterations": 10, "stages": 3, "first_rho": 0.2, "refit": 2, **_SOLVER}
+_LONG_SEARCH = {"iterations": 20, "stages": 5, "first_rho": 0.2, "refit": 4, **_SOLVER}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "sparsegpt", "method_options": _SOLVER, **_TOWARDS_DENSE},
-    "balanced": {
-        "method": "admm",
-        "method_options": {"iterations": 10, "stages": 3, "first_rho": 0.2, "refit": 2, **_SOLVER},
-        **_TOWARDS_DENSE,
-        **_BY_LOSS,
-    },
-    "best": {"method": "admm", "method_options": _SOLVER, **_TOWARDS_DENSE, **_BY_LOSS, "tune_epochs": 10},
+    "balanced": {"method": "admm", "method_options": _SHORT_SEARCH, **_TOWARDS_DENSE, **_BY_LOSS},
+    "best": {"method": "admm", "method_options": _LONG_SEARCH, **_TOWARDS_DENSE, **_BY_LOSS, "tune_epochs": 10},
 }
 # What is otherwise for N:M: such a sparsity is the same everywhere, so the time of sharing it out goes into the search.
-_OF_GROUPS: dict[str, dict[str, Any]] = {
-    "balanced": {"method_options": {"iterations": 20, "stages": 5, "first_rho": 0.2, "refit": 4, **_SOLVER}},
-}
+_OF_GROUPS: dict[str, dict[str, Any]] = {"balanced": {"method_options": _LONG_SEARCH}}
 
 
 def expanded(options: Mapping[str, Any]) -> dict[str, Any]:
