@@ -1,4 +1,4 @@
-"""Prune the demo model with every method at 50 % and 2:4, and print what each does to its perplexity.
+"""Prune the demo model by four methods at 50 % and 2:4, and print what each does to its perplexity.
 
 python scripts/demo.py [--out FOLDER] [--json]
 """

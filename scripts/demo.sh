@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install llmprune into .venv and show what each method does to the demo model. Needs Python 3.10 to 3.13 and pip.
+# Install llmprune into .venv and show what four methods do to the demo model. Needs Python 3.10 to 3.13 and pip.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv

@@ -1,5 +1,6 @@
-"""RIA, relative importance and activations (Zhang et al., Plug-and-Play: An Efficient Post-training Pruning Method for
-Large Language Models, ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF).
+"""RIA, relative importance and activations (Zhang et al., Plug-and-Play, ICLR 2024, openreview.net/forum?id=Tr0lPx9woF).
+
+The paper's full title is Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models.
 """
 
 from dataclasses import dataclass
